@@ -1,0 +1,12 @@
+"""Triton operators of SWS-Dist, one operator a file; needs torch and triton only.
+
+Each public function takes ``backend="reference" | "triton"``. The reference is plain PyTorch and runs
+anywhere; asking for Triton where it cannot run is an error, never a fallback.
+"""
+
+from sws_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+
+__all__ = [
+    "add_layer_norm",  # residual add (with drop-path's per-sample scale) + LayerNorm; returns both streams
+    "add_layer_norm_reference",  # the same in plain PyTorch: the tests' oracle, the path without a GPU
+]

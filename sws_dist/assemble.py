@@ -1,0 +1,180 @@
+"""What a run is put together from: its folder, data, models, and what is known of it beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+
+from sws_dist import checkpoint, comm, files, model_file, provenance
+from sws_dist import config as run_config
+from sws_dist.comm import World
+from sws_dist.config import RunConfig
+from sws_dist.data import manifest
+from sws_dist.data.manifest import Manifest
+from sws_dist.distillation import Teacher, load_teacher
+from sws_dist.errors import ConfigError
+from sws_dist.flops import forward_flops
+from sws_dist.learngene import describe as describe_ours
+from sws_dist.model_file import ModelInfo
+from sws_dist.models import SWSVisionTransformer, create_model, geometry
+
+
+def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
+    """Create the run's folder, refusing to mix two runs in one. A collective."""
+    output = Path(config.output)
+    with comm.together("prepare the output folder"):
+        if world.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            if not os.access(output, os.W_OK):
+                raise PermissionError(f"output {output}: no permission to write there")
+            if resume is None and checkpoint.find(output / "checkpoints"):
+                raise ConfigError(
+                    f"output {output}: already holds a run; go on with --resume auto, or choose another --set output=DIR"
+                )
+    return output
+
+
+def find_checkpoint(output: Path, resume: str | None) -> Path | None:
+    """The checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective."""
+    if resume is None:
+        return None
+    with comm.together("find the checkpoint"):
+        if resume != "auto":
+            checkpoint.read_state(Path(resume))
+    if resume != "auto":
+        return Path(resume)
+    found = checkpoint.find(output / "checkpoints")
+    return comm.from_main(found[-1] if found else None)
+
+
+def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
+    """Training and validation images, listed by rank 0 alone: a folder is not read once a rank. A collective."""
+    found = None
+    with comm.together("list the images"):
+        if world.is_main:
+            train = manifest.scan(config.data.root, config.data.train_split)
+            found = train, manifest.scan(config.data.root, config.data.val_split, train.classes)
+    return comm.from_main(found)
+
+
+def models(config: RunConfig, classes: Sequence[str]) -> tuple[nn.Module, Teacher | None]:
+    """The student with its initial weights, and the teacher if there is one.
+
+    Raises:
+        ValueError: an unknown model or argument, or weights that do not fit.
+    """
+    data = config.data
+    model = build_model(config, len(classes))
+    if config.model.initial_checkpoint:
+        _initialise(model, config.model.initial_checkpoint)
+    if config.optim.ema_decay and any(b.is_floating_point() for b in model.buffers()):
+        raise ValueError(
+            f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
+            "set optim.ema_decay to null"
+        )
+    if config.model.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if config.model.compile:
+        model.compile()
+    teacher = load_teacher(config.distill, len(classes), classes, data.mean, data.std, data.image_size)
+    return model, teacher
+
+
+def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """The configured model with random weights."""
+    kwargs: dict[str, Any] = {"num_classes": num_classes, **config.model.kwargs}
+    if config.model.name.startswith("sws_"):
+        kwargs["img_size"] = config.data.image_size
+    for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
+        if value is not None:
+            kwargs[key] = value
+    if config.model.drop_path:
+        kwargs["drop_path_rate"] = config.model.drop_path
+    return create_model(config.model.name, **kwargs)
+
+
+def _initialise(model: nn.Module, path: str) -> None:
+    """Load ``model.initial_checkpoint``; what two geometries of equal shapes would hide is compared as well."""
+    if Path(path).suffix == ".safetensors" and isinstance(model, SWSVisionTransformer):
+        info, weights = model_file.load(path)
+        ours = geometry(model)
+        differ = [
+            f"{key}: {info.kwargs[key]} in the file, {ours[key]} in the config"
+            for key in ("schedule", "img_size", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
+            if key in info.kwargs and info.kwargs[key] != ours[key]
+        ]
+        if differ:
+            raise ValueError(f"model.initial_checkpoint {path} is of another model: {'; '.join(differ)}")
+    else:
+        weights = model_file.load_foreign(path)
+    model_file.load_into(model, weights, path)
+
+
+class Flops(NamedTuple):
+    """Of one forward pass over one image."""
+
+    student: int
+    teacher: int
+
+
+def count_flops(config: RunConfig, num_classes: int) -> Flops:
+    size = config.data.image_size
+    student = forward_flops(lambda: build_model(config, num_classes), size)
+    if config.distill.teacher is None:
+        return Flops(student, 0)
+    if config.distill.teacher.endswith(".safetensors"):
+        info = model_file.read_info(config.distill.teacher)
+        return Flops(student, forward_flops(info.build, size))
+    name = config.distill.teacher
+    return Flops(student, forward_flops(lambda: create_model(name, num_classes=num_classes), size))
+
+
+def depth(model: nn.Module) -> int | None:
+    """Layers that an image passes through, for our models."""
+    return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
+
+
+def describe(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> ModelInfo:
+    """What the run's weight files will say of themselves."""
+    pixels = {key: getattr(config.data, key) for key in ("mean", "std", "image_size", "crop_pct", "interpolation")}
+    about = {
+        "run": config.output,
+        "model": config.model.name,
+        "epochs": config.train.epochs,
+        "seed": config.train.seed,
+        "teacher": config.distill.teacher,
+        "initial_checkpoint": config.model.initial_checkpoint,
+        **provenance.collect(),
+    }
+    if isinstance(model, SWSVisionTransformer):
+        kind = "learngene" if model.is_shared else "model"
+        return describe_ours(model, kind, pixels=pixels, classes=list(classes), provenance=about)
+    return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), pixels, list(classes), about)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Running statistics (batch norm), which each rank keeps for itself, made equal on all ranks. A collective."""
+    if dist.get_world_size() == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
+
+
+def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[str, str]:
+    """``config.yaml``, ``deepspeed.json`` and ``environment.json`` in the run's folder; their texts by name."""
+    texts = {
+        "config.yaml": run_config.to_yaml(config),
+        "deepspeed.json": json.dumps(ds, indent=2) + "\n",
+        "environment.json": json.dumps(provenance.collect(), indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        files.write_text(output / name, text)
+    return texts

@@ -1,0 +1,42 @@
+"""What the entry points under ``launcher/`` share: help that keeps its layout, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from sws_dist.errors import ConfigError, RunError
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; an error that a user can mend becomes one message and exit code 1 on every rank.
+
+    Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, OSError, RunError) as error:
+        # What every rank found is for rank 0 to say; what a rank met on its own it says itself.
+        if rank() == 0 or not (isinstance(error, (RunError, ConfigError))):
+            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a tidy exit would wait for ranks that may be gone
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def rank() -> int:
+    """This process's rank, as its launcher gave it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

@@ -1,0 +1,168 @@
+"""Ranks: who am I, on which device, and do we all agree.
+
+The launcher says who a rank is: DeepSpeed's and torchrun set RANK, WORLD_SIZE, ... themselves; SLURM's variables
+are translated here, since DeepSpeed never reads them; a plain ``python`` is a world of one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sws_dist.errors import RunError
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place. ``local_size`` ranks share its node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(timeout_s: int) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and choose this rank's device and thread count.
+
+    Args:
+        timeout_s: seconds that a collective may take before it is an error.
+    """
+    _environment_from_slurm()
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size)))
+    os.environ["LOCAL_SIZE"] = str(local_size)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port()) if size == 1 else "29500"
+
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+                "lower slots in the hostfile, --num_accelerators or --ntasks-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that share a node share its cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+    import deepspeed  # after the environment is complete; it reads it at import
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Run a block that holds no collectives; if it fails anywhere, every rank raises the same ``RunError``.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None and not isinstance(failure, (ValueError, OSError, RunError)):
+        raise failure  # a bug: its traceback is worth more than a tidy end
+    failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        everywhere = len(failed) == len(messages)
+        raise RunError(text if everywhere else f"{text} (rank {rank} of {len(messages)}, while it tried to {what})")
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all ranks; ``values`` stays as it was."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def gather_scalars(value: Tensor) -> Tensor:
+    """[] on each rank -> [world] on every rank."""
+    if not dist.is_initialized():
+        return value.reshape(1)
+    out = torch.empty(dist.get_world_size(), dtype=value.dtype, device=value.device)
+    dist.all_gather_into_tensor(out, value.reshape(1))
+    return out
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed every generator of this process as a pure function of ``numbers``.
+
+    Called before each micro-batch with its place in the run, it makes drop-path and mixing independent of what
+    ran before: a resumed run draws what the uninterrupted one drew, and no generator state needs saving.
+    """
+    seed = 0
+    for number in numbers:  # splitmix64's finaliser: neighbours in, strangers out
+        seed = (seed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        seed ^= seed >> 31
+    torch.manual_seed(seed >> 1)
+    random.seed(seed)
+
+
+def _environment_from_slurm() -> None:
+    """RANK and its kin for a task that ``srun`` started directly."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
+        return
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env["LOCAL_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,65 @@
+"""Evaluation that counts every image exactly once, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sws_dist import comm
+from sws_dist.data.pipeline import Batch
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Over ``images`` images: shares in [0, 1], and the mean cross-entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of this rank, each image once: ``indices`` [n] in the manifest, ``logits`` [n, classes] float32."""
+
+    indices: np.ndarray
+    logits: np.ndarray
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    dtype: torch.dtype,
+    predictions: list[Predictions] | None = None,
+) -> Scores:
+    """Top-1, top-5 and loss over all ranks' ``batches``. ``predictions`` collects this rank's logits. A collective.
+
+    Sums are kept in float64 and added up over the ranks once, at the end.
+    """
+    sums: Tensor | None = None
+    for batch in batches:
+        logits = model(batch.images.to(dtype)).float()
+        valid = torch.from_numpy(batch.valid).to(logits.device)
+        sums = _sums(logits, batch.labels, valid) + (0 if sums is None else sums)
+        if predictions is not None:
+            predictions.append(Predictions(batch.indices[batch.valid], logits[valid].cpu().numpy()))
+    assert sums is not None, "an evaluation without batches"
+    top1, top5, loss, images = comm.sum_over_ranks(sums).tolist()
+    return Scores(top1 / images, top5 / images, loss / images, int(images))
+
+
+def _sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """[hits in the first, hits in the first five, summed loss, images] of one batch."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    columns = torch.stack(
+        [best[:, 0].double(), best.any(dim=1).double(), loss.double(), torch.ones_like(loss).double()]
+    )
+    return (columns * valid).sum(dim=1)

@@ -1,0 +1,18 @@
+"""Floating-point operations of a forward pass, counted by torch on the meta device: nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+TRAIN_FACTOR = 3  # backward costs two forwards: one for the inputs' gradients, one for the weights'
+
+
+def forward_flops(build: Callable[[], nn.Module], image_size: int) -> int:
+    """FLOPs (a multiply-add is two) of one image of ``image_size`` squared through the model that ``build`` makes."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build().eval()(torch.empty(1, 3, image_size, image_size))
+    return counter.get_total_flops()

@@ -1,0 +1,90 @@
+"""The learngene: an auxiliary model's distinct layers, the only thing that has to be kept of it.
+
+One ``.safetensors`` file (see ``model_file.py``) of kind ``learngene``. Its tensors carry timm's names, with
+``blocks.i`` the layer of stage i; the schedule and the geometry stand in the metadata's ``kwargs``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sws_dist import model_file
+from sws_dist.model_file import ModelInfo
+from sws_dist.models import SWSVisionTransformer, geometry
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def describe(model: SWSVisionTransformer, kind: str, **fields: Any) -> ModelInfo:
+    """The metadata of one of our models; ``fields`` are ModelInfo's ``pixels``, ``classes``, ``provenance``."""
+    kwargs = geometry(model)
+    num_classes = kwargs.pop("num_classes")
+    return ModelInfo(kind=kind, name="sws_vit", kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
+
+
+def load(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """A learngene's metadata and tensors.
+
+    Raises:
+        ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
+    """
+    info, weights = model_file.load(path)
+    if info.kind != "learngene":
+        raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
+    stages = {int(match[1]) for name in weights if (match := BLOCK.match(name))}
+    schedule = info.kwargs["schedule"]
+    if stages != set(range(len(schedule))):
+        raise ValueError(
+            f"{path}: layers for stages {sorted(stages)}, but its schedule {schedule} needs {len(schedule)}"
+        )
+    return info, weights
+
+
+def from_released(
+    weights: Mapping[str, Tensor], schedule: tuple[int, ...], num_heads: int, image_size: int = 224
+) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """A learngene from the weights of the paper's released code.
+
+    There the layer of stage i stands under ``blocks.block.<part>.instances.i``. The file says neither the repeats
+    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5.
+
+    Raises:
+        ValueError: a tensor that the layout does not know, or a schedule or head count that does not fit.
+    """
+    renamed = {_released_name(name): tensor for name, tensor in weights.items()}
+    stages = {int(match[1]) for name in renamed if (match := BLOCK.match(name))}
+    if stages != set(range(len(schedule))):
+        raise ValueError(f"schedule {list(schedule)} has {len(schedule)} stages, the checkpoint has {len(stages)}")
+    for name in ("patch_embed.proj.weight", "pos_embed", "head.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in renamed:
+            raise ValueError(f"the checkpoint has no {name}: not an auxiliary model of the released code")
+    width, channels, *patch = renamed["patch_embed.proj.weight"].shape
+    if width % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the width {width}")
+    model = SWSVisionTransformer(
+        schedule=schedule,
+        img_size=image_size,
+        patch_size=tuple(patch),
+        in_chans=channels,
+        embed_dim=width,
+        num_heads=num_heads,
+        mlp_ratio=renamed["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in renamed,
+        num_classes=renamed["head.weight"].shape[0],
+        norm_eps=1e-5,
+    )
+    model_file.load_into(model, renamed, "the released checkpoint")
+    return describe(model, "learngene"), renamed
+
+
+def _released_name(name: str) -> str:
+    shared = re.fullmatch(r"(?:module\.)?blocks\.block\.(.+)\.instances\.(\d+)\.(weight|bias)", name)
+    if shared:
+        part, stage, kind = shared.groups()
+        return f"blocks.{stage}.{part}.{kind}"
+    return name.removeprefix("module.")

@@ -1,0 +1,99 @@
+"""What a run tells: TensorBoard events, ``log.jsonl``, a progress bar or plain lines. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+
+class Recorder:
+    """Writes what rank 0 has to say; on the other ranks every method does nothing.
+
+    Scalars go to TensorBoard under ``group/name`` and, one JSON object a line, to ``log.jsonl``.
+    """
+
+    def __init__(self, output: Path, active: bool, total_steps: int, first_step: int = 0) -> None:
+        self.active = active
+        if not active:
+            return
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._log = (output / "log.jsonl").open("a")
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def advance(self) -> None:
+        if self.active:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, above the progress bar where there is one."""
+        if self.active:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if not self.active:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._log.flush()
+
+    def text(self, name: str, text: str) -> None:
+        if self.active:
+            self.writer.add_text(name, f"```\n{text}\n```")
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """pixels [H, W, 3] uint8."""
+        if self.active:
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def hparams(self, settings: dict[str, Any], result: dict[str, float]) -> None:
+        """The run's settings beside its final metrics, in the same event file."""
+        if not self.active:
+            return
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+        for summary in hparams(plain, result):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in result.items():
+            self.writer.add_scalar(name, value)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._log.close()
+            self.writer.close()
+
+
+def labelled_grid(images: Tensor, captions: list[str], columns: int = 8, tile: int = 112) -> np.ndarray:
+    """images [B, 3, S, S] uint8 with a caption under each -> one picture [H, W, 3] uint8."""
+    rows = -(-len(captions) // columns)
+    picture = Image.new("RGB", (columns * (tile + 4), rows * (tile + 18)), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, caption in enumerate(captions):
+        pixels = images[index].permute(1, 2, 0).cpu().numpy()
+        x, y = index % columns * (tile + 4), index // columns * (tile + 18)
+        picture.paste(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+        draw.text((x + 2, y + tile + 2), caption[:20], fill="black")
+    return np.asarray(picture)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far: of the GPU where it trains on one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

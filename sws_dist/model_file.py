@@ -1,0 +1,138 @@
+"""One ``.safetensors`` file for a model: its weights, how to build it, what it expects to see, where it is from.
+
+Learngenes, descendants, teachers and finished runs are all stored so. The metadata holds one JSON document under
+``sws_dist``; reading a file never executes anything in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sws_dist.files import write_whole
+from sws_dist.models import create_model
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a file says of itself.
+
+    ``kind``: ``learngene`` (an auxiliary model's distinct layers) or ``model``. ``name`` and ``kwargs`` are for
+    ``create_model``. ``pixels`` is what evaluation needs: ``mean``, ``std``, ``image_size``, ``crop_pct``,
+    ``interpolation``. ``classes`` are the labels' names in order. ``provenance`` says how the weights came to be.
+    """
+
+    kind: Literal["learngene", "model"]
+    name: str
+    kwargs: dict[str, Any]
+    num_classes: int
+    pixels: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **overrides: Any) -> nn.Module:
+        """The model, with random weights."""
+        return create_model(self.name, **(self.kwargs | {"num_classes": self.num_classes} | overrides))
+
+
+def save(path: str | Path, info: ModelInfo, weights: Mapping[str, Tensor]) -> Path:
+    """Write ``weights`` and ``info`` to ``path``, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "sws_dist": json.dumps({"version": VERSION, **asdict(info)})}
+    try:
+        return write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except SafetensorError as error:  # safetensors wraps "no space left on device" in its own error
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
+def read_info(path: str | Path) -> ModelInfo:
+    """The metadata alone.
+
+    Raises:
+        ValueError: the file is missing, cut short, not safetensors, or was not written by this trainer.
+    """
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+    if "sws_dist" not in metadata:
+        raise ValueError(f"{path}: holds tensors but no description of a model; it was not written by sws_dist")
+    document = json.loads(metadata["sws_dist"])
+    version = document.pop("version")
+    if version != VERSION:
+        raise ValueError(f"{path}: written in version {version} of the format, this program reads version {VERSION}")
+    return ModelInfo(**document)
+
+
+def load(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """Metadata and all tensors, on the CPU. Raises ``ValueError`` as ``read_info`` does."""
+    return read_info(path), load_tensors(path)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_foreign(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from a PyTorch file without executing anything in it.
+
+    A dictionary with the weights under ``model`` or ``state_dict`` is unwrapped.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    import argparse
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        # Training scripts store their parsed arguments beside the weights; a Namespace holds plain data only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a PyTorch file of plain tensors, or cut short: {first_line}") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        raise ValueError(f"{path}: expected a dictionary of tensors, bare or under 'model'")
+    return dict(content)
+
+
+def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy ``weights`` into ``model``; every tensor on both sides must find its partner.
+
+    Raises:
+        ValueError: naming the tensors that are missing, left over, or of another shape (both shapes).
+    """
+    own = model.state_dict()
+    problems = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    problems += [f"{name}: missing in the file" for name in own if name not in weights]
+    problems += [f"{name}: not in the model" for name in weights if name not in own]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None

@@ -1,0 +1,200 @@
+"""One class for auxiliary models and descendants: timm's ViT whose blocks run a given number of times.
+
+``blocks[i]`` is the layer of stage i and runs ``schedule[i]`` times in a row. An auxiliary model has few blocks
+and repeats above 1; a descendant has one block a layer and a schedule of ones. State-dict keys, head handling,
+position-embedding resampling and ``create_model`` are timm's, so a descendant's weights are a plain timm ViT's.
+
+Method: Xia et al., "Exploring Learngene via Stage-wise Weight Sharing for Initializing Variable-sized Models",
+IJCAI 2024 (arXiv 2404.16897), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import LayerNorm, calculate_drop_path_rates, drop_path
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+PAPER_SCHEDULE = (3, 3, 4, 3, 3)
+
+
+class Stage(Block):
+    """A transformer block that runs ``len(drop_rates)`` times in a row with one set of weights.
+
+    ``drop_rates`` holds the drop-path rate of each *position*: shared weights, own rates. The loop lives inside
+    one module so that ZeRO-3 gathers the weights once a stage, whatever the repeats (as a leaf module).
+    """
+
+    def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, drop_path=0.0, **kwargs)
+        self.drop_rates: tuple[float, ...] = (drop_path,)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x: [batch, tokens, width] -> the same shape."""
+        for rate in self.drop_rates:
+            branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+            x = x + drop_path(branch, rate, self.training)
+            branch = self.ls2(self.mlp(self.norm2(x)))
+            x = x + drop_path(branch, rate, self.training)
+        return x
+
+
+class SWSVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer with a stage schedule.
+
+    Args:
+        schedule: repeats of each distinct block. Default: ``depth`` blocks that run once each.
+        depth: number of distinct blocks; taken from ``schedule`` when that is given.
+        drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, linear from 0.
+        norm_eps: epsilon of every LayerNorm.
+        class_token: ViT's own class token and token pooling. Default: none; tokens are normed, then averaged.
+        kwargs: any other argument of timm's VisionTransformer.
+
+    Raises:
+        ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``.
+    """
+
+    def __init__(
+        self,
+        schedule: Sequence[int] | None = None,
+        depth: int | None = None,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        class_token: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        schedule = tuple(schedule) if schedule is not None else (1,) * (12 if depth is None else depth)
+        if not schedule or min(schedule) < 1:
+            raise ValueError(f"schedule {list(schedule)}: expected one number of 1 or more for each stage")
+        if depth is not None and depth != len(schedule):
+            raise ValueError(
+                f"depth {depth} contradicts schedule {list(schedule)}: its {len(schedule)} stages are the distinct "
+                "layers; leave depth out, or give a schedule of that many numbers"
+            )
+        kwargs = {"global_pool": "token" if class_token else "avg", "fc_norm": False} | kwargs
+        kwargs.setdefault("norm_layer", partial(LayerNorm, eps=norm_eps))
+        super().__init__(depth=len(schedule), block_fn=Stage, class_token=class_token, **kwargs)
+        self.schedule = schedule
+        self.norm_eps = norm_eps
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(schedule)))
+        for stage, repeats in zip(self.blocks, schedule, strict=True):
+            stage.drop_rates = tuple(next(rates) for _ in range(repeats))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some stage runs more than once: an auxiliary model."""
+        return max(self.schedule) > 1
+
+
+def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
+    """The constructor arguments that reproduce the model's function (no recipe such as drop-path); JSON-ready."""
+    block, embed = model.blocks[0], model.patch_embed
+    return {
+        "schedule": list(model.schedule),
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": model.in_chans,
+        "embed_dim": model.embed_dim,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "class_token": model.has_class_token,
+        "global_pool": model.global_pool,
+        "norm_eps": model.norm_eps,
+        "num_classes": model.num_classes,
+    }
+
+
+def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for ``timm.create_model`` of the plain ViT that a descendant's weights fit.
+
+    Raises:
+        ValueError: for a geometry whose stages share weights.
+    """
+    arguments = dict(geometry)
+    schedule = arguments.pop("schedule")
+    eps = arguments.pop("norm_eps")
+    if max(schedule) > 1:
+        raise ValueError(f"schedule {schedule}: layers share weights; expand the learngene first")
+    if eps != 1e-6:  # timm's default
+        arguments["norm_layer"] = partial(LayerNorm, eps=eps)
+    return "vit_base_patch16_224", arguments | {"depth": len(schedule), "fc_norm": False}
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` without pretrained weights: nothing is fetched from a hub.
+
+    Raises:
+        ValueError: naming the model or the argument that timm does not know.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:8]}*")[:5]
+        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    try:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"model {name}: {error}") from None
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
+    return build_model_with_cfg(
+        SWSVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, interpolation="bicubic", antialias=True),
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _config(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    } | kwargs
+
+
+SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "base": {"embed_dim": 768, "num_heads": 12},
+}
+
+default_cfgs = generate_default_cfgs(
+    {"sws_vit": _config()}
+    | {f"sws_{kind}_{size}_patch16_224.untrained": _config() for kind in ("aux", "des") for size in SIZES}
+)
+
+
+@register_model
+def sws_vit(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
+    """Any geometry, all of it from the arguments."""
+    return _create("sws_vit", pretrained, **kwargs)
+
+
+def _register(name: str, **defaults: Any) -> None:
+    """What ``@register_model`` does, for one name of a family."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
+        return _create(name, pretrained, **(defaults | kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    globals()[name] = register_model(entrypoint)
+
+
+for _size, _geometry in SIZES.items():
+    _register(f"sws_aux_{_size}_patch16_224", schedule=PAPER_SCHEDULE, **_geometry)
+    _register(f"sws_des_{_size}_patch16_224", **_geometry)

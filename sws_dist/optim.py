@@ -1,0 +1,44 @@
+"""Parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from sws_dist.config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decayed and undecayed parameters; biases, norms and what the model names (position embedding) do not decay."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (no_decay if parameter.ndim <= 1 or name in exempt else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Schedule:
+    """Linear warm-up, then cosine to ``min_lr``, both per step: a pure function of the step, so nothing to save.
+
+    Args:
+        config: rates and warm-up; ``lr`` scales with ``global_batch / lr_batch``.
+        steps_per_epoch: may be a fraction; epochs do not have to end with a step.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, config: OptimConfig, global_batch: int, steps_per_epoch: float, total_steps: int) -> None:
+        self.peak = config.lr * (global_batch / config.lr_batch if config.lr_batch else 1.0)
+        self.warmup_lr, self.min_lr = config.warmup_lr, min(config.min_lr, self.peak)
+        self.total_steps = total_steps
+        self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+
+    def __call__(self, step: int) -> float:
+        """The rate of the update that takes the weights from ``step`` to ``step + 1``."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,385 @@
+"""The training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
+
+What a step does is a function of its number (see ``data/sampler.py``, ``optim.Schedule``, ``comm.seed_everything``),
+so a run that is stopped and resumed takes the steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
+from sws_dist import engine as ds_engine
+from sws_dist.config import RunConfig
+from sws_dist.data import pipeline, sampler
+from sws_dist.data.mixing import Mixing, denormalise, erase
+from sws_dist.data.recipe import Recipe
+from sws_dist.distillation import DistillationLoss, LossParts
+from sws_dist.errors import RunError
+from sws_dist.evaluate import Scores, evaluate
+from sws_dist.flops import TRAIN_FACTOR
+from sws_dist.metrics import Recorder, labelled_grid, memory_gib
+from sws_dist.optim import Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """One training run on this rank.
+
+    Args:
+        config: what to train.
+        ds_path: the DeepSpeed JSON.
+        resume: ``auto`` (the newest whole checkpoint of ``config.output``, if any), a checkpoint's folder, or None.
+
+    Raises:
+        ValueError, OSError, RunError: whatever the user can mend, on every rank.
+    """
+
+    def __init__(self, config: RunConfig, ds_path: str | Path, resume: str | None = None) -> None:
+        self.config = config
+        self.world = world = comm.init(config.train.timeout_s)
+        with comm.together("read the DeepSpeed config"):
+            self.ds = ds_config.resolve(ds_path, config, world.size)
+        self.output = assemble.prepare_output(config, resume, world)
+        self.train_set, self.val_set = assemble.manifests(config, world)
+        with comm.together("build the models"):
+            comm.seed_everything(config.train.seed)
+            self.model, self.teacher = assemble.models(config, self.train_set.classes)
+        self.flops = assemble.count_flops(config, len(self.train_set.classes))
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.dtype = DTYPES[ds_config.precision(self.ds)]
+        if self.teacher is not None:
+            self.teacher.to(world.device, self.dtype)
+        self.info = assemble.describe(config, self.model, self.train_set.classes)
+
+        self.order = sampler.TrainOrder(len(self.train_set), config.train.seed, config.augment.num_repeats)
+        images = config.train.epochs * self.order.epoch_size
+        self.total_steps = images // config.train.global_batch
+        if self.total_steps == 0:
+            raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {images} images")
+        self.schedule = Schedule(
+            config.optim,
+            config.train.global_batch,
+            self.order.epoch_size / config.train.global_batch,
+            self.total_steps,
+        )
+        self.loss = DistillationLoss(config.distill)
+        self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
+
+        self.engine = ds_engine.build(self.model, self.ds, config.optim)
+        self.ema = ds_engine.ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.step, self.seconds = 0, 0.0
+        self.best_top1: float | None = None
+        self.history: list[dict[str, float]] = []
+        self._resume(resume)
+        self._clock = time.perf_counter()
+        self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end (or ``train.max_steps``), then write the run's results."""
+        try:
+            self._introduce()
+            self._fit()
+        finally:
+            self.recorder.close()
+        comm.close()
+
+    def _fit(self) -> None:
+        if self.step == 0 and self.config.train.eval_at_start:
+            self._evaluate(epoch=0)
+        last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
+        window = _Window(self)
+        batches = iter(self._batches(last_step))
+        suspect: Tensor | None = None
+        while self.step < last_step:
+            losses, waited = self._train_step(batches)
+            # Looked at one step late: by then the values have arrived without making the device wait.
+            self._require_finite(suspect, self.step - 1)
+            suspect = comm.gather_scalars(losses.total)
+            self.step += 1
+            window.add(losses, waited)
+            self.recorder.advance()
+            if self.step % self.config.train.log_every == 0 or self.step == last_step:
+                window.log()
+            epoch = self._epochs_done(self.step)
+            if epoch > self._epochs_done(self.step - 1) or self.step == last_step:
+                self._require_finite(suspect, self.step)
+                self._end_of_epoch(epoch)
+                window = _Window(self)
+        if self.step == self.total_steps:
+            self._finish()
+        else:
+            self.recorder.say(
+                f"stopped at step {self.step} of {self.total_steps} (train.max_steps); --resume auto goes on"
+            )
+
+    def _train_step(self, batches: Iterator[pipeline.Batch]) -> tuple[LossParts, float]:
+        """One optimizer step; the losses' means over this rank's micro-batches, and the seconds without data."""
+        waited, parts = 0.0, []
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.schedule(self.step)
+        for _ in range(self.engine.gradient_accumulation_steps()):
+            start = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - start
+            comm.seed_everything(self.config.train.seed, batch.position)
+            images = batch.images if batch.erase is None else erase(batch.images, batch.erase)
+            images, targets = self.mixing(images, batch.labels, batch.position)
+            images = images.to(self.dtype)
+            teacher_logits = None if self.teacher is None else self.teacher(images)
+            if self.step == 0 and not parts:
+                self._show(images, batch, teacher_logits)
+            parts.append(self.loss(self.engine(images), targets, teacher_logits))
+            self.engine.backward(parts[-1].total)
+            self._grad_norm = self._stage0_grad_norm()
+            self.engine.step()
+        if self.ema is not None:
+            self.ema.update()
+        means = [torch.stack([p[i].detach().float() for p in parts]).mean() for i in range(len(LossParts._fields))]
+        return LossParts(*means), waited
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        every = self.config.train.eval_every
+        last = self.step == self.total_steps
+        top1 = self._evaluate(epoch) if last or (epoch and epoch % every == 0) else None
+        stopping = self.step == self.config.train.max_steps
+        if last or stopping or epoch % self.config.checkpoint.every == 0:
+            self._save(epoch, top1)
+
+    def _evaluate(self, epoch: int) -> float:
+        """Score the weights, and their average where one is kept. Returns the weights' top-1."""
+        assemble.average_buffers(self.engine.module)
+        scores = {"val": self._score()}
+        if self.ema is not None:
+            with self.ema.applied():
+                scores["val_ema"] = self._score()
+        values = {
+            f"{group}/{name}": getattr(s, name) for group, s in scores.items() for name in ("top1", "top5", "loss")
+        }
+        self.recorder.scalars(self.step, values)
+        self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed(), **values})
+        top1 = scores["val"].top1
+        self.best_top1 = max(top1, self.best_top1 or 0.0)
+        averaged = f"  averaged {100 * scores['val_ema'].top1:.2f} %" if "val_ema" in scores else ""
+        self.recorder.say(
+            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}/{self.total_steps}  "
+            f"val top-1 {100 * top1:.2f} %{averaged}  loss {scores['val'].loss:.4f}  ({scores['val'].images} images)"
+        )
+        return top1
+
+    def _score(self) -> Scores:
+        self.engine.eval()
+        batches = sampler.eval_batches(
+            len(self.val_set), self.world.rank, self.world.size, self.config.train.eval_batch
+        )
+        loader = pipeline.eval_loader(self.val_set, batches, self.config.data, self.world.device)
+        scores = evaluate(self.engine, loader, self.dtype)
+        self.engine.train()
+        return scores
+
+    def _save(self, epoch: int, top1: float | None) -> None:
+        state = {
+            "step": self.step,
+            "epoch": epoch,
+            "seconds": self._elapsed(),
+            "top1": top1,
+            "best_top1": self.best_top1,
+            "history": self.history,
+        }
+        folder = self.output / "checkpoints"
+        checkpoint.save(folder, self.engine, self.ema, self._described(), self.world, state)
+        if self.world.is_main:
+            checkpoint.prune(folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+
+    def _finish(self) -> None:
+        """The run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
+        name = "learngene" if self.info.kind == "learngene" else "model"
+        info = self._described()
+        checkpoint.write_weights(self.output / f"{name}.safetensors", self.engine, info)
+        if self.ema is not None:
+            with self.ema.applied():
+                checkpoint.write_weights(self.output / f"{name}_ema.safetensors", self.engine, info)
+        if self.world.is_main:
+            result = self._results()
+            files.write_json(self.output / "metrics.json", result)
+            settings = {"model": self.config.model.name, "seed": self.config.train.seed, "lr": self.schedule.peak}
+            settings |= {"epochs": self.config.train.epochs, "batch": self.config.train.global_batch}
+            self.recorder.hparams(settings, {"final/top1": result["top1"]})
+            self.recorder.say(f"done: top-1 {100 * result['top1']:.2f} %, {self.output / name}.safetensors")
+
+    def _results(self) -> dict[str, Any]:
+        images = self.total_steps * self.config.train.global_batch
+        last = self.history[-1]
+        return {
+            "model": self.config.model.name,
+            "depth": assemble.depth(self.model),
+            "parameters": self.parameters,
+            "top1": last["val/top1"],
+            "top5": last["val/top5"],
+            "top1_ema": last.get("val_ema/top1"),
+            "best_top1": self.best_top1,
+            "history": self.history,
+            "epochs": self.config.train.epochs,
+            "steps": self.total_steps,
+            "images": images,
+            "seconds": self._elapsed(),
+            "flops_forward": self.flops.student,
+            "flops_teacher": self.flops.teacher,
+            "flops": images * (TRAIN_FACTOR * self.flops.student + self.flops.teacher),
+            **checkpoint.describe_layout(self.engine, self.world),
+            **provenance.collect(),
+        }
+
+    # ---- help ----------------------------------------------------------------------------------------------------
+
+    def _batches(self, last_step: int) -> pipeline.Loader:
+        accumulation = self.engine.gradient_accumulation_steps()
+        num_micros = accumulation * self.world.size
+        positions = (
+            sampler.micro_batch_positions(
+                step, self.config.train.global_batch, i * self.world.size + self.world.rank, num_micros
+            )
+            for step in range(self.step, last_step)
+            for i in range(accumulation)
+        )
+        recipe = Recipe(self.config.augment, self.config.data.image_size)
+        seed = self.config.train.seed
+        return pipeline.train_loader(
+            self.train_set, self.order, positions, recipe, seed, self.config.data, self.world.device
+        )
+
+    def _epochs_done(self, step: int) -> int:
+        if step == self.total_steps:  # what is left of the last epoch is less than a batch
+            return self.config.train.epochs
+        return step * self.config.train.global_batch // self.order.epoch_size
+
+    def _elapsed(self) -> float:
+        """Seconds of this run, over all its resumes."""
+        return round(self.seconds + time.perf_counter() - self._clock, 3)
+
+    def _described(self) -> Any:
+        top1 = self.history[-1]["val/top1"] if self.history else None
+        return dataclasses.replace(self.info, provenance=self.info.provenance | {"step": self.step, "top1": top1})
+
+    def _stage0_grad_norm(self) -> float | None:
+        """DeepSpeed computes the norm for every stage but 0; there the summed gradients are whole on each rank."""
+        if self.engine.zero_optimization_stage() or self.dtype != torch.float32:
+            return None
+        if not self.engine.is_gradient_accumulation_boundary():
+            return None
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(grads))
+
+    def grad_norm(self) -> float:
+        """Of the latest step's gradient, before clipping."""
+        norm = self.engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
+        return math.nan if norm is None else float(norm)
+
+    def _require_finite(self, losses: Tensor | None, step: int) -> None:
+        """losses [world]: every rank's loss of that step. All ranks see the same numbers, so all of them stop."""
+        if losses is None:
+            return
+        for rank, value in enumerate(losses.tolist()):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"the loss is {value} at step {step} on rank {rank}; the last checkpoint is untouched. "
+                    "A lower optim.lr, more warm-up or gradient_clipping usually helps"
+                )
+
+    def _resume(self, resume: str | None) -> None:
+        found = assemble.find_checkpoint(self.output, resume)
+        if found is None:
+            return
+        state = checkpoint.load(found, self.engine, self.ema, self.world)
+        self.step, self.seconds = state.step, state.seconds
+        self.best_top1, self.history = state.best_top1, list(state.history)
+
+    def _introduce(self) -> None:
+        """The first lines of the log, and the resolved configs beside the run."""
+        if self.world.is_main:
+            texts = assemble.write_configs(self.config, self.ds, self.output)
+            for name, text in texts.items():
+                self.recorder.text(name, text)
+        teacher = f", taught by {self.config.distill.teacher}" if self.teacher is not None else ""
+        start = f"from step {self.step}, " if self.step else ""
+        layout = checkpoint.describe_layout(self.engine, self.world)
+        self.recorder.say(
+            f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
+            f"{len(self.train_set)} training images, {len(self.val_set)} validation images, "
+            f"{len(self.train_set.classes)} classes; {start}{self.total_steps} steps of {self.config.train.global_batch} images\n"
+            f"{layout['world_size']} rank(s), ZeRO-{layout['zero_stage']}, {layout['precision']}, {self.world.device.type}"
+        )
+
+    def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:
+        """The first batch as the model sees it, with its labels and the teacher's guess, for TensorBoard."""
+        if not self.world.is_main:
+            return
+        count = min(32, len(images))
+        pixels = denormalise(images[:count], self.config.data.mean, self.config.data.std)
+        names = self.train_set.classes
+        captions = [names[label] for label in batch.labels[:count].tolist()]
+        if teacher_logits is not None:
+            guesses = teacher_logits[:count].argmax(dim=1).tolist()
+            captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
+        self.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), self.step)
+
+
+class _Window:
+    """Sums between two lines of the log."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: Tensor | None = None
+        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
+
+    def add(self, losses: LossParts, waited: float) -> None:
+        values = torch.stack(losses)
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps += 1
+        self.waited += waited
+
+    def log(self) -> None:
+        """Write the means since the last line. A collective."""
+        if self.sums is None:
+            return
+        t = self.trainer
+        total, labels, distill = (comm.sum_over_ranks(self.sums) / (self.steps * t.world.size)).tolist()
+        took = time.perf_counter() - self.start
+        rate = self.steps * t.config.train.global_batch / took
+        left = (t.total_steps - t.step) * t.config.train.global_batch / rate
+        values = {"train/loss": total, "train/loss_labels": labels}
+        values |= {"train/loss_distill": distill} if t.teacher is not None else {}
+        values |= {
+            "train/lr": t.schedule(t.step - 1),
+            "train/grad_norm": t.grad_norm(),
+            "perf/images_per_s": rate,
+            "perf/data_wait_share": self.waited / took,
+            "perf/memory_gib": memory_gib(t.world.device),
+            "perf/hours_left": left / 3600,
+        }
+        t.recorder.scalars(t.step, values)
+        t.recorder.say(
+            f"step {t.step}/{t.total_steps}  loss {total:.4f}  lr {values['train/lr']:.2e}  {rate:.0f} images/s  "
+            f"waiting for data {100 * self.waited / took:.0f} %  {_duration(left)} left"
+        )
+        self._reset()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,90 @@
+"""add_layer_norm on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
+    pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
+
+from sws_kernels import add_layer_norm, add_layer_norm_reference
+from tests.kernels.add_layer_norm_checks import (
+    check_accuracy,
+    check_bitwise_repeatable,
+    check_compiled,
+    make_inputs,
+    run,
+)
+from tests.kernels.numerics import poisoned_memory
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPES = [
+    *[(256, 196, 192), (64, 197, 384), (64, 196, 768)],  # ViT: no column masked
+    *[(7, 50, 640), (3, 50, 1024), (2, 197, 3072), (1, 1, 64)],
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with poisoned_memory():
+        yield
+
+
+@pytest.mark.parametrize("drop_path", [False, True], ids=["plain", "drop_path"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy(shape, dtype, drop_path):
+    check_accuracy(make_inputs(shape, dtype, DEVICE, drop_path=drop_path))
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_fp32_parameters(residual_dtype):
+    """The usual mixed precision: fp32 masters, a bf16 branch, and either residual stream."""
+    inputs = make_inputs(
+        (16, 196, 384), torch.bfloat16, DEVICE,
+        drop_path=True, residual_dtype=residual_dtype, parameter_dtype=torch.float32,
+    )  # fmt: skip
+    check_accuracy(inputs)
+
+
+def test_bitwise_repeatable():
+    check_bitwise_repeatable(make_inputs((64, 197, 384), torch.bfloat16, DEVICE, drop_path=True))
+
+
+def test_passes_through_inductor():
+    check_compiled(make_inputs((8, 196, 384), torch.bfloat16, DEVICE, drop_path=True), "inductor")
+
+
+def test_cuda_graph():
+    """Captured once, replayed on new contents of the same buffers."""
+    inputs = make_inputs((8, 196, 384), torch.bfloat16, DEVICE, drop_path=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(inputs, "triton")  # compiles, which capture does not allow
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs, "triton")
+    for value in (inputs["residual"], inputs["d_normed"]):
+        value.mul_(-0.5)
+    graph.replay()
+    for name, value in run(inputs, "triton").items():
+        assert torch.equal(value, captured[name]), name
+
+
+def test_offsets_past_int32():
+    """The last rows of a tensor of more than 2^31 elements, where 32-bit offsets would wrap."""
+    tokens, width, last = 2**31 // 768 + 64, 768, 32
+    needed = 12 * tokens * width  # bytes: 4 tensors in bf16, and room
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    torch.manual_seed(0)
+    residual, branch = torch.randn(2, 1, tokens, width, device=DEVICE, dtype=torch.bfloat16)
+    gamma, beta = torch.randn(2, width, device=DEVICE, dtype=torch.bfloat16)
+    results = add_layer_norm(residual, branch, gamma, beta, backend="triton")
+    wanted = add_layer_norm_reference(residual[:, -last:], branch[:, -last:], gamma, beta)
+    for got, want in zip(results, wanted, strict=True):
+        torch.testing.assert_close(got[:, -last:], want)

@@ -1,0 +1,167 @@
+"""add_layer_norm against PyTorch on small shapes: in Triton's interpreter, or on the GPU where there is one."""
+
+import importlib
+
+import pytest
+import torch
+
+from sws_kernels import add_layer_norm, add_layer_norm_reference
+from tests.kernels.add_layer_norm_checks import (
+    EPS,
+    check_accuracy,
+    check_bitwise_repeatable,
+    check_compiled,
+    make_inputs,
+    run,
+)
+
+module = importlib.import_module("sws_kernels.add_layer_norm")  # the package's name is the function
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+SHAPES = [
+    (1, 197, 192),  # 3 x 2^k: no column is masked; the last tile of rows is not full
+    (4, 50, 384),  # tiles of 8 rows cross from one sample to the next
+    (1, 196, 768),
+    (3, 5, 64),  # chunks of 32 columns, the third empty
+    (2, 3, 320),  # the third chunk half full
+    (1, 1, 1024),  # a power of two; one row
+]
+
+
+@pytest.mark.parametrize("drop_path", [False, True], ids=["plain", "drop_path"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy(shape, dtype, drop_path):
+    check_accuracy(make_inputs(shape, dtype, DEVICE, drop_path=drop_path))
+
+
+@pytest.mark.parametrize(
+    ("residual_dtype", "dtype", "parameter_dtype"),
+    [
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float16),
+    ],
+)
+def test_mixed_dtypes(residual_dtype, dtype, parameter_dtype):
+    inputs = make_inputs(
+        (2, 9, 192), dtype, DEVICE, residual_dtype=residual_dtype, parameter_dtype=parameter_dtype
+    )
+    check_accuracy(inputs)
+
+
+def test_strided_inputs_and_gradients():
+    """As they come: tokens without the class token, and the expanded gradient of a mean over tokens."""
+    inputs = make_inputs((2, 9, 192), torch.float32, DEVICE)
+    inputs["residual"] = inputs["residual"][:, 1:]
+    inputs["branch"] = inputs["branch"].transpose(0, 1).contiguous().transpose(0, 1)[:, 1:]
+    inputs["d_new_residual"] = inputs["d_new_residual"][:, :1].expand(2, 8, 192)
+    inputs["d_normed"] = inputs["d_normed"][:, 1:]
+    check_accuracy(inputs)
+
+
+def test_one_stream_unused():
+    """After the last block only `normed` is read: the other stream's gradient does not exist."""
+    inputs = make_inputs((2, 5, 192), torch.float32, DEVICE)
+    gradients = {}
+    for backend in ("triton", "reference"):
+        residual = inputs["residual"].clone().requires_grad_()
+        _, normed = _call(inputs, residual=residual, backend=backend)
+        (gradients[backend],) = torch.autograd.grad(normed, residual, inputs["d_normed"])
+    torch.testing.assert_close(gradients["triton"], gradients["reference"])
+
+
+def test_large_mean_keeps_its_variance():
+    """Mean 1000, deviation 1: E[x^2] - E[x]^2 would lose it in fp32."""
+    inputs = make_inputs((1, 4, 192), torch.float32, DEVICE)
+    inputs["residual"] += 1000
+    check_accuracy(inputs)
+
+
+def test_empty_batch():
+    inputs = make_inputs((0, 5, 192), torch.float32, DEVICE)
+    results = run(inputs, "triton")
+    assert results["normed"].shape == (0, 5, 192)
+    assert not results["dgamma"].any()
+    assert not results["dbeta"].any()
+
+
+def test_bitwise_repeatable():
+    check_bitwise_repeatable(make_inputs((2, 50, 192), torch.float32, DEVICE, drop_path=True))
+
+
+@pytest.mark.parametrize("drop_path", [False, True], ids=["plain", "drop_path"])
+def test_opcheck(drop_path):
+    """Schema, fake implementations, autograd registration and tracing agree with what the operators do."""
+    inputs = make_inputs((2, 3, 64), torch.float32, DEVICE, drop_path=drop_path)
+    scale = inputs.get("scale")
+    leaves = [inputs[name].requires_grad_() for name in ("residual", "branch", "gamma", "beta")]
+    residual, branch, gamma, beta = leaves
+    forward = torch.ops.sws_kernels.add_layer_norm.default
+    torch.library.opcheck(forward, (residual, branch, scale, gamma, beta, EPS))
+    with torch.no_grad():
+        new_residual, _, mean, rstd = forward(residual, branch, scale, gamma, beta, EPS)
+    saved = (new_residual, scale, gamma.detach(), mean, rstd)
+    gradients = (inputs["d_new_residual"], inputs["d_normed"])
+    torch.library.opcheck(torch.ops.sws_kernels.add_layer_norm_backward.default, (*gradients, *saved))
+
+
+def test_passes_through_torch_compile():
+    check_compiled(make_inputs((2, 3, 64), torch.float32, DEVICE, drop_path=True), "aot_eager")
+
+
+@pytest.mark.parametrize("drop_path", [False, True], ids=["plain", "drop_path"])
+def test_reference_gradients(drop_path):
+    """The oracle itself, against finite differences in fp64."""
+    inputs = make_inputs((3, 2, 8), torch.float64, "cpu", drop_path=drop_path)
+    leaves = [inputs[name].requires_grad_() for name in ("residual", "branch", "gamma", "beta")]
+    assert torch.autograd.gradcheck(lambda *x: add_layer_norm_reference(*x, EPS, inputs.get("scale")), leaves)
+
+
+def test_dropped_sample_passes_unchanged():
+    inputs = make_inputs((3, 4, 64), torch.float32, DEVICE, drop_path=True)
+    results = run(inputs, "triton")
+    assert inputs["scale"][1] == 0
+    assert torch.equal(results["new_residual"][1], inputs["residual"][1])
+    assert not results["d_branch"][1].any()
+
+
+def _call(inputs, **changes):
+    names = ("residual", "branch", "gamma", "beta", "scale")
+    arguments = {name: inputs.get(name) for name in names} | {"backend": "triton"} | changes
+    return add_layer_norm(**arguments)
+
+
+def test_triton_without_gpu_is_an_error(monkeypatch):
+    """Never a silent fallback: the message names what was asked for and the device it found."""
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend='triton' was asked for, but the tensors are on cpu"):
+        _call(make_inputs((1, 2, 64), torch.float32, "cpu"))
+
+
+def test_interpreter_refuses_bf16(monkeypatch):
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got torch.bfloat16"):
+        _call(make_inputs((1, 2, 64), torch.bfloat16, DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "cuda"}, "choose 'reference' or 'triton'"),
+        ({"branch": torch.zeros(1, 2, 128)}, r"got \[2, 3, 64\] and \[1, 2, 128\]"),
+        ({"gamma": torch.zeros(65)}, r"must be \[64\]"),
+        ({"scale": torch.zeros(3)}, r"scale must be \[2\]"),
+        ({"scale": torch.ones(2, requires_grad=True)}, "need no gradient"),
+        ({"scale": torch.ones(2, device="meta")}, "on one device, found"),
+    ],
+)
+def test_wrong_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _call(make_inputs((2, 3, 64), torch.float32, DEVICE), **changes)
+
+
+@pytest.mark.parametrize("width", [96, 3136])
+def test_unsupported_width(width):
+    with pytest.raises(ValueError, match=f"divisible by 64 up to 3072, got {width}"):
+        _call(make_inputs((1, 1, width), torch.float32, DEVICE))

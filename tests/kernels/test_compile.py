@@ -1,0 +1,46 @@
+"""Compiles every kernel for A100 and H100 without either: no spills, shared memory within the machine's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sws_kernels.add_layer_norm import BACKWARD_PROGRAMS_PER_SM
+
+REGISTERS_PER_SM = 65_536
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}  # bytes a program may have; Triton's compiler does not check
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """In a process of its own: TRITON_INTERPRET, which this one needs, replaces the compiler."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    table = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_table", "--json"],
+        cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert table.returncode == 0, table.stderr
+    return json.loads(table.stdout)
+
+
+def test_every_case_compiles(compiled):
+    cases = {(row["kernel"], row["width"], row["dtype"], row["arch"]) for row in compiled}
+    assert len(cases) == len(compiled) == 2 * 3 * 3 * 2
+
+
+def test_no_spills(compiled):
+    assert [row for row in compiled if row["spills"]] == []
+
+
+def test_shared_memory_fits(compiled):
+    assert [row for row in compiled if row["shared_bytes"] > SHARED_MEMORY_LIMIT[row["arch"]]] == []
+
+
+def test_backward_programs_fit_on_a_multiprocessor(compiled):
+    """All P programs of the backward are meant to be resident at once."""
+    backward = [row for row in compiled if row["kernel"].endswith("backward")]
+    needed = [row["registers"] * row["threads"] * BACKWARD_PROGRAMS_PER_SM for row in backward]
+    assert max(needed) <= REGISTERS_PER_SM
