@@ -405,7 +405,7 @@ def _check_triton(
             "Move them to a CUDA device, choose backend='reference', or, to test without a GPU, "
             "set TRITON_INTERPRET=1 before triton is imported."
         )
-    # The interpreter computes bf16 as raw 16-bit integers: wrong numbers, no error.
+    # The interpreter cuts fp32 to bf16 where the hardware rounds: what it says of bf16 does not hold there.
     allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
     for x in tensors:
         if x.dtype not in allowed:

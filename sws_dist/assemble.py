@@ -35,7 +35,7 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
                 raise PermissionError(f"output {output}: no permission to write there")
             if resume is None and checkpoint.find(output / "checkpoints"):
                 raise ConfigError(
-                    f"output {output}: already holds a run; go on with --resume auto, or choose another --set output=DIR"
+                    f"output {output}: already holds a run; go on with --resume auto, or --set output=ANOTHER"
                 )
     return output
 
@@ -63,7 +63,7 @@ def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
     return comm.from_main(found)
 
 
-def models(config: RunConfig, classes: Sequence[str]) -> tuple[nn.Module, Teacher | None]:
+def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | None]:
     """The student with its initial weights, and the teacher if there is one.
 
     Raises:
@@ -86,7 +86,7 @@ def models(config: RunConfig, classes: Sequence[str]) -> tuple[nn.Module, Teache
     return model, teacher
 
 
-def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+def build_model(config: RunConfig, num_classes: int) -> Any:
     """The configured model with random weights."""
     kwargs: dict[str, Any] = {"num_classes": num_classes, **config.model.kwargs}
     if config.model.name.startswith("sws_"):

@@ -117,6 +117,15 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def gather_to_main(value: Any) -> list[Any] | None:
+    """Every rank's value in rank order, on rank 0; None elsewhere."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of ``values`` over all ranks; ``values`` stays as it was."""
     total = values.clone()

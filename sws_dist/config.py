@@ -34,11 +34,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class ModelConfig:
     name: str
     """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``."""
-    depth: int | None = Field(None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
     """Layers of a descendant (``sws_des_*``)."""
     schedule: tuple[int, ...] | None = None
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Stochastic depth at the last position, growing linearly from 0 at the first."""
     grad_checkpointing: bool = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
@@ -56,15 +56,15 @@ class DataConfig:
     """Folder with ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``."""
     train_split: str = "train"
     val_split: str = "val"
-    image_size: int = Field(224, ge=8)
+    image_size: int = Field(default=224, ge=8)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    crop_pct: float = Field(0.875, gt=0, le=1)
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
     """Evaluation: the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    num_threads: int = Field(4, ge=1)
+    num_threads: int = Field(default=4, ge=1)
     """DALI threads of one rank."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(default=2, ge=1)
     """Batches that DALI prepares ahead."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
@@ -74,8 +74,8 @@ class DataConfig:
 class AffineConfig:
     """Random affine map of every image (torchvision's RandomAffine)."""
 
-    degrees: float = Field(0.0, ge=0)
-    translate: float = Field(0.0, ge=0, lt=1)
+    degrees: float = Field(default=0.0, ge=0)
+    translate: float = Field(default=0.0, ge=0, lt=1)
     """Largest shift, as a share of the image's side."""
     scale: tuple[float, float] = (1.0, 1.0)
     fill: tuple[int, int, int] = (0, 0, 0)
@@ -88,17 +88,17 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = Field(0.5, ge=0, le=1)
+    hflip: float = Field(default=0.5, ge=0, le=1)
     affine: AffineConfig | None = None
     auto_augment: str | None = None
     """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
-    re_prob: float = Field(0.0, ge=0, le=1)
+    re_prob: float = Field(default=0.0, ge=0, le=1)
     re_mode: Literal["pixel"] = "pixel"
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    mixup_switch_prob: float = Field(0.5, ge=0, le=1)
-    smoothing: float = Field(0.0, ge=0, lt=1)
-    num_repeats: int = Field(1, ge=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    num_repeats: int = Field(default=1, ge=1)
     """Repeated augmentation: how often an image appears in a row, each time drawn anew."""
 
 
@@ -109,9 +109,9 @@ class DistillConfig:
     teacher_weights: str | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
     kind: Literal["soft", "hard"] = "soft"
-    alpha: float = Field(1.0, ge=0, le=1)
+    alpha: float = Field(default=1.0, ge=0, le=1)
     """Weight of the teacher's term; 1 - alpha weighs the labels'."""
-    tau: float = Field(1.0, gt=0)
+    tau: float = Field(default=1.0, gt=0)
     """Temperature of the soft targets."""
     reduction: Literal["batchmean", "elements"] = "batchmean"
     """``elements`` also divides by the number of classes, as the paper's released code does."""
@@ -121,44 +121,44 @@ class DistillConfig:
 class OptimConfig:
     name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
     """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
     lr_batch: int | None = 512
     """``lr`` is meant for this global batch and scales with it linearly; null: take ``lr`` as it is."""
-    min_lr: float = Field(1e-5, ge=0)
-    warmup_lr: float = Field(1e-6, ge=0)
-    warmup_epochs: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
+    min_lr: float = Field(default=1e-5, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    ema_decay: float | None = Field(None, gt=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null: none is kept."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
-    epochs: int = Field(100, ge=1)
-    global_batch: int = Field(512, ge=1)
+    epochs: int = Field(default=100, ge=1)
+    global_batch: int = Field(default=512, ge=1)
     """Images in one optimizer step, over all ranks and accumulation steps."""
-    seed: int = Field(0, ge=0)
-    max_steps: int | None = Field(None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop (and save) after this many steps, leaving the schedule as it is: for trials and tests."""
-    eval_batch: int = Field(128, ge=1)
+    eval_batch: int = Field(default=128, ge=1)
     """Images in one evaluation batch of one rank."""
-    eval_every: int = Field(1, ge=1)
+    eval_every: int = Field(default=1, ge=1)
     """Epochs between evaluations (the last epoch is always evaluated)."""
     eval_at_start: bool = False
     """Evaluate before the first step too: what an expanded descendant knows untrained."""
-    log_every: int = Field(50, ge=1)
+    log_every: int = Field(default=50, ge=1)
     """Steps between two lines of the log."""
-    timeout_s: int = Field(1800, ge=1)
+    timeout_s: int = Field(default=1800, ge=1)
     """How long a collective may take before the run is stopped."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointConfig:
-    every: int = Field(1, ge=1)
+    every: int = Field(default=1, ge=1)
     """Epochs between checkpoints (the last epoch is always saved)."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     keep_best: bool = True
     """Keep the checkpoint with the best validation top-1 as well."""
 
@@ -210,7 +210,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    return plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+    return plain(dataclasses.asdict(config))
 
 
 def to_yaml(config: RunConfig) -> str:

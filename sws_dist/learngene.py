@@ -27,15 +27,21 @@ def describe(model: SWSVisionTransformer, kind: str, **fields: Any) -> ModelInfo
     return ModelInfo(kind=kind, name="sws_vit", kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
 
 
+def read_info(path: str | Path) -> ModelInfo:
+    """A learngene's metadata. Raises ``ValueError`` for any other file."""
+    info = model_file.read_info(path)
+    if info.kind != "learngene":
+        raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
+    return info
+
+
 def load(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
     """A learngene's metadata and tensors.
 
     Raises:
         ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
     """
-    info, weights = model_file.load(path)
-    if info.kind != "learngene":
-        raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
+    info, weights = read_info(path), model_file.load_tensors(path)
     stages = {int(match[1]) for name in weights if (match := BLOCK.match(name))}
     schedule = info.kwargs["schedule"]
     if stages != set(range(len(schedule))):

@@ -66,7 +66,7 @@ class Recorder:
             return
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
         for summary in hparams(plain, result):
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
         for name, value in result.items():
             self.writer.add_scalar(name, value)
 

@@ -40,7 +40,7 @@ class ModelInfo:
     classes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, **overrides: Any) -> nn.Module:
+    def build(self, **overrides: Any) -> Any:
         """The model, with random weights."""
         return create_model(self.name, **(self.kwargs | {"num_classes": self.num_classes} | overrides))
 
@@ -53,6 +53,12 @@ def save(path: str | Path, info: ModelInfo, weights: Mapping[str, Tensor]) -> Pa
         return write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
     except SafetensorError as error:  # safetensors wraps "no space left on device" in its own error
         raise OSError(f"cannot write {path}: {error}") from None
+
+
+def is_described(path: str | Path) -> bool:
+    """Whether a safetensors file says which model it is of. Raises ``ValueError`` if it is none."""
+    with _open(path) as file:
+        return "sws_dist" in (file.metadata() or {})
 
 
 def read_info(path: str | Path) -> ModelInfo:

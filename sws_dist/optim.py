@@ -12,8 +12,10 @@ from sws_dist.config import OptimConfig
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decayed and undecayed parameters; biases, norms and what the model names (position embedding) do not decay."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    decay, no_decay = [], []
+    named = getattr(model, "no_weight_decay", None)
+    exempt = named() if callable(named) else set()
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (no_decay if parameter.ndim <= 1 or name in exempt else decay).append(parameter)

@@ -126,7 +126,8 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[pipeline.Batch]) -> tuple[LossParts, float]:
         """One optimizer step; the losses' means over this rank's micro-batches, and the seconds without data."""
-        waited, parts = 0.0, []
+        waited = 0.0
+        parts: list[LossParts] = []
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.schedule(self.step)
         for _ in range(self.engine.gradient_accumulation_steps()):
@@ -233,7 +234,9 @@ class Trainer:
             "epochs": self.config.train.epochs,
             "steps": self.total_steps,
             "images": images,
+            "validation_images": len(self.val_set),
             "seconds": self._elapsed(),
+            "core_seconds": round(self._elapsed() * self.world.size, 3),
             "flops_forward": self.flops.student,
             "flops_teacher": self.flops.teacher,
             "flops": images * (TRAIN_FACTOR * self.flops.student + self.flops.teacher),
@@ -316,9 +319,10 @@ class Trainer:
         layout = checkpoint.describe_layout(self.engine, self.world)
         self.recorder.say(
             f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
-            f"{len(self.train_set)} training images, {len(self.val_set)} validation images, "
-            f"{len(self.train_set.classes)} classes; {start}{self.total_steps} steps of {self.config.train.global_batch} images\n"
-            f"{layout['world_size']} rank(s), ZeRO-{layout['zero_stage']}, {layout['precision']}, {self.world.device.type}"
+            f"{len(self.train_set)} training and {len(self.val_set)} validation images in "
+            f"{len(self.train_set.classes)} classes\n"
+            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images on {layout['world_size']} rank(s), "
+            f"{self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
         )
 
     def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:

@@ -9,6 +9,7 @@ scikit-learn, so nothing is downloaded. Every fifth image of a class is for vali
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,18 @@ SIZE = 32
 
 
 def write(root: str | Path) -> None:
-    """Write ``<root>/train/<digit>/*.jpg`` and ``<root>/val/<digit>/*.jpg``, SIZE x SIZE pixels each."""
+    """Write ``<root>/train/<digit>/*.jpg`` and ``<root>/val/<digit>/*.jpg``, SIZE x SIZE pixels each.
+
+    The folder appears whole or not at all; one that is there already is left as it is.
+    """
     from sklearn.datasets import load_digits
 
+    final = Path(root)
+    if final.exists():
+        return
     digits = load_digits()
-    root = Path(root)
+    root = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(root, ignore_errors=True)
     seen = [0] * 10
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "val" if seen[label] % 5 == 4 else "train"
@@ -31,6 +39,7 @@ def write(root: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         small.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg", quality=95)
+    root.rename(final)
 
 
 def main() -> None:

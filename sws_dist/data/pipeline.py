@@ -184,11 +184,11 @@ def _bind(graph: Any, config: DataConfig, device: torch.device, **arguments: Any
 @pipeline_def(enable_conditionals=True)
 def _train_graph(source: Any, config: DataConfig, decoder: str, recipe: Recipe) -> Any:
     num_layers = recipe.rand_augment.num_layers if recipe.rand_augment else 0
-    has_affine = recipe.config.affine is not None
+    affine = recipe.config.affine
     path, start, shape, flip, *rest = fn.external_source(
-        source=source, num_outputs=4 + has_affine + 3 * num_layers, batch=True
+        source=source, num_outputs=4 + (affine is not None) + 3 * num_layers, batch=True
     )
-    fill = tuple(round(255 * channel) for channel in config.mean)
+    red, green, blue = (round(255 * channel) for channel in config.mean)
     size = config.image_size
     images = fn.decoders.image_slice(
         fn.io.file.read(path),
@@ -202,11 +202,11 @@ def _train_graph(source: Any, config: DataConfig, decoder: str, recipe: Recipe) 
     )
     images = fn.resize(images, size=[size, size], interp_type=_INTERPOLATION[config.interpolation], **_RESIZE)
     images = fn.flip(images, horizontal=flip)
-    if has_affine:
-        images = warp(images, rest.pop(0), fill=recipe.config.affine.fill)
+    if affine is not None:
+        images = warp(images, rest.pop(0), fill=affine.fill)
     for _ in range(num_layers):
         operator, strength, matrix, *rest = rest
-        images = apply_layer(images, operator, strength, matrix, fill=fill)
+        images = apply_layer(images, operator, strength, matrix, fill=(red, green, blue))
     return _normalise(images, config)
 
 

@@ -18,7 +18,7 @@ import timm
 from timm.layers import LayerNorm, calculate_drop_path_rates, drop_path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
 
@@ -126,7 +126,22 @@ def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return "vit_base_patch16_224", arguments | {"depth": len(schedule), "fc_norm": False}
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def timm_call(geometry: dict[str, Any], num_classes: int) -> str:
+    """``timm_arguments`` as a line of Python for a reader to copy."""
+    name, arguments = timm_arguments(geometry | {"num_classes": num_classes})
+    if arguments.pop("norm_layer", None):
+        arguments["norm_layer"] = _Source(f"partial(torch.nn.LayerNorm, eps={geometry['norm_eps']})")
+    return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+
+
+class _Source(str):
+    """Python source, printed as it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def create_model(name: str, **kwargs: Any) -> Any:
     """``timm.create_model`` without pretrained weights: nothing is fetched from a hub.
 
     Raises:

@@ -1,4 +1,4 @@
-"""add_layer_norm against PyTorch on small shapes: in Triton's interpreter, or on the GPU where there is one."""
+"""add_layer_norm against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
 
 import importlib
 
@@ -76,6 +76,16 @@ def test_large_mean_keeps_its_variance():
     inputs = make_inputs((1, 4, 192), torch.float32, DEVICE)
     inputs["residual"] += 1000
     check_accuracy(inputs)
+
+
+def test_normalises_the_stream_as_stored():
+    """fp16 near 100 rounds by 1/32: LayerNorm must see it, or the backward is of another function."""
+    inputs = make_inputs((1, 4, 192), torch.float16, DEVICE)
+    inputs["residual"] += 100
+    results = {name: value.double() for name, value in run(inputs, "triton").items()}
+    gamma, beta = inputs["gamma"].double(), inputs["beta"].double()
+    wanted = torch.nn.functional.layer_norm(results["new_residual"], (192,), gamma, beta, EPS)
+    torch.testing.assert_close(results["normed"], wanted, rtol=1e-3, atol=1e-3)  # fp16 rounds by 5e-4
 
 
 def test_empty_batch():

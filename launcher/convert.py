@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Convert learngenes and checkpoints: from the paper's released code, and to plain timm.
+
+examples:
+  # the released code's auxiliary model; the file says neither its repeats nor its heads
+  python launcher/convert.py --released aux.pth --schedule 3,3,4,3,3 --heads 6 --out learngene.safetensors
+
+  # a learngene as the plain, unrolled timm ViT that computes what the auxiliary model computed
+  python launcher/convert.py --learngene learngene.safetensors --out model.safetensors
+
+  # a training checkpoint of any ZeRO stage: a descendant's weights for timm, an auxiliary model's learngene
+  python launcher/convert.py --checkpoint runs/des12/checkpoints/step-00000880 --out model.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+from sws_dist import cli
+from sws_dist.model_file import ModelInfo
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--released", type=Path, help="a checkpoint of the paper's released code")
+    source.add_argument("--learngene", type=Path, help="a learngene: unrolled into a plain timm ViT")
+    source.add_argument("--checkpoint", type=Path, help="a training checkpoint's folder (.../checkpoints/step-N)")
+    parser.add_argument("--schedule", help="with --released: repeats of each stage, for example 3,3,4,3,3")
+    parser.add_argument("--heads", type=int, help="with --released: attention heads")
+    parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    args = parser.parse_args()
+    if args.released:
+        released(args)
+    elif args.learngene:
+        unroll(args)
+    else:
+        checkpoint(args)
+
+
+def released(args: argparse.Namespace) -> None:
+    from sws_dist import learngene, model_file
+
+    if not args.schedule or not args.heads:
+        raise ValueError("--released needs --schedule (for example 3,3,4,3,3) and --heads: the file does not say them")
+    try:
+        schedule = tuple(int(part) for part in args.schedule.split(","))
+    except ValueError:
+        raise ValueError(f"--schedule {args.schedule!r}: expected numbers such as 3,3,4,3,3") from None
+    info, weights = learngene.from_released(model_file.load_foreign(args.released), schedule, args.heads)
+    model_file.save(args.out, info, weights)
+    cli.say(f"{args.out}: a learngene of {len(schedule)} stages, schedule {args.schedule}, {args.heads} heads")
+
+
+def unroll(args: argparse.Namespace) -> None:
+    from sws_dist import expansion, learngene, model_file
+
+    info, weights = learngene.load(args.learngene)
+    schedule = info.kwargs["schedule"]
+    layers = expansion.plan(schedule, sum(schedule))
+    described, unrolled = expansion.expand(info, weights, layers)
+    model_file.save(args.out, described, unrolled)
+    tell_timm(args.out, described)
+
+
+def checkpoint(args: argparse.Namespace) -> None:
+    from sws_dist import model_file
+    from sws_dist.checkpoint import read_state
+
+    read_state(args.checkpoint)  # whole?
+    name = "model_ema.safetensors" if args.ema else "model.safetensors"
+    if not (args.checkpoint / name).is_file():
+        raise ValueError(f"{args.checkpoint}: holds no {name}; the run kept no moving average (optim.ema_decay)")
+    info, weights = model_file.load(args.checkpoint / name)
+    model_file.save(args.out, info, weights)
+    if info.kind == "learngene":
+        cli.say(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; expand it with launcher/expand.py")
+    else:
+        tell_timm(args.out, info)
+
+
+def tell_timm(path: Path, info: ModelInfo) -> None:
+    """Print the line that builds the plain timm model for the file."""
+    from sws_dist.models.vit import timm_call
+
+    if info.name == "sws_vit":
+        call = timm_call(info.kwargs, info.num_classes)
+    else:
+        arguments = "".join(
+            f", {key}={value!r}" for key, value in (info.kwargs | {"num_classes": info.num_classes}).items()
+        )
+        call = f"timm.create_model({info.name!r}{arguments})"
+    cli.say(f"{path}: weights under timm's names; build the model with\n  {call}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

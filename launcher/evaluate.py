@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Score a model on a folder of images (<class>/<image>, each image counted once).
+
+examples:
+  # a file that this trainer wrote knows its model and its pixels
+  python launcher/evaluate.py --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val
+
+  # any timm model with local weights
+  python launcher/evaluate.py --model resnet50 --checkpoint resnet50.safetensors --data /data/imagenet/val
+
+  # on the GPUs of this machine, with every image's logits kept
+  deepspeed launcher/evaluate.py --checkpoint model.safetensors --data /data/imagenet/val --predictions p.npz
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sws_dist import cli
+from sws_dist.config import DataConfig
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights: .safetensors or a PyTorch file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's, or the model's own)")
+    parser.add_argument("--crop-pct", type=float, help="share of the resized image that is cropped")
+    parser.add_argument("--batch", type=int, default=128, help="images at a time on one rank (default 128)")
+    parser.add_argument("--num-threads", type=int, default=4, help="DALI threads of one rank (default 4)")
+    parser.add_argument("--json", type=Path, help="write the scores here")
+    parser.add_argument("--predictions", type=Path, help="write path, label and logits of every image here (.npz)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    import torch
+
+    from sws_dist import comm, files
+    from sws_dist.data import manifest, pipeline, sampler
+    from sws_dist.evaluate import Predictions
+    from sws_dist.evaluate import evaluate as score
+
+    world = comm.init(timeout_s=1800)
+    with comm.together("load the model and list the images"):
+        model, data, classes = load_model(args)
+        images = manifest.scan(args.data.parent, args.data.name, classes or None)
+        num_classes = getattr(model, "num_classes", None)
+        if num_classes is not None and len(images.classes) > num_classes:
+            raise ValueError(f"{args.data} has {len(images.classes)} classes, {args.checkpoint} knows {num_classes}")
+    model.to(world.device).eval()
+    batches = sampler.eval_batches(len(images), world.rank, world.size, args.batch)
+    loader = pipeline.eval_loader(images, batches, data, world.device)
+    predictions: list[Predictions] | None = [] if args.predictions else None
+    scores = score(model, loader, torch.float32, predictions)
+    cli.say(
+        f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  "
+        f"loss {scores.loss:.4f}  over {scores.images} images"
+    )
+    gathered = comm.gather_to_main(predictions) if predictions is not None else None
+    with comm.together("write the results"):
+        if world.is_main and args.json:
+            files.write_json(args.json, {"checkpoint": str(args.checkpoint), **dataclasses.asdict(scores)})
+        if gathered is not None:
+            write_predictions(args.predictions, [p for rank in gathered for p in rank], images)
+    comm.close()
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
+    """The model with its weights, how it wants its pixels, and its classes' names if it knows them."""
+    from sws_dist import model_file
+    from sws_dist.models import create_model
+
+    described = args.checkpoint.suffix == ".safetensors" and model_file.is_described(args.checkpoint)
+    classes: list[str] = []
+    if described:
+        info, weights = model_file.load(args.checkpoint)
+        model, pixels, classes = info.build(), dict(info.pixels), info.classes
+        if args.model is not None:
+            model = create_model(args.model, **(info.kwargs | {"num_classes": info.num_classes}))
+    elif args.model is None:
+        raise ValueError(f"{args.checkpoint} does not say which model it is of; give --model NAME")
+    else:
+        weights = model_file.load_foreign(args.checkpoint)
+        model = create_model(args.model)
+        cfg = model.pretrained_cfg
+        pixels = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+        pixels["image_size"] = cfg["input_size"][-1]
+    model_file.load_into(model, weights, args.checkpoint)
+    if args.image_size:
+        pixels["image_size"] = args.image_size
+    if args.crop_pct:
+        pixels["crop_pct"] = args.crop_pct
+    pixels |= {key: tuple(pixels[key]) for key in ("mean", "std")}
+    data = DataConfig(root=str(args.data.parent), num_threads=args.num_threads, **pixels)
+    return model, data, classes
+
+
+def write_predictions(path: Path, predictions: list[Any], images: Any) -> None:
+    """Arrays ``path``, ``label``, ``logits``: one row an image, in the manifest's order."""
+    import numpy as np
+
+    from sws_dist import files
+
+    indices = np.concatenate([p.indices for p in predictions])
+    logits = np.concatenate([p.logits for p in predictions])
+    order = np.argsort(indices)
+    rows = indices[order]
+    arrays = {"path": np.array([images.paths[i] for i in rows]), "label": images.labels[rows], "logits": logits[order]}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    files.write_whole(path, write)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Expand a learngene into a descendant of any depth, ready to be fine-tuned.
+
+examples:
+  # 12 layers, each stage's layer copied evenly
+  python launcher/expand.py --learngene runs/auxiliary/learngene.safetensors --depth 12 --out des12.safetensors
+
+  # other labels and another image size: a fresh head, a resampled position embedding
+  python launcher/expand.py --learngene learngene.safetensors --depth 8 --num-classes 37 --image-size 288 \\
+      --out pets8.safetensors
+
+  # an explicit plan: which stage each layer is copied from
+  python launcher/expand.py --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
+
+Fine-tune the result with
+  launcher/train.py --set model.initial_checkpoint=des12.safetensors --set model.depth=12
+"""
+
+import warnings
+from pathlib import Path
+
+from sws_dist import cli
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
+    parser.add_argument("--depth", type=int, required=True, help="the descendant's layers")
+    parser.add_argument(
+        "--plan", default="even", help="even (default), proportional, or the stage of each layer: 0,0,1,2,..."
+    )
+    parser.add_argument("--num-classes", type=int, help="another count than the learngene's gives a fresh head")
+    parser.add_argument("--image-size", type=int, help="another size resamples the position embedding")
+    parser.add_argument("--seed", type=int, default=0, help="of a fresh head (default 0)")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    args = parser.parse_args()
+
+    from sws_dist import expansion, learngene, model_file
+
+    kind = expansion.parse_plan(args.plan)
+    schedule = learngene.read_info(args.learngene).kwargs["schedule"]
+    layers = expansion.plan(schedule, args.depth, kind)  # checked before any tensor is read
+    info, weights = learngene.load(args.learngene)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        described, descendant = expansion.expand(
+            info, weights, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
+        )
+    for warning in caught:
+        cli.say(f"warning: {warning.message}")
+    if described.provenance["fresh_head"]:
+        cli.say(f"the head is new: {described.num_classes} classes, the learngene knows {info.num_classes}")
+    model_file.save(args.out, described, descendant)
+    count = sum(tensor.numel() for tensor in descendant.values())
+    stored = sum(tensor.numel() for tensor in weights.values())
+    cli.say(
+        f"{args.out}: {args.depth} layers from stages {','.join(map(str, layers))}; "
+        f"{count / 1e6:.2f} M parameters from a learngene of {stored / 1e6:.2f} M"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,171 @@
+#!/usr/bin/env python
+"""Write report.md and curves.png from the quickstart's runs, as they came out.
+
+examples:
+  python launcher/report.py --runs runs/quickstart
+  python launcher/report.py --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results
+"""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from sws_dist import cli, files
+
+Metrics = dict[str, Any]
+KINDS = ("tuned", "scratch", "scratch_full")
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the first of --runs)")
+    args = parser.parse_args()
+    seeds = [read(folder) for folder in args.runs]
+    out = args.out or args.runs[0]
+    curves(seeds, out / "curves.png")
+    files.write_text(out / "report.md", report(seeds))
+    cli.say((out / "report.md").read_text())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """One seed's metrics: ``teacher``, ``auxiliary``, and ``depths``: depth -> kind -> metrics."""
+
+    def metrics(run: Path) -> Metrics:
+        path = run / "metrics.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: not there; this run has not finished")
+        return json.loads(path.read_text())
+
+    found = sorted(folder.glob("depth*"), key=lambda p: int(p.name.removeprefix("depth")))
+    if not found:
+        raise ValueError(f"{folder}: holds no depth*/ folders; run launcher/quickstart.py first")
+    depths = {int(p.name.removeprefix("depth")): {kind: metrics(p / kind) for kind in KINDS} for p in found}
+    return {"teacher": metrics(folder / "teacher"), "auxiliary": metrics(folder / "auxiliary"), "depths": depths}
+
+
+def top1(run: Metrics, epoch: int) -> float:
+    """Validation top-1 in percent after that epoch."""
+    return next(100 * point["val/top1"] for point in run["history"] if point["epoch"] == epoch)
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Mean, and the smallest and largest where they differ."""
+    text = f"{mean(values):.1f}{unit}"
+    return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
+
+
+def report(seeds: list[dict[str, Any]]) -> str:
+    first = seeds[0]
+    one = next(iter(first["depths"].values()))
+    short, full = one["tuned"]["epochs"], one["scratch_full"]["epochs"]
+    teacher, auxiliary = first["teacher"], first["auxiliary"]
+    lines = [
+        "# Quickstart: a family of vision transformers from one learngene",
+        "",
+        f"{len(seeds)} seed(s); mean (smallest-largest) where there are several. Validation top-1 in percent over "
+        f"{_images(first)} images of handwritten digits; {teacher['hardware']} a rank.",
+        "",
+        f"Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %. Auxiliary: "
+        f"{auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, {auxiliary['epochs']} "
+        f"epochs: {spread([100 * s['auxiliary']['top1'] for s in seeds])} %.",
+        "",
+        f"| depth | parameters | expanded, untrained | after 1 epoch | after {short} epochs "
+        f"| scratch, 1 epoch | scratch, {short} epochs | scratch, {full} epochs |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for depth in first["depths"]:
+        runs = {kind: [s["depths"][depth][kind] for s in seeds] for kind in KINDS}
+        cells = [
+            str(depth),
+            f"{runs['tuned'][0]['parameters'] / 1e6:.2f} M",
+            *(spread([top1(r, epoch) for r in runs["tuned"]]) for epoch in (0, 1, short)),
+            *(spread([top1(r, epoch) for r in runs["scratch"]]) for epoch in (1, short)),
+            spread([top1(r, full) for r in runs["scratch_full"]]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## What the family cost", "", *_costs(seeds), ""]
+    lines += ["![curves](curves.png)", "", "Each run's folder holds its resolved configs, `log.jsonl` and weights;"]
+    lines += ["every curve: `tensorboard --logdir <this folder>`.", ""]
+    return "\n".join(lines)
+
+
+def _images(seed: dict[str, Any]) -> int:
+    return int(seed["auxiliary"]["validation_images"])
+
+
+def _costs(seeds: list[dict[str, Any]]) -> list[str]:
+    """The whole family by learngene and from scratch: seconds, floating-point operations, parameters."""
+
+    def total(kind: str, key: str) -> float:
+        return mean(sum(runs[kind][key] for runs in s["depths"].values()) for s in seeds)
+
+    def single(run: str, key: str) -> float:
+        return mean(s[run][key] for s in seeds)
+
+    class Row(NamedTuple):
+        family: str
+        seconds: float
+        flops: float
+        stored: float
+
+    def row(family: str, once: tuple[str, ...], each: str) -> Row:
+        seconds, flops = (sum(single(run, key) for run in once) + total(each, key) for key in ("core_seconds", "flops"))
+        return Row(family, seconds, flops, single("auxiliary", "parameters") if once else total(each, "parameters"))
+
+    scratch = row("from scratch, full budget", (), "scratch_full")
+    rows = [
+        row("by learngene", ("auxiliary",), "tuned"),
+        row("by learngene, teacher included", ("teacher", "auxiliary"), "tuned"),
+        scratch,
+    ]
+    return [
+        "| family | core-seconds | PFLOP | parameters stored | scratch costs x FLOPs | scratch stores x parameters |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(
+            f"| {r.family} | {r.seconds:.0f} | {r.flops / 1e15:.3f} | {r.stored / 1e6:.2f} M "
+            f"| {scratch.flops / r.flops:.1f} | {scratch.stored / r.stored:.1f} |"
+            for r in rows
+        ),
+        "",
+        "Core-seconds: a run's wall time, evaluation and saving included, times its ranks.",
+    ]
+
+
+def curves(seeds: list[dict[str, Any]], path: Path) -> None:
+    """A panel a depth: validation top-1 over epochs, expanded against scratch, every seed a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = {
+        "tuned": ("tab:blue", "expanded from the learngene"),
+        "scratch": ("tab:orange", "from scratch, same recipe"),
+        "scratch_full": ("tab:gray", "from scratch, the auxiliary's budget"),
+    }
+    depths = list(seeds[0]["depths"])
+    figure, panels = plt.subplots(1, len(depths), figsize=(3.4 * len(depths), 3.4), sharey=True, layout="constrained")
+    for panel, depth in zip(panels, depths, strict=True):
+        for kind, (colour, label) in looks.items():
+            for number, seed in enumerate(seeds):
+                history = seed["depths"][depth][kind]["history"]
+                panel.plot(
+                    [point["epoch"] for point in history],
+                    [100 * point["val/top1"] for point in history],
+                    color=colour,
+                    marker="o",
+                    markersize=3,
+                    label=label if number == 0 else None,
+                )
+        panel.set(title=f"{depth} layers", xlabel="epochs of its own training")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("validation top-1 (%)")
+    panels[0].legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    cli.run(main)
