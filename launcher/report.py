@@ -67,9 +67,9 @@ def report(seeds: list[dict[str, Any]]) -> str:
         f"{len(seeds)} seed(s); mean (smallest-largest) where there are several. Validation top-1 in percent over "
         f"{_images(first)} images of handwritten digits; {teacher['hardware']} a rank.",
         "",
-        f"Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %. Auxiliary: "
-        f"{auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, {auxiliary['epochs']} "
-        f"epochs: {spread([100 * s['auxiliary']['top1'] for s in seeds])} %.",
+        f"Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %.",
+        f"Auxiliary model: {auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, "
+        f"{auxiliary['epochs']} epochs, {spread([100 * s['auxiliary']['top1'] for s in seeds])} %.",
         "",
         f"| depth | parameters | expanded, untrained | after 1 epoch | after {short} epochs "
         f"| scratch, 1 epoch | scratch, {short} epochs | scratch, {full} epochs |",

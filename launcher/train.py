@@ -50,9 +50,11 @@ def main() -> None:
     if args.resume and (done := Path(run.output) / "metrics.json").is_file():
         cli.say(f"{done} exists: this run is done")
         return
-    from sws_dist.trainer import Trainer  # torch and DeepSpeed take seconds to import; a wrong key should not wait
+    from sws_dist import comm  # torch and DeepSpeed take seconds to import; a wrong key should not wait
+    from sws_dist.trainer import Trainer
 
     Trainer(run, args.deepspeed_config, args.resume).run()
+    comm.close()
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def save(
     with comm.together("write a checkpoint"):
         if ema is not None:
             save_file({k: v.cpu() for k, v in ema.state().items()}, partial / _ema_name(world.rank))
+    with comm.together("flush a checkpoint to the disk"):
         if world.local_rank == 0:
             for file in partial.rglob("*"):
                 sync(file)

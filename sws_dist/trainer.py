@@ -93,7 +93,6 @@ class Trainer:
             self._fit()
         finally:
             self.recorder.close()
-        comm.close()
 
     def _fit(self) -> None:
         if self.step == 0 and self.config.train.eval_at_start:
@@ -321,7 +320,7 @@ class Trainer:
             f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
             f"{len(self.train_set)} training and {len(self.val_set)} validation images in "
             f"{len(self.train_set.classes)} classes\n"
-            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images on {layout['world_size']} rank(s), "
+            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, {layout['world_size']} rank(s), "
             f"{self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
         )
 

@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+# DALI's package is named after the CUDA version; it also runs without a GPU. For CUDA 12: make DALI=dali-cuda12 ...
+DALI ?= dali
+
+.DEFAULT_GOAL := help
+.PHONY: quickstart test test-gpu lint bench docs clean help
+
+$(VENV)/ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
+	touch $@
+
+quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
+	$(BIN)/python launcher/quickstart.py
+
+test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/ready  ## The tests that need a GPU
+	$(BIN)/python -m pytest tests/gpu tests/kernels
+
+lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready  ## Measure the kernels against their alternatives (needs a GPU)
+	$(BIN)/python benchmarks/kernels.py
+
+docs: $(VENV)/ready  ## Rewrite the pages that are made from the code
+	$(BIN)/python docs/make.py
+
+clean:  ## Remove caches; runs/, data/ and the virtual environment stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

@@ -1,0 +1,36 @@
+"""For all tests: Triton's interpreter where there is no GPU, and real images for every test that trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+from sws_dist.data import digits
+
+
+@pytest.fixture(scope="session")
+def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All digits: 1,442 training and 355 validation images."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    digits.write(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 training and 33 validation images of ten classes: an epoch is 5 steps of 16."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    for split, count in (("train", 80), ("val", 33)):
+        files = [sorted((digits_root / split / str(c)).glob("*.jpg")) for c in range(10)]
+        for index in range(count):
+            file = files[index % 10][index // 10]
+            (root / split / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, root / split / file.parent.name)
+    return root

@@ -1,0 +1,110 @@
+"""Stopped and resumed equals never stopped, bit for bit; checkpoints are whole or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import Job, losses, train, train_all
+
+STAGES = (0, 1, 2, 3)
+RUN = """
+output: unused
+model: {name: sws_vit, schedule: [2, 2], drop_path: 0.2, kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
+data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
+augment: {re_prob: 0.5, mixup: 0.8, num_repeats: 3}
+optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}
+train: {epochs: 2, global_batch: 16, log_every: 1, eval_every: 2}
+checkpoint: {keep_last: 2}
+"""
+
+
+def ds(stage: int) -> dict[str, object]:
+    return {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
+    """For every stage a run of 10 steps, and one that is stopped after 4 and after 7."""
+    folder = tmp_path_factory.mktemp("resume")
+    file = folder / "run.yaml"
+    file.write_text(RUN.replace("ROOT", str(few_digits)))
+    jobs = []
+    for stage in STAGES:
+        jobs.append(Job(file, folder / f"whole{stage}", ds(stage)))
+        for steps in (4, 7):
+            jobs.append(Job(file, folder / f"parts{stage}", ds(stage), {"train.max_steps": steps}, resume="auto"))
+        jobs.append(Job(file, folder / f"parts{stage}", ds(stage), resume="auto"))
+    train_all(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["learngene", "learngene_ema"])
+def test_weights_are_those_of_the_undisturbed_run(folder: Path, stage: int, name: str) -> None:
+    whole = load_file(folder / f"whole{stage}" / f"{name}.safetensors")
+    parts = load_file(folder / f"parts{stage}" / f"{name}.safetensors")
+    different = [key for key in whole if not torch.equal(whole[key], parts[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_step_is_taken_once(folder: Path, stage: int) -> None:
+    assert losses(folder / f"parts{stage}") == losses(folder / f"whole{stage}")
+    history = [json.loads((folder / f"{run}{stage}" / "metrics.json").read_text())["history"] for run in ("whole", "parts")]
+    assert [point["val/top1"] for point in history[0]] == [point["val/top1"] for point in history[1]]
+
+
+def test_old_checkpoints_are_pruned(folder: Path) -> None:
+    kept = sorted(path.name for path in (folder / "parts2" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000007", "step-00000010"]
+    assert (folder / "parts2" / "checkpoints" / "latest").read_text() == "step-00000010"
+
+
+def refused(job: Job, ranks: int = 1) -> str:
+    """Start a run that has to end at once; its one message."""
+    done = train(job, ranks=ranks)
+    assert done.returncode != 0
+    messages = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, done.stdout[-4000:]
+    assert "Traceback" not in done.stdout
+    return messages[0]
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder / "parts2", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    return tmp_path / "run"
+
+
+def test_a_cut_checkpoint_is_refused(folder: Path, damaged: Path) -> None:
+    file = next((damaged / "checkpoints" / "step-00000010").glob("*optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refused(Job(folder / "run.yaml", damaged, ds(2), resume="auto"), ranks=2)
+    assert file.name in message
+    assert "damaged" in message
+
+
+def test_another_world_size_or_stage_is_refused(folder: Path, damaged: Path) -> None:
+    message = refused(Job(folder / "run.yaml", damaged, ds(2), resume="auto"), ranks=1)
+    assert "world_size 2" in message
+    message = refused(Job(folder / "run.yaml", damaged, ds(3), resume="auto"), ranks=2)
+    assert "zero_stage 2" in message
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, damaged: Path) -> None:
+    before = sorted(path.name for path in damaged.rglob("*"))
+    assert "--resume auto" in refused(Job(folder / "run.yaml", damaged, ds(2)), ranks=2)
+    assert sorted(path.name for path in damaged.rglob("*")) == before
+
+
+def test_a_finished_run_does_not_start_again(folder: Path) -> None:
+    done = train(Job(folder / "run.yaml", folder / "whole2", ds(2), resume="auto"), ranks=2)
+    assert done.returncode == 0
+    assert "this run is done" in done.stdout

@@ -1,0 +1,152 @@
+"""The whole road as a user walks it: every step a command, on real JPEG files, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sws_dist import config, learngene, model_file
+from sws_dist.models.vit import timm_arguments
+from tests.launching import REPOSITORY, Job, log, train
+
+CONFIGS = REPOSITORY / "configs" / "runs" / "quickstart"
+SMALL = {"train.epochs": 2, "train.eval_every": 1, "train.log_every": 4, "checkpoint.every": 1}
+ZERO2, ZERO3 = ({"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}} for stage in (2, 3))
+
+
+def run_script(*arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path:
+    """Teacher, auxiliary model (ZeRO-2), two descendants, one fine-tuned (ZeRO-3): short runs, real parts."""
+    out = tmp_path_factory.mktemp("road")
+    data = {"data.root": str(digits_root)}
+    for job in (
+        Job(CONFIGS / "teacher.yaml", out / "teacher", ZERO2, SMALL | data),
+        Job(
+            CONFIGS / "auxiliary.yaml",
+            out / "auxiliary",
+            ZERO2,
+            SMALL | data | {"distill.teacher": str(out / "teacher" / "model.safetensors"), "optim.ema_decay": 0.9},
+        ),
+    ):
+        done = train(job, ranks=2)
+        assert done.returncode == 0, done.stdout[-6000:]
+    for depth in (7, 10):
+        file = out / f"des{depth}.safetensors"
+        run_script("launcher/expand.py", "--learngene", out / "auxiliary/learngene.safetensors", "--depth", str(depth), "--out", file)
+    start = {"model.depth": 7, "model.initial_checkpoint": str(out / "des7.safetensors"), "train.epochs": 1}
+    done = train(Job(CONFIGS / "descendant.yaml", out / "des7", ZERO3, SMALL | data | start), ranks=2)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return out
+
+
+def evaluate(checkpoint: Path, data: Path, *arguments: str | Path) -> dict[str, float]:
+    out = checkpoint.with_suffix(".json")
+    run_script("launcher/evaluate.py", "--checkpoint", checkpoint, "--data", data, "--json", out, *arguments)
+    return json.loads(out.read_text())
+
+
+def test_a_run_leaves_what_it_promises(road: Path) -> None:
+    for run, weights in (("teacher", "model"), ("auxiliary", "learngene"), ("des7", "model")):
+        names = {path.name for path in (road / run).iterdir()}
+        assert names >= {
+            "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints",
+            "metrics.json", f"{weights}.safetensors",
+        }  # fmt: skip
+        config.load(road / run / "config.yaml")  # the resolved config is itself a config
+    metrics = json.loads((road / "auxiliary" / "metrics.json").read_text())
+    assert metrics["world_size"] == 2
+    assert metrics["zero_stage"] == 2
+    assert metrics["flops"] == metrics["images"] * (3 * metrics["flops_forward"] + metrics["flops_teacher"])
+    assert metrics["top1"] == metrics["history"][-1]["val/top1"]
+
+
+def test_training_learns(road: Path) -> None:
+    entries = [entry for entry in log(road / "teacher") if "train/loss" in entry]
+    assert entries[-1]["train/loss"] < 0.5 * entries[0]["train/loss"]
+
+
+def test_own_schedule_scores_the_same(road: Path, digits_root: Path) -> None:
+    auxiliary = evaluate(road / "auxiliary" / "learngene.safetensors", digits_root / "val")
+    descendant = evaluate(road / "des10.safetensors", digits_root / "val")
+    assert auxiliary["top1"] == descendant["top1"]
+    assert descendant["loss"] == pytest.approx(auxiliary["loss"], abs=1e-5)
+    in_training = json.loads((road / "auxiliary" / "metrics.json").read_text())["top1"]
+    assert auxiliary["top1"] == pytest.approx(in_training)
+
+
+def test_fine_tuning_starts_from_the_expanded_weights(road: Path, digits_root: Path) -> None:
+    start = next(entry for entry in log(road / "des7") if entry["step"] == 0)
+    expanded = evaluate(road / "des7.safetensors", digits_root / "val")
+    assert start["val/top1"] == pytest.approx(expanded["top1"])
+
+
+def test_predictions_hold_every_image_once(road: Path, digits_root: Path) -> None:
+    file = road / "predictions.npz"
+    scores = evaluate(road / "des7.safetensors", digits_root / "val", "--predictions", file, "--batch", "50")
+    with np.load(file) as found:
+        expected = sorted(str(p.relative_to(digits_root / "val")) for p in (digits_root / "val").glob("*/*.jpg"))
+        assert sorted(found["path"]) == expected
+        assert all(int(path.split("/")[0]) == label for path, label in zip(found["path"], found["label"], strict=True))
+        assert (found["logits"].argmax(axis=1) == found["label"]).mean() == pytest.approx(scores["top1"])
+
+
+def test_tensorboard_tells_the_whole_story(road: Path) -> None:
+    events = EventAccumulator(str(road / "auxiliary" / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= {
+        "train/loss", "train/loss_labels", "train/loss_distill", "train/lr", "train/grad_norm",
+        "val/top1", "val/top5", "val_ema/top1", "perf/images_per_s", "perf/data_wait_share", "perf/memory_gib",
+        "final/top1",
+    }  # fmt: skip
+    assert [image for image in tags["images"] if image.startswith("train/batch")]
+    assert {"config.yaml/text_summary", "deepspeed.json/text_summary"} <= set(tags["tensors"])
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == sorted(set(steps))
+    logged = [entry["train/loss"] for entry in log(road / "auxiliary") if "train/loss" in entry]
+    np.testing.assert_allclose([event.value for event in events.Scalars("train/loss")], logged, rtol=1e-6)
+
+
+def test_checkpoint_gives_the_learngene_and_plain_timm(road: Path, tmp_path: Path) -> None:
+    newest = sorted((road / "auxiliary" / "checkpoints").glob("step-*"))[-1]
+    run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "learngene.safetensors")
+    _, weights = learngene.load(tmp_path / "learngene.safetensors")
+    _, final = learngene.load(road / "auxiliary" / "learngene.safetensors")
+    assert all(torch.equal(weights[name], final[name]) for name in final)
+
+    newest = sorted((road / "des7" / "checkpoints").glob("step-*"))[-1]  # written under ZeRO-3
+    said = run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "des7.safetensors")
+    assert "timm.create_model(" in said
+    info, weights = model_file.load(tmp_path / "des7.safetensors")
+    name, arguments = timm_arguments(info.kwargs | {"num_classes": info.num_classes})
+    timm.create_model(name, **arguments).load_state_dict(weights, strict=True)
+
+
+def test_learngene_unrolls_into_plain_timm(road: Path, tmp_path: Path) -> None:
+    source = road / "auxiliary" / "learngene.safetensors"
+    run_script("launcher/convert.py", "--learngene", source, "--out", tmp_path / "plain.safetensors")
+    info, weights = model_file.load(tmp_path / "plain.safetensors")
+    name, arguments = timm_arguments(info.kwargs | {"num_classes": info.num_classes})
+    plain = timm.create_model(name, **arguments).eval()
+    plain.load_state_dict(weights, strict=True)
+    about, shared = learngene.load(source)
+    auxiliary = about.build().eval()
+    auxiliary.load_state_dict(shared, strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(plain(images), auxiliary(images), rtol=0, atol=1e-5)
