@@ -73,7 +73,10 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _require_space(folder, engine, ema, world.size)
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)  # ends in a barrier
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)  # ends in a barrier
+    except RuntimeError as error:  # how torch's file writer reports a disk that filled up meanwhile
+        raise OSError(f"{partial}: cannot be written ({_first_line(error)}); the last checkpoint is whole") from error
     write_weights(partial / "model.safetensors", engine, info)
     if ema is not None:
         with ema.applied():
@@ -163,6 +166,10 @@ def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
     for checkpoint in checkpoints:
         if checkpoint not in keep:
             shutil.rmtree(checkpoint)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _ema_name(rank: int) -> str:

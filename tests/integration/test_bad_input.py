@@ -1,0 +1,156 @@
+"""What a user can get wrong ends every rank with one clear message and exit code 1, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sws_dist import model_file
+from sws_dist.models import create_model
+from tests.launching import REPOSITORY, Job, log, train
+
+RUN = """
+output: unused
+model: {name: sws_vit, schedule: [2, 2], kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
+data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
+optim: {lr: 1e-3, lr_batch: null}
+train: {epochs: 4, global_batch: 16, log_every: 1}
+"""
+PLAIN = {"zero_optimization": {"stage": 0}}
+
+
+@pytest.fixture
+def job(tmp_path: Path, few_digits: Path) -> Job:
+    (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(few_digits)))
+    return Job(tmp_path / "run.yaml", tmp_path / "run", PLAIN)
+
+
+def alone(job: Job, **sets: object) -> subprocess.CompletedProcess[str]:
+    """One process without DeepSpeed's launcher: seconds faster where the number of ranks does not matter."""
+    command = [sys.executable, "launcher/train.py", "--config", str(job.config), "--deepspeed_config", str(job.ds_file())]
+    for key, value in {"output": job.output, **sets}.items():
+        command += ["--set", f"{key}={value}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def message(done: subprocess.CompletedProcess[str]) -> str:
+    """The one error message of a run that failed as it should."""
+    said = done.stdout + (done.stderr or "")
+    assert done.returncode != 0, said
+    assert "Traceback" not in said, said
+    assert said.count("error: ") == 1, said
+    return said[said.index("error: ") :]
+
+
+def test_unknown_key_is_said_once_by_two_ranks(job: Job) -> None:
+    done = train(Job(job.config, job.output, PLAIN, {"train.epoch": 3}), ranks=2)
+    assert "did you mean train.epochs?" in message(done)
+
+
+def test_batch_that_does_not_multiply_out(job: Job) -> None:
+    ds = PLAIN | {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}
+    said = message(train(Job(job.config, job.output, ds), ranks=2))
+    assert "train.global_batch is 16" in said
+    assert "3 x gradient_accumulation_steps 2 x 2 ranks = 12" in said
+
+
+def test_missing_and_empty_data(job: Job, tmp_path: Path) -> None:
+    assert "there is no folder" in message(alone(job, **{"data.root": tmp_path / "nowhere"}))
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    said = message(train(Job(job.config, job.output, PLAIN, {"data.root": str(tmp_path / "empty")}), ranks=2))
+    assert "holds no class folders" in said
+
+
+def test_class_in_val_that_training_does_not_have(job: Job, tmp_path: Path, few_digits: Path) -> None:
+    shutil.copytree(few_digits, tmp_path / "data")
+    shutil.copytree(few_digits / "val" / "3", tmp_path / "data" / "val" / "eleven")
+    assert "eleven" in message(alone(job, **{"data.root": tmp_path / "data"}))
+
+
+def test_unreadable_image_is_named(job: Job, tmp_path: Path, few_digits: Path) -> None:
+    shutil.copytree(few_digits, tmp_path / "data")
+    victim = next((tmp_path / "data" / "train" / "3").glob("*.jpg"))
+    whole = victim.read_bytes()
+    victim.write_bytes(b"no image")
+    assert victim.name in message(alone(job, **{"data.root": tmp_path / "data"}))
+    victim.write_bytes(whole[:300])  # its header is whole: noticed only when it is decoded
+    assert victim.name in message(alone(job, **{"data.root": tmp_path / "data"}))
+
+
+def save_teacher(path: Path, num_classes: int) -> Path:
+    info = model_file.ModelInfo("model", "resnet10t", {}, num_classes, {"mean": [0.5] * 3, "std": [0.5] * 3})
+    return model_file.save(path, info, create_model("resnet10t", num_classes=num_classes).state_dict())
+
+
+def test_teacher_with_other_labels_or_without_weights(job: Job, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", 7)
+    assert "knows 7 labels, the data has 10" in message(alone(job, **{"distill.teacher": teacher}))
+    assert "distill.teacher_weights" in message(alone(job, **{"distill.teacher": "levit_384"}))
+
+
+def test_initial_checkpoint_that_does_not_fit(job: Job, tmp_path: Path) -> None:
+    wider = create_model("sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=64, num_heads=2, num_classes=10)
+    torch.save({"model": wider.state_dict()}, tmp_path / "wider.pth")
+    said = message(alone(job, **{"model.initial_checkpoint": tmp_path / "wider.pth"}))
+    assert "pos_embed: (1, 16, 64) in the file, (1, 16, 32) in the model" in said
+    (tmp_path / "cut.safetensors").write_bytes(save_teacher(tmp_path / "t.safetensors", 10).read_bytes()[:1000])
+    assert "not a whole safetensors file" in message(
+        alone(job, **{"model.initial_checkpoint": tmp_path / "cut.safetensors"})
+    )
+
+
+def test_output_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    said = message(train(Job(job.config, tmp_path / "elsewhere", PLAIN, {"output": str(tmp_path / "file" / "run")}), ranks=2))
+    assert str(tmp_path / "file") in said
+
+
+def test_non_finite_loss_stops_all_ranks(job: Job) -> None:
+    sets = {"optim.lr": 1e30, "optim.warmup_epochs": 0, "train.epochs": 2}
+    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    assert "the loss is nan at step" in said
+    assert "on rank 0" in said
+
+
+def test_full_disk_while_saving_leaves_the_last_checkpoint(job: Job, tmp_path: Path) -> None:
+    """A file system that holds the first checkpoints but not all that keep_last asks for."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        job = Job(job.config, disk / "run", PLAIN, {"checkpoint.keep_last": 100}, resume="auto")
+        job.ds_file()
+        said = message(train(job, ranks=2))
+        assert "MiB are free" in said
+        saved = sorted(disk.glob("run/checkpoints/step-*/state.json"))
+        assert saved, "not even one checkpoint fitted: the test's disk is too small"
+        last = int(saved[-1].parent.name.removeprefix("step-"))
+        assert max(entry["step"] for entry in log(disk / "run")) > last
+        # With room again, the run goes on from that checkpoint.
+        for old in saved[:-1]:
+            shutil.rmtree(old.parent)
+        again = train(Job(job.config, job.output, PLAIN, {"train.max_steps": last + 1}, resume="auto"), ranks=2)
+        assert f"from step {last}" in again.stdout, again.stdout
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_write_error_in_the_middle_leaves_the_last_checkpoint(job: Job) -> None:
+    """A file-size limit stops DeepSpeed's own writer half-way, where no check beforehand can see it coming."""
+    good = alone(job, **{"train.max_steps": 5})
+    assert good.returncode == 0, good.stdout + good.stderr
+    command = f'ulimit -f 64; exec "{sys.executable}" launcher/train.py --config "{job.config}" \
+        --deepspeed_config "{job.ds_file()}" --set output="{job.output}" --resume auto'
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert "the last checkpoint is whole" in message(done)
+    assert [path.name for path in job.output.glob("checkpoints/step-*")] == ["step-00000005"]
+    again = train(Job(job.config, job.output, PLAIN, {"train.max_steps": 10}, resume="auto"), ranks=1)
+    assert "from step 5" in again.stdout, again.stdout
