@@ -1,12 +1,14 @@
 """Packaging. The folder ``kernels/`` is imported as ``sws_kernels``: PyPI's ``kernels`` is another project's name."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="sws-dist",
     version="0.1.0",
     description="Distributed training of vision transformers with Stage-wise Weight Sharing (SWS)",
-    long_description=open("README.md").read(),
+    long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

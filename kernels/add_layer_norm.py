@@ -328,9 +328,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_new_residual, d_normed, _d_mean, _d_rstd):
     new_residual, scale, gamma, mean, rstd = ctx.saved_tensors
-    d_residual, d_branch, (dgamma, dbeta) = _backward(
-        d_new_residual, d_normed, new_residual, scale, gamma, mean, rstd
-    )
+    d_residual, d_branch, (dgamma, dbeta) = _backward(d_new_residual, d_normed, new_residual, scale, gamma, mean, rstd)
     if not _branch_gradient_differs(d_normed, new_residual, scale):
         d_branch = d_residual
     return d_residual, d_branch, None, dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None
@@ -371,9 +369,7 @@ def add_layer_norm(
     return new_residual, normed
 
 
-def _check_shapes(
-    residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None
-) -> None:
+def _check_shapes(residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None) -> None:
     if residual.dim() != 3 or branch.shape != residual.shape:
         raise ValueError(
             "add_layer_norm: residual and branch must have one shape [B, T, D], "
@@ -382,8 +378,7 @@ def _check_shapes(
     num_samples, _, width = residual.shape
     if gamma.shape != (width,) or beta.shape != (width,):
         raise ValueError(
-            f"add_layer_norm: gamma and beta must be [{width}], "
-            f"got {list(gamma.shape)} and {list(beta.shape)}"
+            f"add_layer_norm: gamma and beta must be [{width}], got {list(gamma.shape)} and {list(beta.shape)}"
         )
     if scale is not None and (scale.shape != (num_samples,) or scale.requires_grad):
         raise ValueError(
@@ -392,9 +387,7 @@ def _check_shapes(
         )
 
 
-def _check_triton(
-    residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None
-) -> None:
+def _check_triton(residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None) -> None:
     tensors = [residual, branch, gamma, beta] + ([] if scale is None else [scale])
     if not all(x.device == residual.device for x in tensors):
         found = ", ".join(sorted({str(x.device) for x in tensors}))

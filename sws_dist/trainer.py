@@ -320,8 +320,8 @@ class Trainer:
             f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
             f"{len(self.train_set)} training and {len(self.val_set)} validation images in "
             f"{len(self.train_set.classes)} classes\n"
-            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, {layout['world_size']} rank(s), "
-            f"{self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
+            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
+            f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
         )
 
     def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:

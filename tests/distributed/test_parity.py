@@ -69,7 +69,9 @@ def plain(folder: Path) -> dict[str, Any]:
     train_set = manifest.scan(run.data.root, "train")
     classes, seed, batch = train_set.classes, run.train.seed, run.train.global_batch
     comm.seed_everything(seed)
-    model = create_model("sws_vit", schedule=[2, 1, 2], drop_path_rate=0.1, img_size=32, num_classes=10, **run.model.kwargs)
+    model = create_model(
+        "sws_vit", schedule=[2, 1, 2], drop_path_rate=0.1, img_size=32, num_classes=10, **run.model.kwargs
+    )
     teacher = load_teacher(run.distill, 10, classes, run.data.mean, run.data.std, 32)
     assert teacher is not None
     groups = parameter_groups(model, run.optim.weight_decay)

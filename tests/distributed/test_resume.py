@@ -56,7 +56,9 @@ def test_weights_are_those_of_the_undisturbed_run(folder: Path, stage: int, name
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_step_is_taken_once(folder: Path, stage: int) -> None:
     assert losses(folder / f"parts{stage}") == losses(folder / f"whole{stage}")
-    history = [json.loads((folder / f"{run}{stage}" / "metrics.json").read_text())["history"] for run in ("whole", "parts")]
+    history = [
+        json.loads((folder / f"{run}{stage}" / "metrics.json").read_text())["history"] for run in ("whole", "parts")
+    ]
     assert [point["val/top1"] for point in history[0]] == [point["val/top1"] for point in history[1]]
 
 

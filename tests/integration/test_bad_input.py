@@ -33,7 +33,14 @@ def job(tmp_path: Path, few_digits: Path) -> Job:
 
 def alone(job: Job, **sets: object) -> subprocess.CompletedProcess[str]:
     """One process without DeepSpeed's launcher: seconds faster where the number of ranks does not matter."""
-    command = [sys.executable, "launcher/train.py", "--config", str(job.config), "--deepspeed_config", str(job.ds_file())]
+    command = [
+        sys.executable,
+        "launcher/train.py",
+        "--config",
+        str(job.config),
+        "--deepspeed_config",
+        str(job.ds_file()),
+    ]
     for key, value in {"output": job.output, **sets}.items():
         command += ["--set", f"{key}={value}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -96,7 +103,9 @@ def test_teacher_with_other_labels_or_without_weights(job: Job, tmp_path: Path) 
 
 
 def test_initial_checkpoint_that_does_not_fit(job: Job, tmp_path: Path) -> None:
-    wider = create_model("sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=64, num_heads=2, num_classes=10)
+    wider = create_model(
+        "sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=64, num_heads=2, num_classes=10
+    )
     torch.save({"model": wider.state_dict()}, tmp_path / "wider.pth")
     said = message(alone(job, **{"model.initial_checkpoint": tmp_path / "wider.pth"}))
     assert "pos_embed: (1, 16, 64) in the file, (1, 16, 32) in the model" in said
@@ -108,7 +117,9 @@ def test_initial_checkpoint_that_does_not_fit(job: Job, tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    said = message(train(Job(job.config, tmp_path / "elsewhere", PLAIN, {"output": str(tmp_path / "file" / "run")}), ranks=2))
+    said = message(
+        train(Job(job.config, tmp_path / "elsewhere", PLAIN, {"output": str(tmp_path / "file" / "run")}), ranks=2)
+    )
     assert str(tmp_path / "file") in said
 
 

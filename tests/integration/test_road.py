@@ -48,7 +48,15 @@ def road(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path:
         assert done.returncode == 0, done.stdout[-6000:]
     for depth in (7, 10):
         file = out / f"des{depth}.safetensors"
-        run_script("launcher/expand.py", "--learngene", out / "auxiliary/learngene.safetensors", "--depth", str(depth), "--out", file)
+        run_script(
+            "launcher/expand.py",
+            "--learngene",
+            out / "auxiliary/learngene.safetensors",
+            "--depth",
+            str(depth),
+            "--out",
+            file,
+        )
     start = {"model.depth": 7, "model.initial_checkpoint": str(out / "des7.safetensors"), "train.epochs": 1}
     done = train(Job(CONFIGS / "descendant.yaml", out / "des7", ZERO3, SMALL | data | start), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]

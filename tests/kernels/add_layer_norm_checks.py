@@ -73,5 +73,3 @@ def check_compiled(inputs: Tensors, compiler: str) -> None:
     eager = run(inputs, "triton")
     for name, value in run(inputs, "triton", compiled).items():
         assert torch.equal(value, eager[name]), name
-
-

@@ -49,14 +49,10 @@ def compile_case(case: dict) -> dict:
     signature = {name: _argument_type(name, case["dtype"], constants) for name in kernel.arg_names}
     # At run time Triton sees that PyTorch's allocations are 16-byte aligned; without it the code is another.
     aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", case["arch"], 32), options={"num_warps": num_warps}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", case["arch"], 32), options={"num_warps": num_warps})
     usage, code = _disassemble(compiled.asm["cubin"])
     return {
         **case,

@@ -44,9 +44,7 @@ def test_accuracy(shape, dtype, drop_path):
     ],
 )
 def test_mixed_dtypes(residual_dtype, dtype, parameter_dtype):
-    inputs = make_inputs(
-        (2, 9, 192), dtype, DEVICE, residual_dtype=residual_dtype, parameter_dtype=parameter_dtype
-    )
+    inputs = make_inputs((2, 9, 192), dtype, DEVICE, residual_dtype=residual_dtype, parameter_dtype=parameter_dtype)
     check_accuracy(inputs)
 
 

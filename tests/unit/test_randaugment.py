@@ -205,9 +205,7 @@ def photographs() -> list[np.ndarray]:
     return [np.ascontiguousarray(image[:HEIGHT, :WIDTH]) for image in images]
 
 
-def run_layer(
-    images: list[np.ndarray], operator: np.ndarray, strength: np.ndarray, matrix: np.ndarray
-) -> np.ndarray:
+def run_layer(images: list[np.ndarray], operator: np.ndarray, strength: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """One `apply_layer` over the batch: [B, HEIGHT, WIDTH, 3] uint8."""
 
     @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True)
