@@ -293,18 +293,18 @@ def _explain(error: Any, sources: dict[str, str], path: str) -> str:
 
 
 def _suggest(keys: list[str]) -> str:
-    """The nearest valid key of the same group, else the same name in another group, else all of the group."""
+    """The same name in another group, else the nearest valid key of the same group, else all of the group."""
     *parents, name = keys
     groups: dict[str, list[str]] = {}
     for key in valid_keys():
         parent, _, last = key.rpartition(".")
         groups.setdefault(parent, []).append(last)
-    here = groups.get(".".join(parents), [])
-    for near in difflib.get_close_matches(name, here, n=1):
-        return f"; did you mean {'.'.join([*parents, near])}?"
     for parent, names in groups.items():
         if name in names:
             return f"; did you mean {parent}.{name}?"
+    here = groups.get(".".join(parents), [])
+    for near in difflib.get_close_matches(name, here, n=1):
+        return f"; did you mean {'.'.join([*parents, near])}?"
     return f"; valid here: {', '.join(here)}" if here else ""
 
 

@@ -152,7 +152,7 @@ def create_model(name: str, **kwargs: Any) -> Any:
         raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     try:
         return timm.create_model(name, pretrained=False, **kwargs)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # an unknown argument, an unknown pretrained tag
         raise ValueError(f"model {name}: {error}") from None
 
 

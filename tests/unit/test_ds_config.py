@@ -1,0 +1,87 @@
+"""The DeepSpeed JSON: what DeepSpeed would accept without a word is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sws_dist import config, ds_config
+from sws_dist.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> config.RunConfig:
+    (tmp_path / "run.yaml").write_text(
+        "output: x\nmodel: {name: sws_vit}\ndata: {root: x}\ntrain: {global_batch: 48}\n"
+    )
+    return config.load(tmp_path / "run.yaml")
+
+
+def resolve(folder: Path, run: config.RunConfig, ds: Any, world_size: int = 2) -> dict[str, Any]:
+    file = folder / "ds.json"
+    file.write_text(ds if isinstance(ds, str) else json.dumps(ds))
+    return ds_config.resolve(file, run, world_size)
+
+
+@pytest.mark.parametrize(
+    ("given", "micro", "steps"),
+    [
+        ({}, 24, 1),
+        ({"train_micro_batch_size_per_gpu": 8}, 8, 3),
+        ({"gradient_accumulation_steps": 4}, 6, 4),
+        ({"train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 2}, 12, 2),
+    ],
+)
+def test_the_batch_is_completed(
+    tmp_path: Path, run: config.RunConfig, given: dict[str, int], micro: int, steps: int
+) -> None:
+    ds = resolve(tmp_path, run, given)
+    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (micro, steps)
+    assert ds["train_batch_size"] == 48
+
+
+def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: config.RunConfig) -> None:
+    ds = resolve(tmp_path, run, {})
+    assert ds["gradient_clipping"] == 0.0
+    assert ds["zero_optimization"]["stage"] == 0
+    assert resolve(tmp_path, run, {"gradient_clipping": 2.0})["gradient_clipping"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("ds", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": 5}, "5 x gradient_accumulation_steps 4 x 2 ranks = 40"),
+        ({"train_micro_batch_size_per_gpu": 0}, "must be a whole number above 0"),
+        ({"train_micro_batch_size_per_gpu": "8"}, "must be a whole number above 0"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, 'train_micro_batch_size_per_gpu is "auto"'),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
+        ({"zero_optimization": {"stage": 4}}, "must be one of (0, 1, 2, 3)"),
+        ({"optimizer": {"type": "Adam"}}, "set optim.* in the run config"),
+        ({"train_batch_size": 48}, "set train.global_batch"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "optim.name=cpu_adam"),
+        ('{"bf16": {}, "bf16": {}}', "'bf16' appears twice"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_refusals(tmp_path: Path, run: config.RunConfig, ds: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path, run, ds)
+    assert said in str(caught.value)
+    assert "ds.json" in str(caught.value)
+
+
+def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: config.RunConfig) -> None:
+    with pytest.raises(ConfigError, match="48 cannot be shared evenly by 5 ranks; the nearest that can is 50"):
+        resolve(tmp_path, run, {}, world_size=5)
+
+
+def test_precision() -> None:
+    assert ds_config.precision({}) == "fp32"
+    assert ds_config.precision({"bf16": {"enabled": True}}) == "bf16"
+    assert ds_config.precision({"fp16": {"enabled": False}}) == "fp32"

@@ -1,0 +1,145 @@
+"""Expansion plans, and descendants that compute what they should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from sws_dist.expansion import expand, parse_plan, plan
+from sws_dist.learngene import describe
+from sws_dist.model_file import ModelInfo
+from sws_dist.models import create_model
+from sws_dist.models.vit import PAPER_SCHEDULE, timm_arguments
+
+Learngene = tuple[ModelInfo, dict[str, Tensor], Any]
+
+
+@pytest.fixture(params=[False, True], ids=["pooled", "class_token"])
+def learngene(request: pytest.FixtureRequest) -> Learngene:
+    """A small auxiliary model with its description and weights; every tensor is random, norms and biases too."""
+    torch.manual_seed(2)
+    model = create_model(
+        "sws_vit", schedule=[2, 1, 3], img_size=32, patch_size=8, embed_dim=64, num_heads=2, num_classes=10,
+        class_token=request.param,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    info = describe(model, "learngene", pixels={"image_size": 32, "mean": [0.5] * 3}, classes=list("abcdefghij"))
+    return info, model.state_dict(), model.eval()
+
+
+# ---- plans ----
+
+
+def test_the_published_plan() -> None:
+    assert plan(PAPER_SCHEDULE, 12) == (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4)
+
+
+def test_own_depth_gives_the_own_schedule() -> None:
+    assert plan(PAPER_SCHEDULE, 16) == (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4)
+    assert plan(PAPER_SCHEDULE, 16, "proportional") == plan(PAPER_SCHEDULE, 16)
+
+
+@pytest.mark.parametrize("kind", ["even", "proportional"])
+@pytest.mark.parametrize("schedule", [PAPER_SCHEDULE, (1, 5), (2, 2, 2), (4,)])
+def test_every_depth_has_a_fair_plan(schedule: tuple[int, ...], kind: str) -> None:
+    for depth in range(1, 3 * sum(schedule)):
+        layers = plan(schedule, depth, kind)
+        counts = Counter(layers)
+        assert len(layers) == depth
+        assert list(layers) == sorted(layers)
+        share = [depth / len(schedule) if kind == "even" else depth * r / sum(schedule) for r in schedule]
+        if depth != sum(schedule):
+            assert all(abs(counts[stage] - exact) < 1 for stage, exact in enumerate(share)), (depth, counts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "said"),
+    [
+        (0, "even", "at least one layer"),
+        (4, "odd", "expected even, proportional"),
+        (3, (0, 1), "has 2 layers, but the depth is 3"),
+        (3, (0, 1, 5), "layer 2 takes stage 5; stages are 0 to 4"),
+        (3, (0, -1, 2), "layer 1 takes stage -1"),
+        (3, (0, 2, 1), "must not decrease"),
+    ],
+)
+def test_bad_plans(depth: int, kind: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plan(PAPER_SCHEDULE, depth, kind)
+
+
+def test_plans_from_the_command_line() -> None:
+    assert parse_plan("even") == "even"
+    assert parse_plan("0,0,1") == (0, 0, 1)
+    with pytest.raises(ValueError, match="expected even, proportional, or stage numbers"):
+        parse_plan("0;1")
+
+
+# ---- descendants ----
+
+
+def test_own_schedule_gives_the_auxiliarys_logits_in_plain_timm(learngene: Learngene) -> None:
+    info, weights, auxiliary = learngene
+    described, descendant = expand(info, weights, plan((2, 1, 3), 6))
+    name, arguments = timm_arguments(described.kwargs | {"num_classes": described.num_classes})
+    plain = timm.create_model(name, **arguments).eval()
+    plain.load_state_dict(descendant, strict=True)
+    images = torch.randn(8, 3, 32, 32)
+    torch.testing.assert_close(plain(images), auxiliary(images), rtol=0, atol=1e-5)
+    ours = described.build().eval()
+    ours.load_state_dict(descendant, strict=True)
+    assert torch.equal(ours(images), plain(images))
+
+
+@pytest.mark.parametrize("depth", [3, 4, 7, 11])
+def test_each_layer_is_a_copy_of_its_stage_and_its_own(learngene: Learngene, depth: int) -> None:
+    info, weights, _ = learngene
+    layers = plan((2, 1, 3), depth)
+    described, descendant = expand(info, weights, layers)
+    for layer, stage in enumerate(layers):
+        for part in ("attn.qkv.weight", "mlp.fc2.bias", "norm1.weight"):
+            assert torch.equal(descendant[f"blocks.{layer}.{part}"], weights[f"blocks.{stage}.{part}"])
+    storage = [t.data_ptr() for name, t in descendant.items() if name.startswith("blocks.")]
+    assert len(storage) == len(set(storage)), "two layers still share their memory"
+    assert described.provenance["plan"] == list(layers)
+    assert described.classes == info.classes
+
+
+def test_a_depth_below_the_stages_warns(learngene: Learngene) -> None:
+    info, weights, _ = learngene
+    with pytest.warns(UserWarning, match=r"depth of 2 drops stages \[2\]"):
+        expand(info, weights, plan((2, 1, 3), 2))
+
+
+def test_other_labels_get_a_fresh_head(learngene: Learngene) -> None:
+    info, weights, _ = learngene
+    described, one = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=1)
+    state = torch.get_rng_state()
+    _, again = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=1)
+    _, other = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=2)
+    assert torch.equal(state, torch.get_rng_state()), "expanding disturbs the caller's random state"
+    assert one["head.weight"].shape == (7, 64)
+    assert torch.equal(one["head.weight"], again["head.weight"])
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert described.provenance["fresh_head"]
+    assert described.classes == []
+
+
+def test_another_image_size_resamples_the_position_embedding_as_timm_does(learngene: Learngene) -> None:
+    info, weights, _ = learngene
+    layers = plan((2, 1, 3), 6)
+    described, larger = expand(info, weights, layers, image_size=64)
+    _, same = expand(info, weights, layers)
+    assert described.pixels["image_size"] == 64
+    name, arguments = timm_arguments(described.kwargs | {"num_classes": 10})
+    theirs = timm.create_model(name, **arguments)
+    loaded = timm.models.vision_transformer.checkpoint_filter_fn(dict(same), theirs)
+    torch.testing.assert_close(larger["pos_embed"], loaded["pos_embed"])
+    theirs.load_state_dict(larger, strict=True)
+    assert theirs(torch.zeros(1, 3, 64, 64)).shape == (1, 10)

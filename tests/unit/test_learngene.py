@@ -1,0 +1,229 @@
+"""Model files: they say what they are, refuse what they are not, and the released code's checkpoints convert."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sws_dist import learngene, model_file
+from sws_dist.expansion import expand, plan
+from sws_dist.models import create_model
+
+ARGUMENTS: dict[str, Any] = {"schedule": [2, 2], "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2}
+
+
+def small(seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    return create_model("sws_vit", **(ARGUMENTS | {"num_classes": 10} | changes))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    model = small()
+    info = learngene.describe(model, "learngene", pixels={"mean": [0.5] * 3}, provenance={"epochs": 3})
+    return model_file.save(tmp_path / "learngene.safetensors", info, model.state_dict())
+
+
+# ---- files ----
+
+
+def test_a_file_rebuilds_its_model(file: Path) -> None:
+    info, weights = learngene.load(file)
+    model = info.build().eval()
+    model_file.load_into(model, weights, file)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), small().eval()(images))
+    assert (info.kwargs["schedule"], info.num_classes, info.provenance) == ([2, 2], 10, {"epochs": 3})
+
+
+def test_damaged_files_are_refused(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    for name, content in {
+        "cut": whole[:-10],
+        "header": whole[:50],
+        "empty": b"",
+        "foreign": b"\x80\x02}q\x00.",
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.safetensors: not a whole safetensors file"):
+            learngene.load(path)
+    with pytest.raises(ValueError, match="no such file"):
+        learngene.load(tmp_path / "nowhere.safetensors")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="no description of a model"):
+        learngene.load(tmp_path / "bare.safetensors")
+    model = small(schedule=[1, 1])
+    model_file.save(tmp_path / "model.safetensors", learngene.describe(model, "model"), model.state_dict())
+    with pytest.raises(ValueError, match="holds a model, not a learngene"):
+        learngene.load(tmp_path / "model.safetensors")
+    weights = small().state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.")}
+    model_file.save(tmp_path / "half.safetensors", learngene.describe(small(), "learngene"), weights)
+    with pytest.raises(ValueError, match=r"layers for stages \[0\], but its schedule \[2, 2\] needs 2"):
+        learngene.load(tmp_path / "half.safetensors")
+
+
+def test_a_newer_format_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "VERSION", model_file.VERSION + 1)
+    with pytest.raises(ValueError, match="written in version 1 of the format, this program reads version 2"):
+        learngene.read_info(file)
+
+
+def test_a_misfit_names_each_tensor_with_both_shapes(file: Path) -> None:
+    _, weights = learngene.load(file)
+    weights["extra"] = weights.pop("norm.bias")
+    shapes = r"pos_embed: \(1, 16, 64\) in the file, \(1, 16, 32\) in the model"
+    with pytest.raises(ValueError, match=shapes):
+        model_file.load_into(small(embed_dim=32), weights, file)
+    with pytest.raises(ValueError, match=r"norm.bias: missing in the file\n +extra: not in the model"):
+        model_file.load_into(small(), weights, file)
+
+
+class Evil:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_pytorch_files_execute_nothing(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth: not a PyTorch file of plain tensors"):
+        model_file.load_foreign(tmp_path / "evil.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pytorch_files_of_training_scripts_are_read(tmp_path: Path) -> None:
+    saved = {"model": {"w": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "a.pth")
+    assert torch.equal(model_file.load_foreign(tmp_path / "a.pth")["w"], torch.ones(2))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-200])
+    with pytest.raises(ValueError, match="or cut short"):
+        model_file.load_foreign(tmp_path / "cut.pth")
+    torch.save({"model": {"w": 3}}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="expected a dictionary of tensors"):
+        model_file.load_foreign(tmp_path / "b.pth")
+
+
+def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+
+    def full(*_: Any) -> None:
+        Path(_[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        model_file.save(file, learngene.describe(small(), "learngene"), small().state_dict())
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+# ---- the released code's checkpoints ----
+
+
+def released_logits(weights: dict[str, Tensor], images: Tensor, schedule: tuple[int, ...], heads: int) -> Tensor:
+    """What the released auxiliary model computes, written down from its description and not from our model.
+
+    Patches, position embedding, pre-norm blocks whose stage i runs schedule[i] times, norm, mean over tokens, head;
+    every LayerNorm with epsilon 1e-5 (PyTorch's own default, which that code leaves as it is).
+    """
+    w = weights
+    stride = w["patch_embed.proj.weight"].shape[-1]
+    x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=stride)
+    x = x.flatten(2).transpose(1, 2) + w["pos_embed"]
+    batch, tokens, width = x.shape
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    for stage, repeats in enumerate(schedule):
+        for _ in range(repeats):
+            y = norm(f"blocks.block.norm1.instances.{stage}", x)
+            qkv = linear(f"blocks.block.attn.qkv.instances.{stage}", y)
+            q, k, v = qkv.reshape(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+            share = (q @ k.transpose(-2, -1) * (width // heads) ** -0.5).softmax(dim=-1)
+            y = (share @ v).transpose(1, 2).reshape(batch, tokens, width)
+            x = x + linear(f"blocks.block.attn.proj.instances.{stage}", y)
+            y = norm(f"blocks.block.norm2.instances.{stage}", x)
+            y = F.gelu(linear(f"blocks.block.mlp.fc1.instances.{stage}", y))
+            x = x + linear(f"blocks.block.mlp.fc2.instances.{stage}", y)
+    return linear("head", norm("norm", x).mean(dim=1))
+
+
+def released_weights(width: int, stages: int, classes: int) -> dict[str, Tensor]:
+    """A checkpoint in the released layout with random values: 224 pixels, patches of 16, 196 positions."""
+    torch.manual_seed(4)
+
+    def linear(name: str, out: int, inside: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": torch.randn(out, inside) * inside**-0.5, f"{name}.bias": torch.randn(out) * 0.1}
+
+    def norm(name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": 1 + 0.1 * torch.randn(width), f"{name}.bias": 0.1 * torch.randn(width)}
+
+    # A stream of small values, where an epsilon of 1e-6 instead of 1e-5 shows.
+    w = {"patch_embed.proj.weight": torch.randn(width, 3, 16, 16) * 1e-4, "patch_embed.proj.bias": torch.zeros(width)}
+    w |= {"pos_embed": torch.randn(1, 196, width) * 2e-3} | norm("norm") | linear("head", classes, width)
+    for i in range(stages):
+        block = "blocks.block"
+        w |= norm(f"{block}.norm1.instances.{i}") | norm(f"{block}.norm2.instances.{i}")
+        w |= linear(f"{block}.attn.qkv.instances.{i}", 3 * width, width)
+        w |= linear(f"{block}.attn.proj.instances.{i}", width, width)
+        w |= linear(f"{block}.mlp.fc1.instances.{i}", 4 * width, width)
+        w |= linear(f"{block}.mlp.fc2.instances.{i}", width, 4 * width)
+    return w
+
+
+@pytest.mark.parametrize("heads", [6, 12])
+def test_a_released_checkpoint_keeps_its_logits(heads: int) -> None:
+    schedule = (3, 3, 4, 3, 3)
+    weights = released_weights(width=96, stages=5, classes=11)
+    images = torch.randn(2, 3, 224, 224)
+    expected = released_logits(weights, images, schedule, heads)
+    info, converted = learngene.from_released(weights, schedule, heads)
+    auxiliary = info.build().eval()
+    auxiliary.load_state_dict(converted, strict=True)
+    torch.testing.assert_close(auxiliary(images), expected, rtol=1e-4, atol=1e-4)
+    described, unrolled = expand(info, converted, plan(schedule, 16))
+    descendant = described.build().eval()
+    descendant.load_state_dict(unrolled, strict=True)
+    torch.testing.assert_close(descendant(images), expected, rtol=1e-4, atol=1e-4)
+    # Negative control: the wrong epsilon is seen by this comparison.
+    for module in auxiliary.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    assert (auxiliary(images) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "heads", "change", "said"),
+    [
+        ((3, 3, 4), 6, {}, "has 3 stages, the checkpoint has 5"),
+        ((3, 3, 4, 3, 3), 7, {}, "7 heads do not divide the width 96"),
+        ((3, 3, 4, 3, 3), 6, {"pos_embed": None}, "has no pos_embed"),
+        ((3, 3, 4, 3, 3), 6, {"odd.weight": torch.zeros(1)}, "odd.weight: not in the model"),
+    ],
+)
+def test_what_does_not_fit_the_released_layout(
+    schedule: tuple[int, ...], heads: int, change: dict[str, Tensor | None], said: str
+) -> None:
+    weights = {k: v for k, v in (released_weights(96, 5, 11) | change).items() if v is not None}
+    with pytest.raises(ValueError, match=said):
+        learngene.from_released(weights, schedule, heads)

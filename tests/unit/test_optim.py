@@ -1,0 +1,53 @@
+"""Parameter groups and the learning rate against timm's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from sws_dist.config import OptimConfig
+from sws_dist.models import create_model
+from sws_dist.optim import Schedule, parameter_groups
+
+
+def test_biases_norms_and_positions_do_not_decay() -> None:
+    model = create_model("sws_aux_tiny_patch16_224", class_token=True)
+    decayed, exempt = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)] for p in exempt["params"]}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= kept
+    assert all(n.endswith("bias") or "norm" in n or n in ("pos_embed", "cls_token") for n in kept)
+    assert len(decayed["params"]) + len(kept) == len(names)
+
+
+def test_the_rate_is_timms_cosine_per_step() -> None:
+    """Linear warm-up from warmup_lr, then cosine over the steps that are left, as timm with warmup_prefix."""
+    config = OptimConfig(lr=1e-3, lr_batch=512, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5)
+    steps_per_epoch, total = 12.5, 625
+    ours = Schedule(config, global_batch=1024, steps_per_epoch=steps_per_epoch, total_steps=total)
+    assert ours.peak == 2e-3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    theirs = CosineLRScheduler(
+        optimizer, t_initial=total - 62, lr_min=1e-5, warmup_t=62, warmup_lr_init=1e-6, warmup_prefix=True,
+        t_in_epochs=False,
+    )  # fmt: skip
+    for step in range(total):
+        theirs.step_update(step)
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+
+
+def test_neighbouring_steps_have_their_own_rates() -> None:
+    """The released code gives epochs 0 and 1 one rate; here no two steps share one."""
+    schedule = Schedule(OptimConfig(warmup_epochs=1), 512, 10, 50)
+    rates = [schedule(step) for step in range(50)]
+    assert len(set(rates)) == 50
+    assert rates[10] == schedule.peak == max(rates)
+
+
+def test_ends() -> None:
+    assert Schedule(OptimConfig(lr=1e-3, lr_batch=None), 64, 10, 10)(10) == OptimConfig().min_lr
+    assert Schedule(OptimConfig(lr=1e-6, lr_batch=None, min_lr=1e-5), 64, 10, 10)(10) == 1e-6
+    only_warmup = Schedule(OptimConfig(warmup_epochs=9), 512, 10, 20)
+    assert only_warmup(19) < only_warmup.peak
