@@ -37,6 +37,8 @@ Backend = Literal["reference", "triton"]
 WIDTH_MULTIPLE = 64  # keeps every row 16-byte aligned in every dtype
 MAX_WIDTH = 3072  # three chunks of 1024: beyond it the backward would no longer fit in registers
 BACKWARD_PROGRAMS_PER_SM = 2  # two resident programs hide each other's loads; a guess until measured on a GPU
+# What that leaves a thread: 65,536 / (2 * 128), less one. Without a figure ptxas may settle for 128 and spill.
+MAX_BACKWARD_REGISTERS = 255
 INTERPRETED_PROGRAMS = 2  # enough to test that programs loop over tiles *and* that their partials are added
 
 
@@ -293,7 +295,7 @@ def _backward(
             _backward_kernel[(num_programs,)](
                 _contiguous(d_new_residual), _contiguous(d_normed), new_residual, _contiguous(scale),
                 _contiguous(gamma), mean, rstd, d_residual, d_branch if separate else None, partials,
-                num_rows, tokens, **tile,
+                num_rows, tokens, **tile, maxnreg=MAX_BACKWARD_REGISTERS,
             )  # fmt: skip
     # The second stage of the reduction: a fixed number of rows in a fixed order, no atomics.
     return d_residual, d_branch, partials.sum(dim=1)

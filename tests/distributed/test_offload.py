@@ -1,0 +1,59 @@
+"""DeepSpeed's CPUAdam, compiled at first use, and CPU offload of optimizer and parameters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import Job, losses, train_all
+
+pytestmark = pytest.mark.slow
+
+RUN = """
+output: unused
+model: {name: sws_vit, schedule: [2, 2], kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
+data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
+optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}
+train: {epochs: 1, global_batch: 16, log_every: 1}
+"""
+
+
+def offloaded(stage: int) -> dict[str, Any]:
+    cpu = {"device": "cpu", "pin_memory": False}
+    zero = {"stage": stage, "offload_optimizer": cpu} | ({"offload_param": cpu} if stage == 3 else {})
+    return {"zero_optimization": zero}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeedCPUAdam is compiled at first use, which needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("offload")
+    (folder / "run.yaml").write_text(RUN.replace("ROOT", str(few_digits)))
+    run, cpu_adam = folder / "run.yaml", {"optim.name": "cpu_adam"}
+    jobs = [Job(run, folder / "torch", {"zero_optimization": {"stage": 2}})]
+    jobs += [Job(run, folder / f"zero{stage}", offloaded(stage), cpu_adam) for stage in (1, 2, 3)]
+    jobs += [Job(run, folder / "parts", offloaded(3), cpu_adam | {"train.max_steps": 2})]
+    jobs += [Job(run, folder / "parts", offloaded(3), cpu_adam, resume="auto")]
+    train_all(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_takes_torchs_steps(runs: Path, stage: int) -> None:
+    assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "torch"), abs=1e-5)
+    for name in ("learngene", "learngene_ema"):
+        ours, theirs = (load_file(runs / run / f"{name}.safetensors") for run in (f"zero{stage}", "torch"))
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+
+
+def test_it_resumes(runs: Path) -> None:
+    assert losses(runs / "parts") == losses(runs / "zero3")
+    whole, parts = (load_file(runs / run / "learngene.safetensors") for run in ("zero3", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
