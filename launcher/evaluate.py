@@ -49,9 +49,11 @@ def evaluate(args: argparse.Namespace) -> None:
     with comm.together("load the model and list the images"):
         model, data, classes = load_model(args)
         images = manifest.scan(args.data.parent, args.data.name, classes or None)
-        num_classes = getattr(model, "num_classes", None)
-        if num_classes is not None and len(images.classes) > num_classes:
-            raise ValueError(f"{args.data} has {len(images.classes)} classes, {args.checkpoint} knows {num_classes}")
+        if len(images.classes) != model.num_classes:
+            raise ValueError(
+                f"{args.data} has {len(images.classes)} class folders, {args.checkpoint} knows {model.num_classes} "
+                "labels and not their names; which label is which folder cannot be told"
+            )
     model.to(world.device).eval()
     batches = sampler.eval_batches(len(images), world.rank, world.size, args.batch)
     loader = pipeline.eval_loader(images, batches, data, world.device)
@@ -79,14 +81,16 @@ def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
     classes: list[str] = []
     if described:
         info, weights = model_file.load(args.checkpoint)
-        model, pixels, classes = info.build(), dict(info.pixels), info.classes
-        if args.model is not None:
-            model = create_model(args.model, **(info.kwargs | {"num_classes": info.num_classes}))
+        pixels, classes = dict(info.pixels), info.classes
+        name = args.model or info.name
+        ours = name == info.name or name.startswith("sws_")  # whose arguments the file's are
+        model = create_model(name, num_classes=info.num_classes, **(info.kwargs if ours else {}))
     elif args.model is None:
         raise ValueError(f"{args.checkpoint} does not say which model it is of; give --model NAME")
     else:
         weights = model_file.load_foreign(args.checkpoint)
-        model = create_model(args.model)
+        default = create_model(args.model).num_classes
+        model = create_model(args.model, num_classes=model_file.num_labels(args.model, weights, default))
         cfg = model.pretrained_cfg
         pixels = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
         pixels["image_size"] = cfg["input_size"][-1]

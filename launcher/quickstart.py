@@ -66,7 +66,7 @@ def main() -> None:
     perform(Step("5. the report", (python, "launcher/report.py", "--runs", str(out)), out / "always made anew"))
     print(
         f"\nfinished in {time.monotonic() - begun:.0f} s\n"
-        f"  the report     {out}/report.md, {out}/curves.png\n"
+        f"  the report     {out}/report.md, {out}/report.png\n"
         f"  every curve    {Path(sys.executable).parent}/tensorboard --logdir {out}",
         flush=True,
     )
@@ -111,6 +111,7 @@ def perform(step: Step) -> None:
     if step.log is None:
         code = subprocess.run(step.command, env=environment).returncode
     else:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # runs side by side must not fight for the cores
         step.log.parent.mkdir(parents=True, exist_ok=True)
         with step.log.open("a") as log:
             code = subprocess.run(step.command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write report.md and curves.png from the quickstart's runs, as they came out.
+"""Write a report and its curves from the quickstart's runs, as they came out.
 
 examples:
-  python launcher/report.py --runs runs/quickstart
-  python launcher/report.py --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results
+  python launcher/report.py --runs runs/quickstart                # report.md and report.png in that folder
+  python launcher/report.py --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results.md
 """
 
 import json
@@ -20,13 +20,15 @@ KINDS = ("tuned", "scratch", "scratch_full")
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the first of --runs)")
+    parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
     args = parser.parse_args()
     seeds = [read(folder) for folder in args.runs]
-    out = args.out or args.runs[0]
-    curves(seeds, out / "curves.png")
-    files.write_text(out / "report.md", report(seeds))
-    cli.say((out / "report.md").read_text())
+    out = args.out or args.runs[0] / "report.md"
+    picture = out.with_suffix(".png")
+    curves(seeds, picture)
+    text = report(seeds, picture.name)
+    files.write_text(out, text)
+    cli.say(text)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -56,19 +58,22 @@ def spread(values: list[float], unit: str = "") -> str:
     return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
 
 
-def report(seeds: list[dict[str, Any]]) -> str:
+def report(seeds: list[dict[str, Any]], picture: str) -> str:
     first = seeds[0]
-    one = next(iter(first["depths"].values()))
-    short, full = one["tuned"]["epochs"], one["scratch_full"]["epochs"]
+    some = next(iter(first["depths"].values()))
+    short, full = some["tuned"]["epochs"], some["scratch_full"]["epochs"]
     teacher, auxiliary = first["teacher"], first["auxiliary"]
+    numbers = ", ".join(str(seed["auxiliary"]["seed"]) for seed in seeds)
     lines = [
         "# Quickstart: a family of vision transformers from one learngene",
         "",
-        f"{len(seeds)} seed(s); mean (smallest-largest) where there are several. Validation top-1 in percent over "
-        f"{_images(first)} images of handwritten digits; {teacher['hardware']} a rank.",
+        f"Written by `launcher/report.py` from seed{'s' if len(seeds) > 1 else ''} {numbers}"
+        + ("; mean (smallest-largest)." if len(seeds) > 1 else ".")
+        + f" Validation top-1 in percent over {auxiliary['validation_images']} images of handwritten digits: one image "
+        f"is {100 / auxiliary['validation_images']:.1f} points.",
         "",
-        f"Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %.",
-        f"Auxiliary model: {auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, "
+        f"- Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %.",
+        f"- Auxiliary model: {auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, "
         f"{auxiliary['epochs']} epochs, {spread([100 * s['auxiliary']['top1'] for s in seeds])} %.",
         "",
         f"| depth | parameters | expanded, untrained | after 1 epoch | after {short} epochs "
@@ -85,14 +90,28 @@ def report(seeds: list[dict[str, Any]]) -> str:
             spread([top1(r, full) for r in runs["scratch_full"]]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## What the family cost", "", *_costs(seeds), ""]
-    lines += ["![curves](curves.png)", "", "Each run's folder holds its resolved configs, `log.jsonl` and weights;"]
-    lines += ["every curve: `tensorboard --logdir <this folder>`.", ""]
+    lines += ["", _comparison(seeds, short, full), "", f"![curves]({picture})", ""]
+    lines += ["## What the family cost", "", *_costs(seeds), "", "## Where it was measured", "", *_origin(auxiliary), ""]
     return "\n".join(lines)
 
 
-def _images(seed: dict[str, Any]) -> int:
-    return int(seed["auxiliary"]["validation_images"])
+def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
+    """The paper's two claims, as these runs bear them out or not."""
+    runs = [kinds for seed in seeds for kinds in seed["depths"].values()]
+    tuned, scratch = (mean(top1(r[kind], 1) for r in runs) for kind in ("tuned", "scratch"))
+    ends = [(top1(r["tuned"], short), top1(r["scratch_full"], full)) for r in runs]
+    as_good = sum(ours >= theirs for ours, theirs in ends)
+    ours, theirs = (mean(column) for column in zip(*ends, strict=True))
+    return (
+        f"After 1 epoch an expanded descendant has {tuned:.1f} % on average, the same model from scratch "
+        f"{scratch:.1f} %. After {short} epochs it has {ours:.1f} %; from scratch, {full} epochs lead to {theirs:.1f} %. "
+        f"{as_good} of {len(ends)} descendants are at least as good as their twin at its full budget."
+    )
+
+
+def _origin(run: Metrics) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "sws-dist")
+    return [f"Commit {run['commit'] or 'unknown'}; {run['hardware']} a rank; {versions}."]
 
 
 def _costs(seeds: list[dict[str, Any]]) -> list[str]:
@@ -111,7 +130,7 @@ def _costs(seeds: list[dict[str, Any]]) -> list[str]:
         stored: float
 
     def row(family: str, once: tuple[str, ...], each: str) -> Row:
-        seconds, flops = (sum(single(run, key) for run in once) + total(each, key) for key in ("core_seconds", "flops"))
+        seconds, flops = (sum(single(run, key) for run in once) + total(each, key) for key in ("rank_seconds", "flops"))
         return Row(family, seconds, flops, single("auxiliary", "parameters") if once else total(each, "parameters"))
 
     scratch = row("from scratch, full budget", (), "scratch_full")
@@ -121,7 +140,7 @@ def _costs(seeds: list[dict[str, Any]]) -> list[str]:
         scratch,
     ]
     return [
-        "| family | core-seconds | PFLOP | parameters stored | scratch costs x FLOPs | scratch stores x parameters |",
+        "| family | rank-seconds | PFLOP | parameters stored | scratch costs x FLOPs | scratch stores x parameters |",
         "|---|--:|--:|--:|--:|--:|",
         *(
             f"| {r.family} | {r.seconds:.0f} | {r.flops / 1e15:.3f} | {r.stored / 1e6:.2f} M "
@@ -129,7 +148,7 @@ def _costs(seeds: list[dict[str, Any]]) -> list[str]:
             for r in rows
         ),
         "",
-        "Core-seconds: a run's wall time, evaluation and saving included, times its ranks.",
+        "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks.",
     ]
 
 

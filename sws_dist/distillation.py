@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,8 +78,8 @@ def load_teacher(
                 "nothing is fetched from a hub"
             )
         weights = model_file.load_foreign(config.teacher_weights)
-        num_labels = _label_count(config.teacher, weights, num_classes)
-        model, source = create_model(config.teacher, num_classes=num_labels), config.teacher_weights
+        labels = model_file.num_labels(config.teacher, weights, num_classes)
+        model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
         own = {key: model.pretrained_cfg[key] for key in ("mean", "std")}
     found = getattr(model, "num_classes", num_classes)
     if found != num_classes:
@@ -95,16 +94,6 @@ def load_teacher(
             f"distill.teacher {config.teacher} takes {expected[0]} pixels, data.image_size is {image_size}"
         )
     return Teacher(model, mean, std, own)
-
-
-def _label_count(name: str, weights: dict[str, Tensor], default: int) -> int:
-    """How many labels the weights know, read off the classifier that timm names for this model."""
-    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # of unknown names, create_model speaks
-    classifier = (about and about.classifier) or ()
-    for layer in (classifier,) if isinstance(classifier, str) else classifier:
-        if f"{layer}.weight" in weights:
-            return weights[f"{layer}.weight"].shape[0]
-    return default
 
 
 class DistillationLoss:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -113,6 +114,16 @@ def load_foreign(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise ValueError(f"{path}: expected a dictionary of tensors, bare or under 'model'")
     return dict(content)
+
+
+def num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:
+    """How many labels foreign weights know, read off the classifier that timm names for the model ``name``."""
+    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # of unknown names, create_model speaks
+    classifier = (about and about.classifier) or ()
+    for layer in (classifier,) if isinstance(classifier, str) else classifier:
+        if f"{layer}.weight" in weights:
+            return weights[f"{layer}.weight"].shape[0]
+    return default
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +12,25 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sws_dist import config, learngene, model_file
 from sws_dist.models.vit import timm_arguments
-from tests.launching import REPOSITORY, Job, log, train
+from tests.launching import REPOSITORY, Job, deepspeed, log, train
 
 CONFIGS = REPOSITORY / "configs" / "runs" / "quickstart"
 SMALL = {"train.epochs": 2, "train.eval_every": 1, "train.log_every": 4, "checkpoint.every": 1}
 ZERO2, ZERO3 = ({"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}} for stage in (2, 3))
 
 
-def run_script(*arguments: str | Path) -> str:
+def run_script(*arguments: str | Path, fails: bool = False) -> str:
+    """What a script prints; where it ``fails`` as it should, its complaint too."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + (done.stderr if fails else "")
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +107,43 @@ def test_fine_tuning_starts_from_the_expanded_weights(road: Path, digits_root: P
     assert start["val/top1"] == pytest.approx(expanded["top1"])
 
 
-def test_predictions_hold_every_image_once(road: Path, digits_root: Path) -> None:
+def test_predictions_hold_every_image_once_on_any_number_of_ranks(road: Path, digits_root: Path) -> None:
     file = road / "predictions.npz"
-    scores = evaluate(road / "des7.safetensors", digits_root / "val", "--predictions", file, "--batch", "50")
+    checkpoint, out = road / "des7.safetensors", road / "three-ranks.json"
+    arguments = ["--checkpoint", checkpoint, "--data", digits_root / "val", "--json", out, "--predictions", file]
+    done = deepspeed("launcher/evaluate.py", *map(str, arguments), "--batch", "50", ranks=3)
+    assert done.returncode == 0, done.stdout
+    scores = json.loads(out.read_text())
+    assert scores == evaluate(checkpoint, digits_root / "val")  # on one rank
     with np.load(file) as found:
         expected = sorted(str(p.relative_to(digits_root / "val")) for p in (digits_root / "val").glob("*/*.jpg"))
         assert sorted(found["path"]) == expected
         assert all(int(path.split("/")[0]) == label for path, label in zip(found["path"], found["label"], strict=True))
         assert (found["logits"].argmax(axis=1) == found["label"]).mean() == pytest.approx(scores["top1"])
+
+
+def test_any_timm_model_with_local_weights_is_scored(road: Path, digits_root: Path) -> None:
+    """A bare state dict of the teacher, whose label count is not the model's own 1,000."""
+    _, weights = model_file.load(road / "teacher" / "model.safetensors")
+    torch.save({"state_dict": weights}, road / "teacher.pth")
+    pixels = ["--image-size", "32", "--crop-pct", "1.0"]
+    pixels = ["--image-size", "32", "--crop-pct", "1.0"]
+    scores = evaluate(road / "teacher.pth", digits_root / "val", "--model", "resnet10t", *pixels)
+    model = timm.create_model("resnet10t", num_classes=10).eval()
+    model.load_state_dict(weights)
+    files = sorted((digits_root / "val").glob("*/*.jpg"))
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
+    mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    guesses = model(((images / 255 - mean) / std).permute(0, 3, 1, 2)).argmax(dim=1)
+    hits = sum(int(file.parent.name) == guess for file, guess in zip(files, guesses.tolist(), strict=True))
+    assert scores["top1"] == pytest.approx(hits / len(files))
+    few = digits_root.parent / "two-classes"
+    for label in "01":
+        shutil.copytree(digits_root / "val" / label, few / label)
+    said = run_script(
+        "launcher/evaluate.py", "--model", "resnet10t", "--checkpoint", road / "teacher.pth", "--data", few, fails=True
+    )
+    assert "has 2 class folders" in said
 
 
 def test_tensorboard_tells_the_whole_story(road: Path) -> None:

@@ -1,0 +1,65 @@
+"""Documented commands name scripts, options, config files and keys that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sws_dist import config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = sorted((ROOT / "launcher").glob("*.py"))
+KEYS = set(config.valid_keys())
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """Every command that runs one of our scripts, from its name on: ``[launcher/x.py, --option, value, ...]``."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    text = re.sub(r"\\+\n\s*", " ", text)
+    for line in text.splitlines():
+        found = re.search(r"(?:python|deepspeed)\s.*?(launcher/\w+\.py .*)", line)
+        if found:
+            yield shlex.split(found[1].split("  #")[0].removesuffix("..."), comments=True)
+
+
+@cache
+def options(script: str) -> set[str]:
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    usage = done.stdout.split("\n\n")[0]
+    return set(re.findall(r"--[\w-]+", usage))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_documented_commands_exist(path: Path) -> None:
+    for script, *arguments in commands(path):
+        assert (ROOT / script).is_file(), script
+        unknown = {a for a in arguments if a.startswith("--")} - options(script)
+        assert not unknown, f"{script} has no {unknown}"
+        for option, value in pairwise(arguments):
+            if option in ("--config", "--deepspeed_config"):
+                assert (ROOT / value).is_file(), value
+            if option == "--set":
+                assert value.split("=")[0] in KEYS, value
+
+
+def test_the_readme_has_commands_to_check() -> None:
+    assert len(list(commands(ROOT / "README.md"))) >= 5
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
