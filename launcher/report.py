@@ -91,7 +91,8 @@ def report(seeds: list[dict[str, Any]], picture: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", _comparison(seeds, short, full), "", f"![curves]({picture})", ""]
-    lines += ["## What the family cost", "", *_costs(seeds), "", "## Where it was measured", "", *_origin(auxiliary), ""]
+    lines += ["## What the family cost", "", *_costs(seeds), ""]
+    lines += ["## Where it was measured", "", *_origin(auxiliary), ""]
     return "\n".join(lines)
 
 
@@ -104,8 +105,8 @@ def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
     ours, theirs = (mean(column) for column in zip(*ends, strict=True))
     return (
         f"After 1 epoch an expanded descendant has {tuned:.1f} % on average, the same model from scratch "
-        f"{scratch:.1f} %. After {short} epochs it has {ours:.1f} %; from scratch, {full} epochs lead to {theirs:.1f} %. "
-        f"{as_good} of {len(ends)} descendants are at least as good as their twin at its full budget."
+        f"{scratch:.1f} %. After {short} epochs it has {ours:.1f} %; from scratch, {full} epochs lead to "
+        f"{theirs:.1f} %. {as_good} of {len(ends)} descendants are at least as good as their twin at its full budget."
     )
 
 

@@ -54,6 +54,8 @@ def test_it_takes_torchs_steps(runs: Path, stage: int) -> None:
 
 
 def test_it_resumes(runs: Path) -> None:
-    assert losses(runs / "parts") == losses(runs / "zero3")
+    """To rounding: DeepSpeed's CPUAdam multiplies its bias corrections up, and after a load takes a power anew."""
+    assert losses(runs / "parts") == pytest.approx(losses(runs / "zero3"), abs=1e-6)
     whole, parts = (load_file(runs / run / "learngene.safetensors") for run in ("zero3", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,9 @@ ZERO2, ZERO3 = ({"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}
 
 def run_script(*arguments: str | Path, fails: bool = False) -> str:
     """What a script prints; where it ``fails`` as it should, its complaint too."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + (done.stderr if fails else "")
 
