@@ -93,7 +93,7 @@ class AugmentConfig:
     auto_augment: str | None = None
     """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
     re_prob: float = Field(default=0.0, ge=0, le=1)
-    re_mode: Literal["pixel"] = "pixel"
+    re_mode: Literal["pixel", "const", "rand"] = "pixel"
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)

@@ -134,7 +134,9 @@ class Trainer:
             batch = next(batches)
             waited += time.perf_counter() - start
             comm.seed_everything(self.config.train.seed, batch.position)
-            images = batch.images if batch.erase is None else erase(batch.images, batch.erase)
+            images = (
+                batch.images if batch.erase is None else erase(batch.images, batch.erase, self.config.augment.re_mode)
+            )
             images, targets = self.mixing(images, batch.labels, batch.position)
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
