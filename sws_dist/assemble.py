@@ -16,7 +16,9 @@ from sws_dist import config as run_config
 from sws_dist.comm import World
 from sws_dist.config import RunConfig
 from sws_dist.data import manifest
+from sws_dist.data.bad_images import named
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.sources import read_classes
 from sws_dist.distillation import Teacher, load_teacher
 from sws_dist.errors import ConfigError
 from sws_dist.flops import forward_flops
@@ -58,8 +60,11 @@ def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
     found = None
     with comm.together("list the images"):
         if world.is_main:
-            train = manifest.scan(config.data.root, config.data.train_split)
-            found = train, manifest.scan(config.data.root, config.data.val_split, train.classes)
+            data = config.data
+            classes = read_classes(data.classes) if data.classes else None
+            train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
+            val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
+            found = train, val
     return comm.from_main(found)
 
 
@@ -178,3 +183,14 @@ def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[s
     for name, text in texts.items():
         files.write_text(output / name, text)
     return texts
+
+
+def tell_of_data(train: Manifest, val: Manifest) -> list[str]:
+    """What whoever starts a run should hear of its images: how many there are, and which are left out."""
+    lines = [f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"]
+    for kind, images in (("training", train), ("validation", val)):
+        lines += images.notes
+        if images.bad:
+            lines.append(f"{len(images.bad)} bad {kind} image(s) in {images.folder} are left out")
+            lines += named(images.bad)
+    return lines

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sws_dist.config import AugmentConfig
+from sws_dist.data.color_jitter import ColorJitter
 from sws_dist.data.randaugment import RandAugment, RandAugmentDraws, affine_matrix
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop
@@ -44,7 +45,7 @@ class Draws:
     crop_shape: np.ndarray  # [B, 2] int32: height, width
     flip: np.ndarray  # [B] int32, 1: mirrored
     affine: np.ndarray | None  # [B, 3, 3] float32, output -> input
-    rand_augment: RandAugmentDraws | None
+    operations: RandAugmentDraws | None  # RandAugment's or the colour jitter's layers
     erase: np.ndarray | None  # [B, 4] int32: top, left, height, width of the erased box; height 0: none
 
 
@@ -53,12 +54,16 @@ class Recipe:
 
     def __init__(self, config: AugmentConfig, image_size: int) -> None:
         self.config, self.image_size = config, image_size
-        self.rand_augment = RandAugment.parse(config.auto_augment) if config.auto_augment else None
+        self.policy: RandAugment | ColorJitter | None = None
+        if config.auto_augment:  # and the colour jitter, as in timm, is left out
+            self.policy = RandAugment.parse(config.auto_augment)
+        elif config.color_jitter:
+            self.policy = ColorJitter.parse(config.color_jitter)
         counts = {
             "crop": 2 * _CROP_TRIES + 2,
             "flip": 1,
             "affine": 4 if config.affine else 0,
-            "rand_augment": self.rand_augment.num_uniforms if self.rand_augment else 0,
+            "operations": self.policy.num_uniforms if self.policy else 0,
             "erase": 1 + 4 * _ERASE_TRIES if config.re_prob else 0,
         }
         ends = np.cumsum(list(counts.values()))
@@ -76,7 +81,7 @@ class Recipe:
             crop_shape=shape,
             flip=(parts["flip"][:, 0] < self.config.hflip).astype(np.int32),
             affine=self._affine(parts["affine"]) if self.config.affine else None,
-            rand_augment=self.rand_augment.draw(parts["rand_augment"], size, size) if self.rand_augment else None,
+            operations=self.policy.draw(parts["operations"], size, size) if self.policy else None,
             erase=_erase_boxes(parts["erase"], self.config.re_prob, size) if self.config.re_prob else None,
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _ROUND = 256  # timm's RepeatAugSampler keeps a multiple of this many images an epoch
+_SUBSTITUTE_STREAM = 2 << 64  # apart from the images' own draws and the mixing's (see recipe.py, mixing.py)
 
 
 class TrainOrder:
@@ -45,6 +46,11 @@ class TrainOrder:
             here = epochs == epoch
             images[here] = self.epoch(int(epoch))[places[here]]
         return images
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """The image to take at a position whose own (attempt 0) or latest substitute (1, 2, ...) cannot be read."""
+        key, counter = _SUBSTITUTE_STREAM + self.seed, [attempt, position, 0, 0]
+        return int(np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(self.num_images))
 
 
 def micro_batch_positions(step: int, global_batch: int, micro: int, num_micros: int) -> np.ndarray:

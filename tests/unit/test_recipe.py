@@ -96,9 +96,9 @@ def test_half_of_the_images_are_mirrored() -> None:
 
 def fields(draws: Draws) -> list[np.ndarray]:
     assert draws.affine is not None
-    assert draws.rand_augment is not None
+    assert draws.operations is not None
     assert draws.erase is not None
-    return [draws.crop_start, draws.crop_shape, draws.flip, draws.affine, *draws.rand_augment, draws.erase]
+    return [draws.crop_start, draws.crop_shape, draws.flip, draws.affine, *draws.operations, draws.erase]
 
 
 @pytest.mark.parametrize("positions", [range(96), range(5, 96, 8), range(40, 41), [3, 4, 50, 95]])
