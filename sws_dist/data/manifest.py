@@ -9,7 +9,7 @@ unchanged, and looks at the headers of all others.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from sws_dist.config import MAX_BAD_SHARE
 from sws_dist.data import examine, sources
 from sws_dist.data.sources import Source
 
-_CHUNK = 4096  # files between two reports of progress
+_CHUNK = 4096  # files handed to the threads at once
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,20 @@ def scan(
     source, notes = sources.find(root, split, classes, num_threads)
     kept = path_of(root, split)
     known = {entry["path"]: entry for entry in sources.read_lines(kept)} if kept.is_file() else {}
-    entries = _in_parallel(partial(_entry, source, known, examine_quick), len(source), num_threads)
+    entries = list(_in_parallel(partial(_entry, source, known, _examine_quick), len(source), num_threads))
     found = _manifest(source, entries, [*notes, *_changes(source, known, entries, kept)])
     refuse_too_many(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
     return found
 
 
-def scan_whole(
-    root: str | Path, split: str, num_threads: int, progress: Callable[[int], Any] = lambda n: None
-) -> tuple[Manifest, Path | None]:
-    """Read and decode every file, and write the manifest's file (None where that is not allowed).
-
-    ``progress`` is called with the number of files done since its last call.
-    """
+def scan_whole(root: str | Path, split: str, num_threads: int, bar: tqdm[Any]) -> tuple[Manifest, Path | None]:
+    """Read and decode every file, moving ``bar``; the images, and the manifest's file (None: not to be written)."""
     source, notes = sources.find(root, split, None, num_threads)
-    entries = _in_parallel(partial(_entry, source, {}, examine_whole), len(source), num_threads, progress)
+    bar.reset(total=len(source))
+    entries = []
+    for entry in _in_parallel(partial(_entry, source, {}, _examine_whole), len(source), num_threads):
+        entries.append(entry)
+        bar.update()
     kept: Path | None = path_of(root, split)
     try:
         sources.write_lines(path_of(root, split), entries)
@@ -93,14 +93,14 @@ def refuse_too_many(count: int, total: int, max_share: float, where: str, bad: S
         )
 
 
-def examine_quick(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+def _examine_quick(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
     if source.spans is not None:
         return examine.quick(io.BytesIO(source.read(index)), num_bytes)
     with source.file(index).open("rb") as file:
         return examine.quick(file, num_bytes)
 
 
-def examine_whole(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+def _examine_whole(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
     return examine.whole(source.read(index))
 
 
@@ -122,17 +122,11 @@ def _entry(
     return entry
 
 
-def _in_parallel(
-    function: Callable[[int], Any], count: int, num_threads: int, progress: Callable[[int], Any] = lambda n: None
-) -> list[Any]:
-    """``function`` of 0 to count - 1, in order. Pillow and the file system leave Python's lock to others."""
-    results: list[Any] = []
+def _in_parallel(function: Callable[[int], Any], count: int, num_threads: int) -> Iterator[Any]:
+    """``function`` of 0 to count - 1, in order, in threads: Pillow and the file system release Python's lock."""
     with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, count, _CHUNK):
-            for result in pool.map(function, range(start, min(start + _CHUNK, count))):
-                results.append(result)
-                progress(1)
-    return results
+        for start in range(0, count, _CHUNK):  # a future each for millions of files would take gigabytes
+            yield from pool.map(function, range(start, min(start + _CHUNK, count)))
 
 
 def _manifest(source: Source, entries: list[dict[str, Any]], notes: list[str]) -> Manifest:

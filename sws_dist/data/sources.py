@@ -58,7 +58,8 @@ class Source:
         if self.spans is None:
             return self.file(index).read_bytes()
         shard, offset, length = self.spans[index].tolist()
-        return os.pread(_opened(self.folder / self.shards[shard]).fileno(), length, offset)
+        opened = _opened(self.folder / self.shards[shard])  # a name of its own: the cache may let go of it meanwhile
+        return os.pread(opened.fileno(), length, offset)
 
     def encoded(self, indices: np.ndarray) -> list[np.ndarray]:
         """What DALI is given for each image, uint8: the path of its file, or, from a shard, its bytes."""
