@@ -20,12 +20,12 @@ from sws_dist.data.loader import Batch, Build, Loader, Plan
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.randaugment import apply_layer, warp
 from sws_dist.data.recipe import Recipe
+from sws_dist.data.resize import Resize, resizer
 from sws_dist.data.sampler import TrainOrder
 
 __all__ = ["Batch", "Loader", "eval_loader", "train_loader"]
 
-_INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-_RESIZE = {"antialias": True, "subpixel_scale": False, "dtype": types.UINT8}  # what Pillow does
+_DECODE = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}  # as Pillow
 
 
 def train_loader(
@@ -110,6 +110,7 @@ def _builder(
             source=source,
             config=config,
             decoder=decoder,
+            resize=resizer(config.interpolation, on_gpu, config.num_threads),
             from_files=manifest.spans is None,
             **arguments,
             batch_size=4096,  # only an upper bound: each batch has the size that the source gives it
@@ -124,11 +125,10 @@ def _builder(
     return build
 
 
-_DECODE = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}  # as Pillow
-
-
 @pipeline_def(enable_conditionals=True)
-def _train_graph(source: Any, config: DataConfig, decoder: dict[str, Any], from_files: bool, recipe: Recipe) -> Any:
+def _train_graph(
+    source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool, recipe: Recipe
+) -> Any:
     num_layers = recipe.policy.num_layers if recipe.policy else 0
     affine = recipe.config.affine
     num_outputs = 4 + (affine is not None) + 3 * num_layers
@@ -137,7 +137,7 @@ def _train_graph(source: Any, config: DataConfig, decoder: dict[str, Any], from_
     size = config.image_size
     encoded = fn.io.file.read(encoded) if from_files else encoded
     images = _decode(encoded, decoder, start, shape)
-    images = fn.resize(images, size=[size, size], interp_type=_INTERPOLATION[config.interpolation], **_RESIZE)
+    images = resize(images, types.Constant([size, size], dtype=types.FLOAT, shape=[2], device="cpu"))
     images = fn.flip(images, horizontal=flip)
     if affine is not None:
         images = warp(images, rest.pop(0), fill=affine.fill)
@@ -148,15 +148,11 @@ def _train_graph(source: Any, config: DataConfig, decoder: dict[str, Any], from_
 
 
 @pipeline_def
-def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], from_files: bool) -> Any:
+def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool) -> Any:
     encoded, resized, offset = fn.external_source(source=source, num_outputs=3, batch=True)
     encoded = fn.io.file.read(encoded) if from_files else encoded
     images = _decode(encoded, decoder)
-    # Pillow resizes the columns, rounds to 8 bits, then resizes the rows. So do we: one pass would differ by ones.
-    height = images.shape(dtype=types.FLOAT)[0]
-    how = {"interp_type": _INTERPOLATION[config.interpolation], **_RESIZE}
-    images = fn.resize(images, size=fn.stack(height, resized[1]), **how)
-    images = fn.resize(images, size=resized, **how)
+    images = resize(images, resized)
     images = fn.slice(images, start=offset, shape=[config.image_size] * 2, axes=[0, 1])
     return _normalise(images, config)
 
