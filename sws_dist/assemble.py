@@ -14,7 +14,7 @@ from torch import nn
 from sws_dist import checkpoint, comm, files, model_file, provenance
 from sws_dist import config as run_config
 from sws_dist.comm import World
-from sws_dist.config import RunConfig
+from sws_dist.config import DataConfig, RunConfig
 from sws_dist.data import manifest
 from sws_dist.data.bad_images import named
 from sws_dist.data.manifest import Manifest
@@ -60,12 +60,16 @@ def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
     found = None
     with comm.together("list the images"):
         if world.is_main:
-            data = config.data
-            classes = read_classes(data.classes) if data.classes else None
-            train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
-            val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
-            found = train, val
+            found = list_images(config.data)
     return comm.from_main(found)
+
+
+def list_images(data: DataConfig) -> tuple[Manifest, Manifest]:
+    """Training and validation images."""
+    classes = read_classes(data.classes) if data.classes else None
+    train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
+    val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
+    return train, val
 
 
 def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | None]:

@@ -55,16 +55,21 @@ class Mixing:
         targets = self._smooth(labels)
         if not self.changes_images:
             return images, targets
-        rng = np.random.Generator(np.random.Philox(key=_MIXING_STREAM + self.seed, counter=[0, position, 0, 0]))
-        use_cutmix = rng.random() < self.config.mixup_switch_prob if self.config.mixup > 0 else True
-        use_cutmix = use_cutmix and self.config.cutmix > 0
-        alpha = self.config.cutmix if use_cutmix else self.config.mixup
-        share = float(rng.beta(alpha, alpha))
+        use_cutmix, share, rng = self.draw(position)
         if use_cutmix:
             images, share = _cutmix(images, share, rng)
         else:
             images = images.lerp(images.flip(0), 1 - share)
         return images, targets.lerp(targets.flip(0), 1 - share)
+
+    def draw(self, position: int) -> tuple[bool, float, np.random.Generator]:
+        """Cutmix (or else mixup), the share of the unreversed batch, and the generator to go on with."""
+        config = self.config
+        rng = np.random.Generator(np.random.Philox(key=_MIXING_STREAM + self.seed, counter=[0, position, 0, 0]))
+        use_cutmix = rng.random() < config.mixup_switch_prob if config.mixup > 0 else True
+        use_cutmix = use_cutmix and config.cutmix > 0
+        alpha = config.cutmix if use_cutmix else config.mixup
+        return use_cutmix, float(rng.beta(alpha, alpha)), rng
 
     def _smooth(self, labels: Tensor) -> Tensor:
         off = self.config.smoothing / self.num_classes

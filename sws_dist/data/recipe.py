@@ -13,7 +13,7 @@ import numpy as np
 
 from sws_dist.config import AugmentConfig
 from sws_dist.data.color_jitter import ColorJitter
-from sws_dist.data.randaugment import RandAugment, RandAugmentDraws, affine_matrix
+from sws_dist.data.randaugment import OPERATORS, SKIP, RandAugment, RandAugmentDraws, affine_matrix
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop
 _ERASE_TRIES = 10  # timm's RandomErasing
@@ -47,6 +47,25 @@ class Draws:
     affine: np.ndarray | None  # [B, 3, 3] float32, output -> input
     operations: RandAugmentDraws | None  # RandAugment's or the colour jitter's layers
     erase: np.ndarray | None  # [B, 4] int32: top, left, height, width of the erased box; height 0: none
+
+
+def describe(draws: Draws, row: int) -> list[str]:
+    """What was drawn for one image, in words: its window, its operations, its erased box."""
+    (top, left), (height, width) = draws.crop_start[row].tolist(), draws.crop_shape[row].tolist()
+    lines = [f"{width} x {height} at {left}, {top}" + (", mirrored" if draws.flip[row] else "")]
+    if draws.affine is not None:
+        (a, b), (c, d) = draws.affine[row][:2, :2].tolist()
+        lines.append(f"turned {np.degrees(np.arctan2(b, a)):.0f} degrees, enlarged {1 / np.sqrt(a * d - b * c):.2f} x")
+    if draws.operations is not None:
+        drawn = zip(draws.operations.operator[row].tolist(), draws.operations.strength[row].tolist(), strict=True)
+        lines += [
+            OPERATORS[operator].removesuffix("Increasing") + (f" {strength:.3g}" if strength else "")
+            for operator, strength in drawn
+            if operator != SKIP
+        ]
+    if draws.erase is not None and draws.erase[row, 2]:
+        lines.append("erased {3} x {2}".format(*draws.erase[row]))
+    return lines
 
 
 class Recipe:
