@@ -63,6 +63,9 @@ class Trainer:
         self.info = assemble.describe(config, self.model, self.train_set.classes)
 
         self.bad, self.bad_val = BadImages(self.train_set.bad), BadImages(self.val_set.bad)
+        batches = sampler.eval_batches(len(self.val_set), world.rank, world.size, config.train.eval_batch)
+        with comm.together("build the input pipeline"):
+            self._val_loader = pipeline.eval_loader(self.val_set, batches, config.data, world.device, self.bad_val)
         self.order = sampler.TrainOrder(len(self.train_set), config.train.seed, config.augment.num_repeats)
         images = config.train.epochs * self.order.epoch_size
         self.total_steps = images // config.train.global_batch
@@ -185,12 +188,8 @@ class Trainer:
 
     def _score(self) -> Scores:
         self.engine.eval()
-        batches = sampler.eval_batches(
-            len(self.val_set), self.world.rank, self.world.size, self.config.train.eval_batch
-        )
         self.bad_val.clear()
-        loader = pipeline.eval_loader(self.val_set, batches, self.config.data, self.world.device, self.bad_val)
-        scores = evaluate(self.engine, loader, self.dtype)
+        scores = evaluate(self.engine, self._val_loader, self.dtype)
         self._tell_of(self.bad_val, 0, len(self.val_set))
         self.engine.train()
         return scores

@@ -65,9 +65,11 @@ class Plan:
 
 
 class Loader:
-    """Iterates ``Batch``es in the order of ``plans``; DALI works ahead.
+    """Iterates ``Batch``es in the order of ``plans``; DALI works ahead. One to evaluate with is iterated many times:
+    DALI never frees the threads of a pipeline that calls Python.
 
     Args:
+        plans: starts a pass over all batches.
         build: makes a DALI pipeline from a source of (encoded images, *feeds); its images are ``image_size`` squared.
         substitute: (the plan of one position, attempt) -> a plan with another image; None: bad images do not count.
         bad: where unreadable images are reported.
@@ -80,7 +82,7 @@ class Loader:
     def __init__(
         self,
         build: Build,
-        plans: Iterable[Plan],
+        plans: Callable[[], Iterable[Plan]],
         manifest: Manifest,
         image_size: int,
         device: torch.device,
@@ -91,18 +93,21 @@ class Loader:
         self.manifest, self.device, self.bad = manifest, device, bad
         self.failure: Exception | None = None
         self._substitute, self._epoch_size, self._image_size = substitute, epoch_size, image_size
-        self._build, self._plans = build, iter(plans)
+        self._build, self._all_plans = build, plans
+        self._plans: Iterator[Plan] = iter(())
         self._ahead: deque[Plan] = deque()
-        self._graph = build(source=self._feed)
+        self._graph: Any = None
         self._again: deque[Plan] = deque()
         self._second_graph: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
+        self._start()
         while True:
             try:
                 images = self._run(self._graph)
                 plan = self._ahead.popleft()
             except StopIteration:
+                self._graph.reset()
                 return
             except RuntimeError as error:
                 if not self._ahead:
@@ -117,6 +122,12 @@ class Loader:
                 plan.erase,
                 0 if plan.positions is None else int(plan.positions[0]),
             )
+
+    def _start(self) -> None:
+        if self._graph is None or self._ahead:  # a pass that was left in the middle has batches under way
+            self._ahead.clear()
+            self._graph = self._build(source=self._feed)
+        self._plans = iter(self._all_plans())
 
     def _run(self, graph: Any) -> Tensor:
         (output,) = graph.run()

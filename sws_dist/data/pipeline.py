@@ -6,7 +6,7 @@ its own threads, ahead of the training step. Nothing random happens inside DALI.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,9 @@ def train_loader(
         other = order.substitute(int(bad_one.positions[0]), attempt)
         return plan(bad_one.positions, np.array([other]))
 
-    plans = (plan(places, order.images(places)) for places in positions)
+    def plans() -> Iterator[Plan]:
+        return (plan(places, order.images(places)) for places in positions)
+
     build = _builder(_train_graph, manifest, config, device, recipe=recipe)
     bad = BadImages() if bad is None else bad
     return Loader(build, plans, manifest, config.image_size, device, bad, substitute, order.epoch_size)
@@ -63,12 +65,13 @@ def train_loader(
 
 def eval_loader(
     manifest: Manifest,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Sequence[tuple[np.ndarray, np.ndarray]],
     config: DataConfig,
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Loader:
-    """Evaluation batches: (images [B], whether each counts [B]) as ``sampler.eval_batches`` gives them."""
+    """Evaluation batches: (images [B], whether each counts [B]) as ``sampler.eval_batches`` gives them; any number of
+    passes."""
 
     def plans() -> Iterator[Plan]:
         for indices, valid in batches:
@@ -77,7 +80,7 @@ def eval_loader(
 
     build = _builder(_eval_graph, manifest, config, device)
     bad = BadImages() if bad is None else bad
-    return Loader(build, plans(), manifest, config.image_size, device, bad)
+    return Loader(build, plans, manifest, config.image_size, device, bad)
 
 
 def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple[np.ndarray, np.ndarray]:
