@@ -40,7 +40,7 @@ def show(run: config.RunConfig, args: argparse.Namespace) -> None:
     from sws_dist.metrics import labelled_grid
 
     images, _ = assemble.list_images(run.data)
-    order = sampler.TrainOrder(len(images), run.train.seed, run.augment.num_repeats)
+    order = assemble.train_order(run, images)
     micro = args.batch or run.train.global_batch
     positions = sampler.micro_batch_positions(args.step, run.train.global_batch, 0, run.train.global_batch // micro)
     recipe, mixing = Recipe(run.augment, run.data.image_size), Mixing(run.augment, len(images.classes), run.train.seed)

@@ -18,6 +18,7 @@ from sws_dist.config import DataConfig, RunConfig
 from sws_dist.data import manifest
 from sws_dist.data.bad_images import named
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.sampler import TrainOrder
 from sws_dist.data.sources import read_classes
 from sws_dist.distillation import Teacher, load_teacher
 from sws_dist.errors import ConfigError
@@ -70,6 +71,15 @@ def list_images(data: DataConfig) -> tuple[Manifest, Manifest]:
     train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
     val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
     return train, val
+
+
+def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
+    """Raises ValueError for a shard window over images that are not in shards."""
+    shards = None if images.spans is None else images.spans[:, 0]
+    window = config.data.shuffle_shards
+    if window is not None and shards is None:
+        raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
+    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
 
 
 def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | None]:

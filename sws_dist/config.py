@@ -62,6 +62,9 @@ class DataConfig:
     """The same for the validation images."""
     classes: str | None = None
     """A file of class names, one a line, whose order the labels take instead of the sorted folders'."""
+    shuffle_shards: int | None = Field(default=None, ge=1)
+    """Tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null: among
+    all, as timm does."""
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; beyond this share of an epoch the run stops."""
     image_size: int = Field(default=224, ge=8)

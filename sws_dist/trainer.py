@@ -65,8 +65,9 @@ class Trainer:
         self.bad, self.bad_val = BadImages(self.train_set.bad), BadImages(self.val_set.bad)
         batches = sampler.eval_batches(len(self.val_set), world.rank, world.size, config.train.eval_batch)
         with comm.together("build the input pipeline"):
+            self.order = assemble.train_order(config, self.train_set)
+            self.recipe = Recipe(config.augment, config.data.image_size)
             self._val_loader = pipeline.eval_loader(self.val_set, batches, config.data, world.device, self.bad_val)
-        self.order = sampler.TrainOrder(len(self.train_set), config.train.seed, config.augment.num_repeats)
         images = config.train.epochs * self.order.epoch_size
         self.total_steps = images // config.train.global_batch
         if self.total_steps == 0:
@@ -261,10 +262,9 @@ class Trainer:
             for step in range(self.step, last_step)
             for i in range(accumulation)
         )
-        recipe = Recipe(self.config.augment, self.config.data.image_size)
-        seed = self.config.train.seed
+        seed, data = self.config.train.seed, self.config.data
         return pipeline.train_loader(
-            self.train_set, self.order, positions, recipe, seed, self.config.data, self.world.device, self.bad
+            self.train_set, self.order, positions, self.recipe, seed, data, self.world.device, self.bad
         )
 
     def tell_of_bad_images(self) -> None:

@@ -7,6 +7,7 @@ whole batch at once. So a run goes on from any step, at any world size, drawing 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,10 @@ class Recipe:
     """The drawing of ``AugmentConfig``'s per-image parts for an output of ``image_size`` pixels squared."""
 
     def __init__(self, config: AugmentConfig, image_size: int) -> None:
+        _require_range("augment.scale", config.scale, 1.0)
+        _require_range("augment.ratio", config.ratio, math.inf)
+        if config.affine:
+            _require_range("augment.affine.scale", config.affine.scale, math.inf)
         self.config, self.image_size = config, image_size
         self.policy: RandAugment | ColorJitter | None = None
         if config.auto_augment:  # and the colour jitter, as in timm, is left out
@@ -116,6 +121,12 @@ class Recipe:
             height=size,
             width=size,
         )
+
+
+def _require_range(key: str, low_high: tuple[float, float], limit: float) -> None:
+    if not 0 < low_high[0] <= low_high[1] <= limit:
+        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
+        raise ValueError(f"{key} {list(low_high)}: expected [smallest, largest], both above 0{most}")
 
 
 def _random_resized_crop(

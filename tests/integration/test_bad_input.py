@@ -90,6 +90,13 @@ def test_too_many_unreadable_images_are_named(job: Job, tmp_path: Path, few_digi
     assert "8 of 80 images are bad, more than data.max_bad_share 0.05 allows" in said
 
 
+def test_recipe_that_cannot_be_drawn(job: Job) -> None:
+    sets = {"augment.auto_augment": "rand-m9-mstd0.5"}
+    assert "timm's default set, inc0, is not supported" in message(train(Job(job.config, job.output, PLAIN, sets), 2))
+    assert "there is no GPU decoder on the CPU" in message(alone(job, **{"data.hw_decoder_load": 0.5}))
+    assert "holds no tar shards" in message(alone(job, **{"data.shuffle_shards": 4}))
+
+
 def save_teacher(path: Path, num_classes: int) -> Path:
     info = model_file.ModelInfo("model", "resnet10t", {}, num_classes, {"mean": [0.5] * 3, "std": [0.5] * 3})
     return model_file.save(path, info, create_model("resnet10t", num_classes=num_classes).state_dict())

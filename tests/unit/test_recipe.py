@@ -119,3 +119,18 @@ def test_neighbours_and_seeds_draw_differently() -> None:
     assert len(np.unique(np.concatenate([a, b]))) == 2 * a.size
     assert stats.kstest(a.ravel(), "uniform").pvalue > ONE_IN_A_THOUSAND
     assert abs(np.corrcoef(a[:-1].ravel(), a[1:].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"scale": (0.0, 1.0)}, "augment.scale"),
+        ({"scale": (0.5, 1.2)}, "augment.scale.*at most 1"),
+        ({"ratio": (1.5, 0.5)}, "augment.ratio"),
+        ({"affine": AffineConfig(scale=(0.0, 1.0))}, "augment.affine.scale"),
+        ({"auto_augment": "rand-m9"}, "-inc1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(keys: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Recipe(AugmentConfig(**keys), 32)

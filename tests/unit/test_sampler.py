@@ -79,6 +79,24 @@ def test_the_shuffle_is_torchs() -> None:
     assert TrainOrder(300, seed=42).epoch(5).tolist() == expected
 
 
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
+    shards = np.repeat(np.arange(10), 30)
+    order = TrainOrder(300, seed=4, num_repeats=num_repeats, shards=shards, window=3)
+    turns = []
+    for epoch in range(3):
+        images = order.epoch(epoch)
+        windows = [set(shards[images[start : start + 90 * num_repeats]]) for start in range(0, 300, 90 * num_repeats)]
+        assert all(len(window) <= 3 for window in windows)
+        assert not set.intersection(*windows) or len(windows) == 1
+        assert len(set(images)) == (300 if num_repeats == 1 else -(-256 // 3))
+        assert max(np.diff(images)) > 30, "shuffled inside a window"
+        turns.append(tuple(images))
+    assert len(set(turns)) == 3
+    everything = TrainOrder(300, seed=4, shards=shards, window=10).epoch(0)
+    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).epoch(0))
+
+
 @pytest.mark.parametrize("num_images", [1, 2, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize("batch", [1, 8, 64])
