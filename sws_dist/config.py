@@ -112,6 +112,7 @@ class AugmentConfig:
     hflip: float = Field(default=0.5, ge=0, le=1)
     """Chance of being mirrored."""
     affine: AffineConfig | None = None
+    """A random turn, shift and enlargement; null: none."""
     auto_augment: str | None = None
     """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
     color_jitter: float | tuple[float, ...] | None = None
