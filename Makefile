@@ -29,8 +29,9 @@ lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready  ## Measure the kernels against their alternatives (needs a GPU)
+bench: $(VENV)/ready  ## Measure the input and, on a GPU, the kernels against their alternatives
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/data.py
 
 docs: $(VENV)/ready  ## Rewrite the pages that are made from the code
 	$(BIN)/python docs/make.py

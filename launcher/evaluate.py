@@ -42,6 +42,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from sws_dist import comm, files
     from sws_dist.data import manifest, pipeline, sampler
+    from sws_dist.data.bad_images import BadImages, named
     from sws_dist.evaluate import Predictions
     from sws_dist.evaluate import evaluate as score
 
@@ -56,9 +57,14 @@ def evaluate(args: argparse.Namespace) -> None:
             )
     model.to(world.device).eval()
     batches = sampler.eval_batches(len(images), world.rank, world.size, args.batch)
-    loader = pipeline.eval_loader(images, batches, data, world.device)
+    bad = BadImages(images.bad)
+    loader = pipeline.eval_loader(images, batches, data, world.device, bad)
     predictions: list[Predictions] | None = [] if args.predictions else None
+    for line in (*images.notes, *named(images.bad)):
+        cli.say(line)
     scores = score(model, loader, torch.float32, predictions)
+    for line in bad.exchange(world.device, 0, len(images), data.max_bad_share):
+        cli.say(line)
     cli.say(
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  "
         f"loss {scores.loss:.4f}  over {scores.images} images"

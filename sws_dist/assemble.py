@@ -14,9 +14,12 @@ from torch import nn
 from sws_dist import checkpoint, comm, files, model_file, provenance
 from sws_dist import config as run_config
 from sws_dist.comm import World
-from sws_dist.config import RunConfig
+from sws_dist.config import DataConfig, RunConfig
 from sws_dist.data import manifest
+from sws_dist.data.bad_images import named
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.sampler import TrainOrder
+from sws_dist.data.sources import read_classes
 from sws_dist.distillation import Teacher, load_teacher
 from sws_dist.errors import ConfigError
 from sws_dist.flops import forward_flops
@@ -58,9 +61,25 @@ def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
     found = None
     with comm.together("list the images"):
         if world.is_main:
-            train = manifest.scan(config.data.root, config.data.train_split)
-            found = train, manifest.scan(config.data.root, config.data.val_split, train.classes)
+            found = list_images(config.data)
     return comm.from_main(found)
+
+
+def list_images(data: DataConfig) -> tuple[Manifest, Manifest]:
+    """Training and validation images."""
+    classes = read_classes(data.classes) if data.classes else None
+    train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
+    val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
+    return train, val
+
+
+def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
+    """Raises ValueError for a shard window over images that are not in shards."""
+    shards = None if images.spans is None else images.spans[:, 0]
+    window = config.data.shuffle_shards
+    if window is not None and shards is None:
+        raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
+    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
 
 
 def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | None]:
@@ -178,3 +197,14 @@ def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[s
     for name, text in texts.items():
         files.write_text(output / name, text)
     return texts
+
+
+def tell_of_data(train: Manifest, val: Manifest) -> list[str]:
+    """What whoever starts a run should hear of its images: how many there are, and which are left out."""
+    lines = [f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"]
+    for kind, images in (("training", train), ("validation", val)):
+        lines += images.notes
+        if images.bad:
+            lines.append(f"{len(images.bad)} bad {kind} image(s) in {images.folder} are left out")
+            lines += named(images.bad)
+    return lines

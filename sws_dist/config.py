@@ -28,6 +28,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_BAD_SHARE = 0.1
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -53,21 +54,37 @@ class ModelConfig:
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:
     root: str
-    """Folder with ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``."""
+    """The data set's folder; see ``train_split``."""
     train_split: str = "train"
+    """Inside ``root``: a folder of class folders, a folder of WebDataset ``*.tar`` shards, or a text file of
+    ``<path> <label>`` lines."""
     val_split: str = "val"
+    """The same for the validation images."""
+    classes: str | None = None
+    """A file of class names, one a line, whose order the labels take instead of the sorted folders'."""
+    shuffle_shards: int | None = Field(default=None, ge=1)
+    """Tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null: among
+    all, as timm does."""
+    max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
+    """Unreadable images are left out or replaced by others; beyond this share of an epoch the run stops."""
     image_size: int = Field(default=224, ge=8)
+    """Height and width of the model's input."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from the red, green and blue channel (of 0 to 1)."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """What the channels are divided by afterwards."""
     crop_pct: float = Field(default=0.875, gt=0, le=1)
     """Evaluation: the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """The filter of every resizing, in training and evaluation."""
     num_threads: int = Field(default=4, ge=1)
     """DALI threads of one rank."""
     prefetch: int = Field(default=2, ge=1)
     """Batches that DALI prepares ahead."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
+    hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
+    """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null: DALI's own choice."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -75,9 +92,11 @@ class AffineConfig:
     """Random affine map of every image (torchvision's RandomAffine)."""
 
     degrees: float = Field(default=0.0, ge=0)
+    """Largest turn, either way."""
     translate: float = Field(default=0.0, ge=0, lt=1)
     """Largest shift, as a share of the image's side."""
     scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest enlargement."""
     fill: tuple[int, int, int] = (0, 0, 0)
     """Colour of what comes in from outside the image."""
 
@@ -87,17 +106,30 @@ class AugmentConfig:
     """timm's names and timm's meaning."""
 
     scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the cropped window, as a share of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Its width over its height."""
     hflip: float = Field(default=0.5, ge=0, le=1)
+    """Chance of being mirrored."""
     affine: AffineConfig | None = None
+    """A random turn, shift and enlargement; null: none."""
     auto_augment: str | None = None
     """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
+    color_jitter: float | tuple[float, ...] | None = None
+    """Largest change of brightness, contrast and saturation: one number or three. Unused beside ``auto_augment``, as
+    in timm (whose own default is 0.4)."""
     re_prob: float = Field(default=0.0, ge=0, le=1)
-    re_mode: Literal["pixel"] = "pixel"
+    """Chance that a box of the image is erased."""
+    re_mode: Literal["pixel", "const", "rand"] = "pixel"
+    """What fills it: noise, the mean colour, or one random colour."""
     mixup: float = Field(default=0.0, ge=0)
+    """alpha of the Beta distribution of mixup's share; 0: no mixup."""
     cutmix: float = Field(default=0.0, ge=0)
+    """alpha for cutmix; 0: no cutmix."""
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    """Chance of cutmix where both are on."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes."""
     num_repeats: int = Field(default=1, ge=1)
     """Repeated augmentation: how often an image appears in a row, each time drawn anew."""
 

@@ -78,15 +78,20 @@ class Recorder:
 
 
 def labelled_grid(images: Tensor, captions: list[str], columns: int = 8, tile: int = 112) -> np.ndarray:
-    """images [B, 3, S, S] uint8 with a caption under each -> one picture [H, W, 3] uint8."""
+    """images [B, 3, S, S] uint8 with a caption of one or more lines under each -> one picture [H, W, 3] uint8."""
     rows = -(-len(captions) // columns)
-    picture = Image.new("RGB", (columns * (tile + 4), rows * (tile + 18)), "white")
+    lines = [caption.split("\n") for caption in captions]
+    height = tile + 6 + 12 * max(map(len, lines), default=0)
+    picture = Image.new("RGB", (columns * (tile + 4), rows * height), "white")
     draw = ImageDraw.Draw(picture)
-    for index, caption in enumerate(captions):
+    for index, caption in enumerate(lines):
         pixels = images[index].permute(1, 2, 0).cpu().numpy()
-        x, y = index % columns * (tile + 4), index // columns * (tile + 18)
+        x, y = index % columns * (tile + 4), index // columns * height
         picture.paste(Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
-        draw.text((x + 2, y + tile + 2), caption[:20], fill="black")
+        for number, line in enumerate(caption):
+            while line and draw.textlength(line) > tile:  # Pillow's font is not of one width
+                line = line[:-1]
+            draw.text((x + 2, y + tile + 2 + 12 * number), line, fill="black")
     return np.asarray(picture)
 
 

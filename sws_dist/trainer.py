@@ -20,6 +20,7 @@ from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
+from sws_dist.data.bad_images import BadImages
 from sws_dist.data.mixing import Mixing, denormalise, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, LossParts
@@ -61,7 +62,12 @@ class Trainer:
             self.teacher.to(world.device, self.dtype)
         self.info = assemble.describe(config, self.model, self.train_set.classes)
 
-        self.order = sampler.TrainOrder(len(self.train_set), config.train.seed, config.augment.num_repeats)
+        self.bad, self.bad_val = BadImages(self.train_set.bad), BadImages(self.val_set.bad)
+        batches = sampler.eval_batches(len(self.val_set), world.rank, world.size, config.train.eval_batch)
+        with comm.together("build the input pipeline"):
+            self.order = assemble.train_order(config, self.train_set)
+            self.recipe = Recipe(config.augment, config.data.image_size)
+            self._val_loader = pipeline.eval_loader(self.val_set, batches, config.data, world.device, self.bad_val)
         images = config.train.epochs * self.order.epoch_size
         self.total_steps = images // config.train.global_batch
         if self.total_steps == 0:
@@ -99,7 +105,8 @@ class Trainer:
             self._evaluate(epoch=0)
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
         window = _Window(self)
-        batches = iter(self._batches(last_step))
+        self._loader = self._batches(last_step)
+        batches = iter(self._loader)
         suspect: Tensor | None = None
         while self.step < last_step:
             losses, waited = self._train_step(batches)
@@ -134,7 +141,9 @@ class Trainer:
             batch = next(batches)
             waited += time.perf_counter() - start
             comm.seed_everything(self.config.train.seed, batch.position)
-            images = batch.images if batch.erase is None else erase(batch.images, batch.erase)
+            images = (
+                batch.images if batch.erase is None else erase(batch.images, batch.erase, self.config.augment.re_mode)
+            )
             images, targets = self.mixing(images, batch.labels, batch.position)
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
@@ -180,11 +189,9 @@ class Trainer:
 
     def _score(self) -> Scores:
         self.engine.eval()
-        batches = sampler.eval_batches(
-            len(self.val_set), self.world.rank, self.world.size, self.config.train.eval_batch
-        )
-        loader = pipeline.eval_loader(self.val_set, batches, self.config.data, self.world.device)
-        scores = evaluate(self.engine, loader, self.dtype)
+        self.bad_val.clear()
+        scores = evaluate(self.engine, self._val_loader, self.dtype)
+        self._tell_of(self.bad_val, 0, len(self.val_set))
         self.engine.train()
         return scores
 
@@ -256,11 +263,19 @@ class Trainer:
             for step in range(self.step, last_step)
             for i in range(accumulation)
         )
-        recipe = Recipe(self.config.augment, self.config.data.image_size)
-        seed = self.config.train.seed
+        seed, data = self.config.train.seed, self.config.data
         return pipeline.train_loader(
-            self.train_set, self.order, positions, recipe, seed, self.config.data, self.world.device
+            self.train_set, self.order, positions, self.recipe, seed, data, self.world.device, self.bad
         )
+
+    def tell_of_bad_images(self) -> None:
+        """Log what could not be read since the last call; RunError on all ranks if it is too much. A collective."""
+        epoch = (self.step * self.config.train.global_batch - 1) // self.order.epoch_size
+        self._tell_of(self.bad, epoch, self.order.epoch_size)
+
+    def _tell_of(self, bad: BadImages, epoch: int, epoch_size: int) -> None:
+        for line in bad.exchange(self.world.device, epoch, epoch_size, self.config.data.max_bad_share):
+            self.recorder.say(line)
 
     def _epochs_done(self, step: int) -> int:
         if step == self.total_steps:  # what is left of the last epoch is less than a batch
@@ -293,6 +308,10 @@ class Trainer:
         """losses [world]: every rank's loss of that step. All ranks see the same numbers, so all of them stop."""
         if losses is None:
             return
+        if not losses.isfinite().all():
+            with comm.together("read the images"):
+                if self._loader.failure is not None:
+                    raise self._loader.failure
         for rank, value in enumerate(losses.tolist()):
             if not math.isfinite(value):
                 raise RunError(
@@ -319,9 +338,8 @@ class Trainer:
         layout = checkpoint.describe_layout(self.engine, self.world)
         self.recorder.say(
             f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
-            f"{len(self.train_set)} training and {len(self.val_set)} validation images in "
-            f"{len(self.train_set.classes)} classes\n"
-            f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
+            + "".join(f"{line}\n" for line in assemble.tell_of_data(self.train_set, self.val_set))
+            + f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
             f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
         )
 
@@ -362,6 +380,7 @@ class _Window:
             return
         t = self.trainer
         total, labels, distill = (comm.sum_over_ranks(self.sums) / (self.steps * t.world.size)).tolist()
+        t.tell_of_bad_images()
         took = time.perf_counter() - self.start
         rate = self.steps * t.config.train.global_batch / took
         left = (t.total_steps - t.step) * t.config.train.global_batch / rate
@@ -371,6 +390,7 @@ class _Window:
             "train/lr": t.schedule(t.step - 1),
             "train/grad_norm": t.grad_norm(),
             "perf/images_per_s": rate,
+            "data/bad_images": len(t.bad),
             "perf/data_wait_share": self.waited / took,
             "perf/memory_gib": memory_gib(t.world.device),
             "perf/hours_left": left / 3600,

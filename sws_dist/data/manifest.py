@@ -1,83 +1,152 @@
-"""What is in a data folder: every image's path, label, height and width.
+"""What is in a data set: every usable image with its label, height and width, and which files are left out and why.
 
-The layout is ImageNet's: ``<root>/<split>/<class>/<image>``; labels are the sorted class folders. Sizes come from
-the files' headers, so that crop windows can be drawn for a whole batch before anything is decoded.
+Sizes are needed before anything is decoded, to draw the crop windows of a whole batch. ``launcher/scan.py`` reads
+every file once and keeps what it found in ``<root>/<split>.manifest.jsonl``: a line for each image (path, label,
+height, width, bytes) or bad file (path, label, bytes, reason). ``scan`` takes what that file knows of files that are
+unchanged, and looks at the headers of all others.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from tqdm import tqdm
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+from sws_dist.config import MAX_BAD_SHARE
+from sws_dist.data import examine, sources
+from sws_dist.data.sources import Source
+
+_CHUNK = 4096  # files handed to the threads at once
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """``paths`` [N] relative to ``folder``; ``labels`` [N] int64; ``sizes`` [N, 2] int32 (height, width)."""
+class BadFile:
+    path: str
+    reason: str
 
-    folder: Path
-    classes: tuple[str, ...]
-    paths: tuple[str, ...]
-    labels: np.ndarray
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Source):
+    """``sizes`` [N, 2] int32: height, width. ``bad``: files that are left out. ``notes``: what a user should hear."""
+
     sizes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def file(self, index: int) -> Path:
-        return self.folder / self.paths[index]
+    bad: tuple[BadFile, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def scan(root: str | Path, split: str, classes: Sequence[str] | None = None, num_threads: int = 16) -> Manifest:
-    """List ``<root>/<split>`` and read every image's header.
-
-    Args:
-        classes: the label order to use (a validation split takes the training split's).
+def scan(
+    root: str | Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    num_threads: int = 16,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Manifest:
+    """The images of ``<root>/<split>`` (see ``sources``), without those that are known or seen to be bad.
 
     Raises:
-        ValueError: a missing or empty folder, a class that ``classes`` does not have, files that are no images.
+        ValueError: no images, a class that ``classes`` does not have, or more than ``max_bad_share`` bad files.
     """
-    folder = Path(root) / split
-    if not folder.is_dir():
-        raise ValueError(f"data.root {root}: there is no folder {folder}; expected {split}/<class>/<image>")
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not found:
-        raise ValueError(f"{folder}: holds no class folders; expected {split}/<class>/<image>")
-    foreign = sorted(set(found) - set(classes)) if classes is not None else []
-    if foreign:
-        raise ValueError(f"{folder}: {len(foreign)} class(es) that the training split does not have: {foreign[:5]}")
-    classes = tuple(classes if classes is not None else found)
-
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        entries = sorted(os.listdir(folder / name)) if name in found else []
-        images = [f"{name}/{entry}" for entry in entries if Path(entry).suffix.lower() in EXTENSIONS]
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
-        raise ValueError(f"{folder}: no images in its {len(found)} class folders ({', '.join(sorted(EXTENSIONS))})")
-    return Manifest(folder, classes, tuple(paths), np.array(labels, dtype=np.int64), _sizes(folder, paths, num_threads))
+    source, notes = sources.find(root, split, classes, num_threads)
+    kept = path_of(root, split)
+    known = {entry["path"]: entry for entry in sources.read_lines(kept)} if kept.is_file() else {}
+    entries = list(_in_parallel(partial(_entry, source, known, _examine_quick), len(source), num_threads))
+    found = _manifest(source, entries, [*notes, *_changes(source, known, entries, kept)])
+    refuse_too_many(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
+    return found
 
 
-def _sizes(folder: Path, paths: Sequence[str], num_threads: int) -> np.ndarray:
-    def size(path: str) -> tuple[int, int]:
-        try:
-            with Image.open(folder / path) as image:  # the header only
-                return image.height, image.width
-        except Exception:  # Pillow raises a dozen types; all mean that this is no image
-            return 0, 0
+def scan_whole(root: str | Path, split: str, num_threads: int, bar: tqdm[Any]) -> tuple[Manifest, Path | None]:
+    """Read and decode every file, moving ``bar``; the images, and the manifest's file (None: not to be written)."""
+    source, notes = sources.find(root, split, None, num_threads)
+    bar.reset(total=len(source))
+    entries = []
+    for entry in _in_parallel(partial(_entry, source, {}, _examine_whole), len(source), num_threads):
+        entries.append(entry)
+        bar.update()
+    kept: Path | None = path_of(root, split)
+    try:
+        sources.write_lines(path_of(root, split), entries)
+    except OSError as error:
+        notes.append(f"{kept}: cannot be written ({error.strerror})")
+        kept = None
+    return _manifest(source, entries, notes), kept
 
+
+def path_of(root: str | Path, split: str) -> Path:
+    """Where the manifest of a split is kept."""
+    return Path(root) / f"{split}.manifest.jsonl"
+
+
+def refuse_too_many(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:
+    """ValueError when ``count`` of ``total`` files are bad and that is more than ``max_share`` of them, or all."""
+    if count > max_share * total or count == total:
+        named = "; ".join(f"{entry.path}: {entry.reason}" for entry in bad[:5])
+        raise ValueError(
+            f"{where}{count} of {total} images are bad, more than data.max_bad_share {max_share:g} allows. {named}"
+        )
+
+
+def _examine_quick(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+    if source.spans is not None:
+        return examine.quick(io.BytesIO(source.read(index)), num_bytes)
+    with source.file(index).open("rb") as file:
+        return examine.quick(file, num_bytes)
+
+
+def _examine_whole(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+    return examine.whole(source.read(index))
+
+
+def _entry(
+    source: Source, known: dict[str, Any], look: Callable[[Source, int, int], tuple[int, int]], index: int
+) -> dict[str, Any]:
+    """One file's line: what is known of it, if it still has that many bytes, else what ``look`` finds."""
+    path = source.paths[index]
+    entry: dict[str, Any] = {"path": path, "label": int(source.labels[index])}
+    try:
+        entry["bytes"] = source.num_bytes(index)
+        if known.get(path, {}).get("bytes") == entry["bytes"]:
+            return known[path]
+        entry["height"], entry["width"] = look(source, index, entry["bytes"])
+    except examine.BadImageError as error:
+        entry["reason"] = str(error)
+    except OSError as error:
+        entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+    return entry
+
+
+def _in_parallel(function: Callable[[int], Any], count: int, num_threads: int) -> Iterator[Any]:
+    """``function`` of 0 to count - 1, in order, in threads: Pillow and the file system release Python's lock."""
     with ThreadPoolExecutor(num_threads) as pool:
-        sizes = np.array(list(pool.map(size, paths, chunksize=64)), dtype=np.int32)
-    bad = np.flatnonzero(sizes[:, 0] == 0)
-    if len(bad):
-        names = ", ".join(str(folder / paths[i]) for i in bad[:5])
-        raise ValueError(f"{len(bad)} of {len(paths)} files in {folder} are not readable images: {names}")
-    return sizes
+        for start in range(0, count, _CHUNK):  # a future each for millions of files would take gigabytes
+            yield from pool.map(function, range(start, min(start + _CHUNK, count)))
+
+
+def _manifest(source: Source, entries: list[dict[str, Any]], notes: list[str]) -> Manifest:
+    good = np.array([i for i, entry in enumerate(entries) if "reason" not in entry], dtype=np.int64)
+    bad = tuple(BadFile(entry["path"], entry["reason"]) for entry in entries if "reason" in entry)
+    sizes = np.array([(entries[i]["height"], entries[i]["width"]) for i in good], dtype=np.int32).reshape(-1, 2)
+    fields = {"folder": source.folder, "classes": source.classes, "shards": source.shards, **source.keep(good)}
+    return Manifest(**fields, sizes=sizes, bad=bad, notes=tuple(notes))
+
+
+def _changes(source: Source, known: dict[str, Any], entries: list[dict[str, Any]], kept: Path) -> list[str]:
+    """What differs between the folder and the manifest's file, in one line."""
+    if not known:
+        return []
+    new = sum(path not in known for path in source.paths)
+    changed = sum(known.get(entry["path"], entry) != entry for entry in entries)
+    gone = len(known) - (len(source) - new)
+    if not (new or changed or gone):
+        return []
+    return [
+        f"{source.folder} has changed since {kept.name} was written: {new} file(s) new, {changed} changed, "
+        f"{gone} gone. New and changed ones were looked at again; run launcher/scan.py to read them whole"
+    ]

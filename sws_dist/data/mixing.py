@@ -16,14 +16,22 @@ from sws_dist.config import AugmentConfig
 _MIXING_STREAM = 1 << 64  # apart from the images' own draws, which take keys below
 
 
-def erase(images: Tensor, boxes: np.ndarray) -> Tensor:
-    """Fill each image's box (top, left, height, width; height 0: none) with unit normal noise, in place.
+def erase(images: Tensor, boxes: np.ndarray, mode: str = "pixel") -> Tensor:
+    """Fill each image's box (top, left, height, width; height 0: none), in place.
 
-    images [B, 3, H, W], normalised; boxes [B, 4] int.
+    images [B, 3, H, W], normalised; boxes [B, 4] int. ``mode``: unit normal noise for each ``pixel``, one unit
+    normal colour a box (``rand``), or zero, which is the data set's mean colour (``const``).
     """
-    for index, (top, left, height, width) in enumerate(boxes):
-        if height:
-            images[index, :, top : top + height, left : left + width].normal_()
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        if not height:
+            continue
+        box = image[:, top : top + height, left : left + width]
+        if mode == "pixel":
+            box.normal_()
+        elif mode == "rand":
+            box.copy_(torch.randn(len(image), 1, 1, dtype=image.dtype, device=image.device))
+        else:
+            box.zero_()
     return images
 
 
@@ -47,16 +55,21 @@ class Mixing:
         targets = self._smooth(labels)
         if not self.changes_images:
             return images, targets
-        rng = np.random.Generator(np.random.Philox(key=_MIXING_STREAM + self.seed, counter=[0, position, 0, 0]))
-        use_cutmix = rng.random() < self.config.mixup_switch_prob if self.config.mixup > 0 else True
-        use_cutmix = use_cutmix and self.config.cutmix > 0
-        alpha = self.config.cutmix if use_cutmix else self.config.mixup
-        share = float(rng.beta(alpha, alpha))
+        use_cutmix, share, rng = self.draw(position)
         if use_cutmix:
             images, share = _cutmix(images, share, rng)
         else:
             images = images.lerp(images.flip(0), 1 - share)
         return images, targets.lerp(targets.flip(0), 1 - share)
+
+    def draw(self, position: int) -> tuple[bool, float, np.random.Generator]:
+        """Cutmix (or else mixup), the share of the unreversed batch, and the generator to go on with."""
+        config = self.config
+        rng = np.random.Generator(np.random.Philox(key=_MIXING_STREAM + self.seed, counter=[0, position, 0, 0]))
+        use_cutmix = rng.random() < config.mixup_switch_prob if config.mixup > 0 else True
+        use_cutmix = use_cutmix and config.cutmix > 0
+        alpha = config.cutmix if use_cutmix else config.mixup
+        return use_cutmix, float(rng.beta(alpha, alpha)), rng
 
     def _smooth(self, labels: Tensor) -> Tensor:
         off = self.config.smoothing / self.num_classes
@@ -70,8 +83,8 @@ def _cutmix(images: Tensor, share: float, rng: np.random.Generator) -> tuple[Ten
     cut = np.sqrt(1 - share)
     cut_h, cut_w = int(height * cut), int(width * cut)
     centre_y, centre_x = rng.integers(height), rng.integers(width)
-    top, bottom = np.clip([centre_y - cut_h // 2, centre_y + cut_h // 2], 0, height)
-    left, right = np.clip([centre_x - cut_w // 2, centre_x + cut_w // 2], 0, width)
+    top, bottom = np.clip([centre_y - cut_h // 2, centre_y + (cut_h + 1) // 2], 0, height)
+    left, right = np.clip([centre_x - cut_w // 2, centre_x + (cut_w + 1) // 2], 0, width)
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     return mixed, 1.0 - float((bottom - top) * (right - left)) / (height * width)

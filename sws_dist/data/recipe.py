@@ -7,12 +7,14 @@ whole batch at once. So a run goes on from any step, at any world size, drawing 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from sws_dist.config import AugmentConfig
-from sws_dist.data.randaugment import RandAugment, RandAugmentDraws, affine_matrix
+from sws_dist.data.color_jitter import ColorJitter
+from sws_dist.data.randaugment import OPERATORS, SKIP, RandAugment, RandAugmentDraws, affine_matrix
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop
 _ERASE_TRIES = 10  # timm's RandomErasing
@@ -22,13 +24,18 @@ _BLOCK = 4  # uniforms that Philox makes at once
 
 
 def uniforms(seed: int, positions: np.ndarray, width: int) -> np.ndarray:
-    """``width`` (a multiple of 4) uniforms in [0, 1) for each of the evenly spaced, rising positions: [n, width]."""
+    """``width`` (a multiple of 4) uniforms in [0, 1) for each of the rising positions [n]: [n, width] float64."""
     assert width % _BLOCK == 0
-    first, last = int(positions[0]), int(positions[-1])
-    stride = int(positions[1]) - first if len(positions) > 1 else 1
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=first * (width // _BLOCK)))
-    # Generating the strangers in between costs nanoseconds each, less than seeding once an image.
-    return generator.random((last - first + 1, width))[::stride]
+    blocks = width // _BLOCK  # that one position owns
+    philox = np.random.Philox(key=seed)
+    generator = np.random.Generator(philox)
+    out = np.empty((len(positions), width))
+    at = 0
+    for row, position in zip(out, positions.tolist(), strict=True):
+        philox.advance(position * blocks - at)  # moves the counter: costs the same from any rank, at any stride
+        generator.random(out=row)
+        at = (position + 1) * blocks
+    return out
 
 
 @dataclass(frozen=True)
@@ -39,21 +46,48 @@ class Draws:
     crop_shape: np.ndarray  # [B, 2] int32: height, width
     flip: np.ndarray  # [B] int32, 1: mirrored
     affine: np.ndarray | None  # [B, 3, 3] float32, output -> input
-    rand_augment: RandAugmentDraws | None
+    operations: RandAugmentDraws | None  # RandAugment's or the colour jitter's layers
     erase: np.ndarray | None  # [B, 4] int32: top, left, height, width of the erased box; height 0: none
+
+
+def describe(draws: Draws, row: int) -> list[str]:
+    """What was drawn for one image, in words: its window, its operations, its erased box."""
+    (top, left), (height, width) = draws.crop_start[row].tolist(), draws.crop_shape[row].tolist()
+    lines = [f"{width} x {height} at {left}, {top}" + (", mirrored" if draws.flip[row] else "")]
+    if draws.affine is not None:
+        (a, b), (c, d) = draws.affine[row][:2, :2].tolist()
+        lines.append(f"turned {np.degrees(np.arctan2(b, a)):.0f} degrees, enlarged {1 / np.sqrt(a * d - b * c):.2f} x")
+    if draws.operations is not None:
+        drawn = zip(draws.operations.operator[row].tolist(), draws.operations.strength[row].tolist(), strict=True)
+        lines += [
+            OPERATORS[operator].removesuffix("Increasing") + (f" {strength:.3g}" if strength else "")
+            for operator, strength in drawn
+            if operator != SKIP
+        ]
+    if draws.erase is not None and draws.erase[row, 2]:
+        lines.append("erased {3} x {2}".format(*draws.erase[row]))
+    return lines
 
 
 class Recipe:
     """The drawing of ``AugmentConfig``'s per-image parts for an output of ``image_size`` pixels squared."""
 
     def __init__(self, config: AugmentConfig, image_size: int) -> None:
+        _require_range("augment.scale", config.scale, 1.0)
+        _require_range("augment.ratio", config.ratio, math.inf)
+        if config.affine:
+            _require_range("augment.affine.scale", config.affine.scale, math.inf)
         self.config, self.image_size = config, image_size
-        self.rand_augment = RandAugment.parse(config.auto_augment) if config.auto_augment else None
+        self.policy: RandAugment | ColorJitter | None = None
+        if config.auto_augment:  # and the colour jitter, as in timm, is left out
+            self.policy = RandAugment.parse(config.auto_augment)
+        elif config.color_jitter:
+            self.policy = ColorJitter.parse(config.color_jitter)
         counts = {
             "crop": 2 * _CROP_TRIES + 2,
             "flip": 1,
             "affine": 4 if config.affine else 0,
-            "rand_augment": self.rand_augment.num_uniforms if self.rand_augment else 0,
+            "operations": self.policy.num_uniforms if self.policy else 0,
             "erase": 1 + 4 * _ERASE_TRIES if config.re_prob else 0,
         }
         ends = np.cumsum(list(counts.values()))
@@ -61,7 +95,7 @@ class Recipe:
         self.num_uniforms = int(-(-ends[-1] // _BLOCK) * _BLOCK)
 
     def draw(self, seed: int, positions: np.ndarray, sizes: np.ndarray) -> Draws:
-        """positions [B], see ``uniforms``; sizes [B, 2]: height and width of the files."""
+        """positions [B], rising; sizes [B, 2]: height and width of the files."""
         u = uniforms(seed, positions, self.num_uniforms)
         parts = {name: u[:, columns] for name, columns in self._columns.items()}
         start, shape = _random_resized_crop(parts["crop"], sizes, self.config.scale, self.config.ratio)
@@ -71,7 +105,7 @@ class Recipe:
             crop_shape=shape,
             flip=(parts["flip"][:, 0] < self.config.hflip).astype(np.int32),
             affine=self._affine(parts["affine"]) if self.config.affine else None,
-            rand_augment=self.rand_augment.draw(parts["rand_augment"], size, size) if self.rand_augment else None,
+            operations=self.policy.draw(parts["operations"], size, size) if self.policy else None,
             erase=_erase_boxes(parts["erase"], self.config.re_prob, size) if self.config.re_prob else None,
         )
 
@@ -87,6 +121,12 @@ class Recipe:
             height=size,
             width=size,
         )
+
+
+def _require_range(key: str, low_high: tuple[float, float], limit: float) -> None:
+    if not 0 < low_high[0] <= low_high[1] <= limit:
+        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
+        raise ValueError(f"{key} {list(low_high)}: expected [smallest, largest], both above 0{most}")
 
 
 def _random_resized_crop(

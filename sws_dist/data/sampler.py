@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _ROUND = 256  # timm's RepeatAugSampler keeps a multiple of this many images an epoch
+_SUBSTITUTE_STREAM = 2 << 64  # apart from the images' own draws and the mixing's (see recipe.py, mixing.py)
 
 
 class TrainOrder:
@@ -20,22 +21,42 @@ class TrainOrder:
     The shuffle is torch's ``randperm`` seeded with ``seed + epoch``, as in DistributedSampler. With
     ``num_repeats`` above 1 each image stands that often in a row and an epoch keeps the length of the data set,
     rounded down to a multiple of 256 (timm's RepeatAugSampler, from DeiT).
+
+    Args:
+        shards: [num_images] the tar shard of each image, and ``window``: shuffle the shards, then the images of so
+            many shards at a time, so that only these are read meanwhile. None: shuffle all images.
     """
 
-    def __init__(self, num_images: int, seed: int, num_repeats: int = 1) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        seed: int,
+        num_repeats: int = 1,
+        shards: np.ndarray | None = None,
+        window: int | None = None,
+    ) -> None:
         self.num_images, self.seed, self.num_repeats = num_images, seed, num_repeats
         self.epoch_size = num_images
         if num_repeats > 1 and num_images >= _ROUND:
             self.epoch_size = num_images // _ROUND * _ROUND
+        self._shards, self._window = shards, window
         self._cached: tuple[int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The images of one epoch in order, [epoch_size] int64."""
         if self._cached is None or self._cached[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.num_repeats)
+            order = self._shuffled(generator).repeat_interleave(self.num_repeats)
             self._cached = epoch, order[: self.epoch_size].numpy()
         return self._cached[1]
+
+    def _shuffled(self, generator: torch.Generator) -> torch.Tensor:
+        order = torch.randperm(self.num_images, generator=generator)
+        if self._shards is None or self._window is None:
+            return order
+        turn = torch.randperm(int(self._shards.max()) + 1, generator=generator)  # of each shard
+        windows = turn[torch.from_numpy(self._shards)][order] // self._window
+        return order[windows.argsort(stable=True)]
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Positions of the stream [n] -> images [n]."""
@@ -45,6 +66,11 @@ class TrainOrder:
             here = epochs == epoch
             images[here] = self.epoch(int(epoch))[places[here]]
         return images
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """The image to take at a position whose own (attempt 0) or latest substitute (1, 2, ...) cannot be read."""
+        key, counter = _SUBSTITUTE_STREAM + self.seed, [attempt, position, 0, 0]
+        return int(np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(self.num_images))
 
 
 def micro_batch_positions(step: int, global_batch: int, micro: int, num_micros: int) -> np.ndarray:

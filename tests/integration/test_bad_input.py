@@ -81,14 +81,20 @@ def test_class_in_val_that_training_does_not_have(job: Job, tmp_path: Path, few_
     assert "eleven" in message(alone(job, **{"data.root": tmp_path / "data"}))
 
 
-def test_unreadable_image_is_named(job: Job, tmp_path: Path, few_digits: Path) -> None:
+def test_too_many_unreadable_images_are_named(job: Job, tmp_path: Path, few_digits: Path) -> None:
     shutil.copytree(few_digits, tmp_path / "data")
-    victim = next((tmp_path / "data" / "train" / "3").glob("*.jpg"))
-    whole = victim.read_bytes()
-    victim.write_bytes(b"no image")
-    assert victim.name in message(alone(job, **{"data.root": tmp_path / "data"}))
-    victim.write_bytes(whole[:300])  # its header is whole: noticed only when it is decoded
-    assert victim.name in message(alone(job, **{"data.root": tmp_path / "data"}))
+    for victim in (victims := sorted((tmp_path / "data" / "train" / "3").glob("*.jpg"))):
+        victim.write_bytes(victim.read_bytes()[:300])
+    said = message(alone(job, **{"data.root": tmp_path / "data", "data.max_bad_share": 0.05}))
+    assert f"{victims[0].name}: truncated" in said
+    assert "8 of 80 images are bad, more than data.max_bad_share 0.05 allows" in said
+
+
+def test_recipe_that_cannot_be_drawn(job: Job) -> None:
+    sets = {"augment.auto_augment": "rand-m9-mstd0.5"}
+    assert "timm's default set, inc0, is not supported" in message(train(Job(job.config, job.output, PLAIN, sets), 2))
+    assert "there is no GPU decoder on the CPU" in message(alone(job, **{"data.hw_decoder_load": 0.5}))
+    assert "holds no tar shards" in message(alone(job, **{"data.shuffle_shards": 4}))
 
 
 def save_teacher(path: Path, num_classes: int) -> Path:

@@ -1,0 +1,119 @@
+"""Images that turn bad while they are being read: the batch is whole again, the same at every world size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sws_dist.config import AugmentConfig, DataConfig
+from sws_dist.data import manifest, sampler
+from sws_dist.data.bad_images import BadImages
+from sws_dist.data.loader import Loader
+from sws_dist.data.manifest import Manifest
+from sws_dist.data.pipeline import eval_loader, train_loader
+from sws_dist.data.recipe import Recipe
+from tests.unit import bad_files
+
+CPU = torch.device("cpu")
+CONFIG = DataConfig(root="", image_size=32, num_threads=1)
+RECIPE = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", scale=(1.0, 1.0), re_prob=0.5), 32)
+
+
+@pytest.fixture
+def listed(few_digits: Path, tmp_path: Path) -> Manifest:
+    """80 digits that were good when they were listed."""
+    shutil.copytree(few_digits, tmp_path / "data")
+    return manifest.scan(tmp_path / "data", "train")
+
+
+def spoil(listed: Manifest, count: int = 9) -> dict[str, str]:
+    return bad_files.spoil([listed.file(i) for i in np.linspace(3, 77, count).astype(int)])
+
+
+def training(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None) -> Loader:
+    return train_loader(listed, sampler.TrainOrder(len(listed), 1), positions, RECIPE, 5, CONFIG, CPU, bad)
+
+
+def seen(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None) -> dict[int, tuple[int, bytes]]:
+    """position -> (image, its pixels, its label)."""
+    pairs: dict[int, tuple[int, bytes]] = {}
+    for places, batch in zip(positions, training(listed, positions, bad), strict=True):
+        assert batch.position == places[0]
+        assert batch.labels.tolist() == listed.labels[batch.indices].tolist()
+        assert batch.erase is not None
+        for row, place in enumerate(places):
+            pairs[int(place)] = int(batch.indices[row]), batch.images[row].numpy().tobytes()
+    return pairs
+
+
+def test_substitutes_take_the_places_of_bad_images(listed: Manifest) -> None:
+    epochs = [np.arange(start, start + 16) for start in range(0, 160, 16)]
+    before = seen(listed, epochs)
+    reasons = spoil(listed)
+    bad = BadImages()
+    after = seen(listed, epochs, bad)
+
+    names = {Path(listed.paths[i]).name: i for i in range(len(listed))}
+    lost = {names[name] for name in reasons}
+    assert not lost & {image for image, _ in after.values()}
+    for place, (image, pixels) in before.items():
+        if image not in lost:
+            assert after[place] == (image, pixels), "a good image next to a bad one is what it would have been"
+    (said,) = [bad.exchange(CPU, 1, 80, max_share=0.2)]
+    assert len(said) == len(bad) == 9, "each is named once, though each was met in two epochs"
+    for name, reason in reasons.items():
+        assert any(name in line and reason in line for line in said), (name, reason, said)
+
+
+def test_substitutes_are_functions_of_the_position(listed: Manifest) -> None:
+    """On one rank, on three, from the middle, with files found bad before or not: the same image and pixels."""
+    spoil(listed, 20)  # of 80, so that substitutes are bad as well
+    whole = seen(listed, [np.arange(s, s + 12) for s in range(0, 48, 12)])
+    ranks = [sampler.micro_batch_positions(step, 12, rank, 3) for step in range(4) for rank in range(3)]
+    assert seen(listed, ranks) == whole
+    assert seen(listed, [np.arange(17, 22), np.arange(22, 48)]) == {place: whole[place] for place in range(17, 48)}
+    assert seen(listed, [np.array([place]) for place in (11, 30)]) == {place: whole[place] for place in (11, 30)}
+
+
+def test_too_many_stop_the_run(listed: Manifest) -> None:
+    spoil(listed)
+    bad = BadImages()
+    seen(listed, [np.arange(80)], bad)
+    assert len(bad.exchange(CPU, 0, 80, max_share=9 / 80)) == 9
+    seen(listed, [np.arange(80, 160)], bad)
+    with pytest.raises(ValueError, match=r"epoch 2: 9 of 80 images are bad, more than data.max_bad_share 0.1 allows"):
+        bad.exchange(CPU, 1, 80, max_share=0.1)
+
+
+def test_data_that_is_gone_is_a_failure_not_a_hang(listed: Manifest) -> None:
+    shutil.rmtree(listed.folder)
+    loader = training(listed, [np.arange(4), np.arange(4, 8)])
+    for batch in loader:
+        assert batch.images.isnan().all(), "every loss is NaN, so every rank of a run stops"
+    assert "is the data still there?" in str(loader.failure)
+
+
+def test_evaluation_counts_only_what_can_be_read(listed: Manifest) -> None:
+    batches = sampler.eval_batches(len(listed), 0, 1, 16)
+    before = torch.cat([batch.images for batch in eval_loader(listed, batches, CONFIG, CPU)])
+    reasons = spoil(listed)
+    bad = BadImages()
+    loader = eval_loader(listed, batches, CONFIG, CPU, bad)
+    after = list(loader)
+    again = list(loader)  # one loader serves every evaluation of a run
+    assert torch.equal(torch.cat([b.images for b in again]), torch.cat([b.images for b in after]))
+    valid = np.concatenate([batch.valid for batch in after])
+    unread = {Path(listed.paths[i]).name for i in np.flatnonzero(~valid)}
+    assert unread == set(reasons)
+    assert torch.equal(torch.cat([batch.images for batch in after])[valid], before[valid])
+    assert len(bad.exchange(CPU, 0, 80, max_share=0.3)) == 9
+
+
+def test_a_pass_may_be_left_in_the_middle(listed: Manifest) -> None:
+    loader = eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 16), CONFIG, CPU)
+    next(iter(loader))
+    assert np.concatenate([batch.indices for batch in loader]).tolist() == list(range(80))

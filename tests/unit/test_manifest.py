@@ -1,0 +1,254 @@
+"""What is in a data set: three kinds of sources, the scan, its file, and what is said when the folder has changed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sws_dist.config import AugmentConfig, DataConfig
+from sws_dist.data import examine, manifest, sampler, sources
+from sws_dist.data.manifest import Manifest
+from sws_dist.data.pipeline import eval_loader, train_loader
+from sws_dist.data.recipe import Recipe
+from tests.launching import REPOSITORY
+from tests.unit import bad_files, images
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(few_digits: Path, tmp_path: Path) -> Path:
+    shutil.copytree(few_digits, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def write_shards(root: Path, listed: Manifest, split: str, names: bool, num_shards: int = 3) -> None:
+    """The images of ``listed`` in their order as WebDataset shards, with numbers or names as labels."""
+    (root / split).mkdir(parents=True)
+    for shard in range(num_shards):
+        with tarfile.open(root / split / f"shard-{shard:03d}.tar", "w") as tar:
+            for index in np.array_split(np.arange(len(listed)), num_shards)[shard]:
+                label = int(listed.labels[index])
+                text = listed.classes[label] if names else str(label)
+                for extension, content in (("jpg", listed.read(index)), ("cls", text.encode())):
+                    member = tarfile.TarInfo(f"{index:06d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+# ---- One file ----
+
+
+def test_every_kind_of_image_is_accepted(tmp_path: Path) -> None:
+    for file in images.write(tmp_path):
+        with Image.open(file) as image:
+            expected = image.height, image.width
+        assert examine.whole(file.read_bytes()) == expected
+        with file.open("rb") as opened:
+            assert examine.quick(opened, file.stat().st_size) == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in bad_files.KINDS if kind != "gone"])
+@pytest.mark.parametrize("source", ["420.jpg", "progressive.jpg", "small.jpg"])
+def test_every_kind_of_bad_file_has_its_reason(tmp_path: Path, kind: str, source: str) -> None:
+    images.write(tmp_path)
+    file = tmp_path / source
+    damage, reason = bad_files.KINDS[kind]
+    damage(file)
+    with pytest.raises(examine.BadImageError, match=reason):
+        examine.whole(file.read_bytes())
+    with file.open("rb") as opened, pytest.raises(examine.BadImageError, match=reason):
+        examine.quick(opened, file.stat().st_size)
+
+
+# ---- The scan and its file ----
+
+
+def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launcher/scan.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_scan_names_every_bad_file(root: Path, tmp_path: Path) -> None:
+    files = sorted((root / "train").glob("*/*.jpg"))
+    reasons = bad_files.spoil(files[::8][:9])
+    done = scan("--data", root, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["images"] == 80 - 9 + 33
+    assert len(found["bad"]) == 9
+    for entry in found["bad"]:
+        assert (root / entry["path"]).is_symlink() or (root / entry["path"]).is_file()
+        assert reasons[Path(entry["path"]).name] in entry["reason"]
+        assert entry["path"] in done.stdout
+    assert "train: 71 images in 10 classes, 9 bad files" in done.stdout
+    assert "100%" in done.stderr  # the progress bar
+    scan("--data", root / "train", "--json", tmp_path / "split.json")
+    bad = json.loads((tmp_path / "split.json").read_text())["bad"]
+    assert [f"train/{entry['path']}" for entry in bad] == [entry["path"] for entry in found["bad"]]
+
+
+def test_scan_keeps_what_it_found(root: Path) -> None:
+    (victim, *_) = sorted((root / "train").glob("*/*.jpg"))
+    light = manifest.scan(root, "train")
+    # Damage in the middle: the header is whole, and the file ends as it should.
+    Image.open(victim).save(victim, format="PNG")
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    victim.write_bytes(damaged)
+    assert len(manifest.scan(root, "train")) == 80
+    scan("--data", root)
+    lines = [json.loads(line) for line in (root / "train.manifest.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == list(light.paths)
+    assert [(line["height"], line["width"], line["label"]) for line in lines[1:]] == [
+        (*size, label) for size, label in zip(light.sizes.tolist()[1:], light.labels.tolist()[1:], strict=True)
+    ]
+    listed = manifest.scan(root, "train")
+    assert not listed.notes
+    assert [file.path for file in listed.bad] == ["0/" + victim.name], "the scan's verdict stands"
+    np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
+
+
+def test_a_kept_manifest_spares_the_headers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan("--data", root)
+    monkeypatch.setattr(examine, "quick", lambda *_: pytest.fail("a header was read"))
+    assert len(manifest.scan(root, "train")) == 80
+
+
+def test_a_changed_folder_is_noticed(root: Path) -> None:
+    scan("--data", root)
+    new, changed, gone, emptied = sorted((root / "train").glob("*/*.jpg"))[:40:10]
+    shutil.copy(new, new.with_name("new.jpg"))
+    changed.write_bytes(gone.read_bytes() + b"\0")
+    gone.unlink()
+    emptied.write_bytes(b"")
+    listed = manifest.scan(root, "train")
+    (note,) = listed.notes
+    assert "1 file(s) new, 2 changed, 1 gone" in note
+    assert "launcher/scan.py" in note
+    assert f"0/{'new.jpg'}" in listed.paths
+    assert [file.reason for file in listed.bad] == ["empty"]
+    assert len(listed) == 79
+
+
+def test_more_bad_files_than_allowed(root: Path) -> None:
+    bad_files.spoil(sorted((root / "train").glob("*/*.jpg"))[::8][:9])
+    with pytest.raises(ValueError, match=r"9 of 80 images are bad, more than data.max_bad_share 0.1 allows.*empty"):
+        manifest.scan(root, "train")
+    listed = manifest.scan(root, "train", max_bad_share=9 / 80)
+    assert (len(listed), len(listed.bad)) == (71, 9)
+    assert len(listed.sizes) == len(listed.labels) == 71
+
+
+def test_a_damaged_manifest_is_refused(root: Path) -> None:
+    (root / "train.manifest.jsonl").write_text('{"path": "0/')
+    with pytest.raises(ValueError, match="remove it"):
+        manifest.scan(root, "train")
+
+
+# ---- Other sources ----
+
+
+def same_images(a: Manifest, b: Manifest) -> None:
+    """The same bytes, sizes, labels, and pixels in training and in evaluation."""
+    assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
+    np.testing.assert_array_equal(a.sizes, b.sizes)
+    np.testing.assert_array_equal(a.labels, b.labels)
+    data = DataConfig(root="", image_size=32, num_threads=1)
+    recipe = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1"), 32)
+    pixels = []
+    for listed in (a, b):
+        order = sampler.TrainOrder(len(listed), seed=0)
+        training = train_loader(listed, order, [np.arange(40), np.arange(40, 80)], recipe, 0, data, CPU)
+        evaluation = eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 50), data, CPU)
+        pixels.append(torch.cat([batch.images for batch in (*training, *evaluation)]))
+    assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_shards_are_the_same_images(root: Path, names: bool) -> None:
+    folders = manifest.scan(root, "train")
+    write_shards(root, folders, "shards", names)
+    shards = manifest.scan(root, "shards", folders.classes)
+    same_images(folders, shards)
+    assert shards.paths[0] == "shard-000.tar/000000.jpg"
+
+
+def test_the_shards_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = manifest.scan(root, "train")
+    write_shards(root, folders, "shards", names=False)
+    first = manifest.scan(root, "shards")
+    opened: list[Path] = []
+    members = sources._members
+    monkeypatch.setattr(sources, "_members", lambda path: opened.append(path) or members(path))
+    again = manifest.scan(root, "shards")
+    assert not opened
+    assert again.paths == first.paths
+    shutil.copy(root / "shards" / "shard-000.tar", root / "shards" / "shard-001.tar")
+    changed = manifest.scan(root, "shards")
+    assert [path.name for path in opened] == ["shard-001.tar"]
+    assert changed.read(27) == first.read(0)
+
+
+def test_bad_images_in_shards(root: Path) -> None:
+    reasons = bad_files.spoil(sorted((root / "train").glob("*/*.jpg"))[::10][:8])
+    listed, _ = sources.find(root, "train")
+    write_shards(root, listed, "shards", names=False)  # type: ignore[arg-type]
+    shards = manifest.scan(root, "shards")
+    assert len(shards.bad) == len(reasons) == 8
+    assert all(reason in file.reason for file, reason in zip(shards.bad, reasons.values(), strict=True))
+
+
+def test_a_cut_shard_is_refused(root: Path) -> None:
+    write_shards(root, manifest.scan(root, "train"), "shards", names=False)
+    shard = root / "shards" / "shard-001.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"shard-001.tar: not a whole tar file"):
+        manifest.scan(root, "shards")
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_a_list_is_the_same_images(root: Path, names: bool) -> None:
+    folders = manifest.scan(root, "train")
+    pairs = zip(folders.paths, folders.labels.tolist(), strict=True)
+    lines = [f"train/{path} {folders.classes[label] if names else label}" for path, label in pairs]
+    (root / "some.txt").write_text("\n".join(lines) + "\n\n")
+    same_images(folders, manifest.scan(root, "some.txt"))
+
+
+def test_lists_that_cannot_be_used(root: Path) -> None:
+    file = root / "some.txt"
+    file.write_text("train/0/a.jpg 0\nlonely.jpg\n")
+    with pytest.raises(ValueError, match=r"some.txt, line 2: expected '<path> <label>'"):
+        sources.find(root, "some.txt")
+    file.write_text("train/0/a.jpg 11\n")
+    with pytest.raises(ValueError, match=r"label 11, but there are 10 classes"):
+        sources.find(root, "some.txt", [f"class {i}" for i in range(10)])
+    file.write_text("train/0/a.jpg cat\n")
+    with pytest.raises(ValueError, match=r"1 class\(es\) that the training split .* does not have: \['cat'\]"):
+        sources.find(root, "some.txt", ["dog", "horse"])
+    file.write_text("")
+    with pytest.raises(ValueError, match="lists no images"):
+        sources.find(root, "some.txt")
+
+
+def test_a_classes_file_gives_the_order(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("".join(f"{digit}\n" for digit in reversed(range(10))))
+    listed = manifest.scan(root, "train", sources.read_classes(tmp_path / "classes.txt"))
+    for path, label in zip(listed.paths, listed.labels, strict=True):
+        assert int(path[0]) == 9 - label
+    (tmp_path / "classes.txt").write_text("1\n2\n1\n")
+    with pytest.raises(ValueError, match="named twice: 1"):
+        sources.read_classes(tmp_path / "classes.txt")
