@@ -82,6 +82,18 @@ def publish(engine: Any) -> None:
             low.data.copy_(master)
 
 
+def grad_norm_before_step(engine: Any) -> float | None:
+    """The gradient's norm where DeepSpeed does not take it: at stage 0 in fp32, where each rank has all of it.
+
+    None elsewhere, and between the micro-batches of a step; ``engine.get_global_grad_norm()`` has it after the step.
+    """
+    if engine.zero_optimization_stage() or ds_config.precision(engine.config) != "fp32":
+        return None
+    if not engine.is_gradient_accumulation_boundary():
+        return None
+    return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """The whole model's state dict in fp32 on the CPU of rank 0, and an empty one elsewhere. A collective.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
 from sws_dist import engine as ds_engine
@@ -27,7 +27,7 @@ from sws_dist.distillation import DistillationLoss, LossParts
 from sws_dist.errors import RunError
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
-from sws_dist.metrics import Recorder, labelled_grid, memory_gib
+from sws_dist.metrics import Recorder, duration, labelled_grid, memory_gib
 from sws_dist.optim import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +83,7 @@ class Trainer:
 
         self.engine = ds_engine.build(self.model, self.ds, config.optim)
         self.ema = ds_engine.ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        self._grad_norm: float | None = None
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
@@ -141,9 +142,9 @@ class Trainer:
             batch = next(batches)
             waited += time.perf_counter() - start
             comm.seed_everything(self.config.train.seed, batch.position)
-            images = (
-                batch.images if batch.erase is None else erase(batch.images, batch.erase, self.config.augment.re_mode)
-            )
+            images = batch.images
+            if batch.erase is not None:
+                images = erase(images, batch.erase, self.config.augment.re_mode)
             images, targets = self.mixing(images, batch.labels, batch.position)
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
@@ -151,7 +152,7 @@ class Trainer:
                 self._show(images, batch, teacher_logits)
             parts.append(self.loss(self.engine(images), targets, teacher_logits))
             self.engine.backward(parts[-1].total)
-            self._grad_norm = self._stage0_grad_norm()
+            self._grad_norm = ds_engine.grad_norm_before_step(self.engine)
             self.engine.step()
         if self.ema is not None:
             self.ema.update()
@@ -290,15 +291,6 @@ class Trainer:
         top1 = self.history[-1]["val/top1"] if self.history else None
         return dataclasses.replace(self.info, provenance=self.info.provenance | {"step": self.step, "top1": top1})
 
-    def _stage0_grad_norm(self) -> float | None:
-        """DeepSpeed computes the norm for every stage but 0; there the summed gradients are whole on each rank."""
-        if self.engine.zero_optimization_stage() or self.dtype != torch.float32:
-            return None
-        if not self.engine.is_gradient_accumulation_boundary():
-            return None
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(grads))
-
     def grad_norm(self) -> float:
         """Of the latest step's gradient, before clipping."""
         norm = self.engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
@@ -398,12 +390,6 @@ class _Window:
         t.recorder.scalars(t.step, values)
         t.recorder.say(
             f"step {t.step}/{t.total_steps}  loss {total:.4f}  lr {values['train/lr']:.2e}  {rate:.0f} images/s  "
-            f"waiting for data {100 * self.waited / took:.0f} %  {_duration(left)} left"
+            f"waiting for data {100 * self.waited / took:.0f} %  {duration(left)} left"
         )
         self._reset()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
