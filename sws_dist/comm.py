@@ -68,6 +68,10 @@ def init(timeout_s: int) -> World:
 
     import deepspeed  # after the environment is complete; it reads it at import
 
+    # On CPUs DeepSpeed would compile an operator that only its inference uses: minutes where others compile too, and
+    # for ever where a killed run has left the compiler's lock behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=timeout_s),

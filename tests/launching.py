@@ -47,6 +47,8 @@ def deepspeed(*arguments: str, ranks: int, timeout_s: float = 240) -> subprocess
     """``deepspeed --num_accelerators <ranks> <arguments>``; past the limit all its processes are killed."""
     command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # One environment, one cache of compiled operators: the common one is compiled anew for each other's sources.
+    environment["TORCH_EXTENSIONS_DIR"] = str(BIN.parent / "torch_extensions")
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
