@@ -143,7 +143,7 @@ def gather_scalars(value: Tensor) -> Tensor:
     if not dist.is_initialized():
         return value.reshape(1)
     out = torch.empty(dist.get_world_size(), dtype=value.dtype, device=value.device)
-    dist.all_gather_into_tensor(out, value.reshape(1))
+    dist.all_gather(list(out.split(1)), value.reshape(1))
     return out
 
 
