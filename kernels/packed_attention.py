@@ -295,13 +295,13 @@ def tile_shapes(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool,
 
     What a backward program's registers hold (K and V's gradients and two tiles of scores, fp32) draws the line
     between whole and blocks. Hopper's matrix products read K and V from shared memory, and a head of 256 x 64
-    fits 256 threads of 255 registers; elsewhere K and V pass through registers too, and 64 x 64 fits. fp32
-    uses no tensor cores; its small tiles are there to be right. Found by compiling without spills
-    (docs/kernels.md), not by timing.
+    fits 256 threads of 255 registers; elsewhere K and V pass through registers too, and 64 x 64 fits. Heads of
+    32 go no further than 128 keys: at 256 the forward spilled in fp16. fp32 uses no tensor cores; its small
+    tiles are there to be right. Found by compiling without spills (docs/kernels.md), not by timing.
     """
     block = max(64, triton.next_power_of_2(tokens))
     largest = (256 if hopper else 64) * 64
-    whole = dtype != torch.float32 and block <= 256 and block * head_dim <= largest
+    whole = dtype != torch.float32 and block <= 4 * head_dim and block * head_dim <= largest
     if dtype == torch.float32:
         rows = 32 if head_dim < 128 else 16
         forward = keys = queries = {"M": rows, "N": rows, "num_warps": 8, "num_stages": 1}
