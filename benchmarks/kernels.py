@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch._functorch.config
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sws_kernels import add_layer_norm, add_layer_norm_reference
+from sws_kernels import add_layer_norm, add_layer_norm_reference, packed_attention, packed_attention_reference
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -59,9 +60,44 @@ def add_layer_norm_case(batch: int, tokens: int, width: int, dtype: torch.dtype 
     )
 
 
+def packed_attention_case(batch: int, tokens: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Without a bias, as a linear layer leaves it: that is what SDPA can be compared with."""
+    head_dim = 64
+
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device="cuda", dtype=dtype)
+        d_out = torch.randn(batch, tokens, heads * head_dim, device="cuda", dtype=dtype)
+        return [qkv.requires_grad_()], [d_out]
+
+    def sdpa(backend: SDPBackend) -> Function:
+        def function(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with sdpa_kernel(backend):  # an error where this GPU or torch has no such backend
+                return (packed_attention_reference(qkv),)
+
+        return function
+
+    compiled = torch.compile(packed_attention_reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+    part = batch * tokens * heads * head_dim * dtype.itemsize  # one of q, k, v, out
+    return Case(
+        operator="packed_attention",
+        label=f"{batch} x {tokens} x {heads} x {head_dim} {str(dtype).removeprefix('torch.')}",
+        inputs=inputs,
+        providers={
+            "triton": lambda qkv: (packed_attention(qkv, backend="triton"),),
+            "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "SDPA math": sdpa(SDPBackend.MATH),
+            "compile": lambda qkv: (compiled(qkv),),
+        },
+        reference=lambda qkv: (packed_attention_reference(qkv),),
+        num_bytes={"forward": 4 * part, "backward": 7 * part, "both": 11 * part},
+    )
+
+
 # ViT-Ti, S and B at the batch of DESIGN's estimates.
 CASES: list[Callable[[], Case]] = [
-    lambda width=width: add_layer_norm_case(256, 196, width) for width in (192, 384, 768)
+    *(lambda width=width: add_layer_norm_case(256, 196, width) for width in (192, 384, 768)),
+    *(lambda heads=heads: packed_attention_case(256, 196, heads) for heads in (3, 6, 12)),
 ]
 
 

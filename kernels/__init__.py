@@ -5,8 +5,11 @@ anywhere; asking for Triton where it cannot run is an error, never a fallback.
 """
 
 from sws_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from sws_kernels.packed_attention import packed_attention, packed_attention_reference
 
 __all__ = [
     "add_layer_norm",  # residual add (with drop-path's per-sample scale) + LayerNorm; returns both streams
     "add_layer_norm_reference",  # the same in plain PyTorch: the tests' oracle, the path without a GPU
+    "packed_attention",  # non-causal attention on packed QKV, with its bias and scale; writes packed dQKV
+    "packed_attention_reference",
 ]
