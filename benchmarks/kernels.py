@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--only add_layer_norm] [--out results.json]
 
-One registry, CASES: an operator, its inputs, its providers, the bytes it must move. Each provider is first
-checked against the fp32 reference: a wrong one gets no time. GB/s count the bytes that the operator must
-move, whatever a provider moves; the ceiling is a large copy on the device, measured in the same run.
+One registry, CASES: an operator, its inputs, its providers, the work it must do. Each provider is first
+checked against the fp32 reference: a wrong one gets no time. GB/s and TFLOP/s count what the operator must move
+or multiply, whatever a provider does; the ceilings, a large copy and a large matrix product on the device, are
+measured in the same run.
 """
 
 import argparse
@@ -13,28 +14,32 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 import triton
 
-from sws_kernels import add_layer_norm, add_layer_norm_reference
+from sws_kernels import add_layer_norm, add_layer_norm_reference, mlp, mlp_reference
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape. `inputs` makes (leaves, output gradients); `num_bytes` is per pass."""
+    """One operator at one shape. `inputs` makes (leaves, output gradients); the work is per pass.
+
+    num_bytes: for what memory limits; num_flops: for what arithmetic limits. The other is left empty.
+    """
 
     operator: str
     label: str
     inputs: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]
     providers: dict[str, Function]
     reference: Function
-    num_bytes: dict[str, int]
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    num_flops: dict[str, int] = field(default_factory=dict)
 
 
 def add_layer_norm_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -59,13 +64,51 @@ def add_layer_norm_case(batch: int, tokens: int, width: int, dtype: torch.dtype 
     )
 
 
+def mlp_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    hidden = 4 * width
+
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
+            return torch.randn(size, device="cuda", dtype=dtype) * deviation
+
+        x, dy = normal(batch, tokens, width), normal(batch, tokens, width)
+        first = normal(hidden, width, deviation=width**-0.5), normal(hidden)
+        second = normal(width, hidden, deviation=hidden**-0.5), normal(width)
+        return [leaf.requires_grad_() for leaf in (x, *first, *second)], [dy]
+
+    compiled = torch.compile(mlp_reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+    forward = 2 * 2 * batch * tokens * width * hidden
+    return Case(
+        operator="mlp",
+        label=f"{batch} x {tokens} x {width} {str(dtype).removeprefix('torch.')}",
+        inputs=inputs,
+        providers={
+            "triton": lambda *x: (mlp(*x, backend="triton"),),
+            "eager": lambda *x: (mlp_reference(*x),),
+            "compile": lambda *x: (compiled(*x),),
+        },
+        reference=lambda *x: (mlp_reference(*x),),
+        num_flops={"forward": forward, "backward": 2 * forward, "both": 3 * forward},
+    )
+
+
 # ViT-Ti, S and B at the batch of DESIGN's estimates.
+WIDTHS = (192, 384, 768)
 CASES: list[Callable[[], Case]] = [
-    lambda width=width: add_layer_norm_case(256, 196, width) for width in (192, 384, 768)
+    *[lambda width=width: add_layer_norm_case(256, 196, width) for width in WIDTHS],
+    *[lambda width=width: mlp_case(256, 196, width) for width in WIDTHS],
 ]
 
 
-def measure(case: Case, provider: str, copy_gb_per_s: float) -> list[dict]:
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reaches on a plain task, the measure of what the operators reach."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+
+def measure(case: Case, provider: str, ceilings: Ceilings) -> list[dict]:
     """A row a pass (forward, backward, both), or one row that says the provider is wrong."""
     function = case.providers[provider]
     leaves, gradients = case.inputs()
@@ -96,10 +139,25 @@ def measure(case: Case, provider: str, copy_gb_per_s: float) -> list[dict]:
         run()
         peak = torch.cuda.max_memory_allocated() - before
         ms = triton.testing.do_bench(run, return_mode="median")
-        gb_per_s = case.num_bytes[name] / ms / 1e6
-        figures = {"ms": ms, "gb_per_s": gb_per_s, "of_copy": gb_per_s / copy_gb_per_s, "peak_bytes": peak}
-        rows.append(row | {"pass": name} | figures)
+        rows.append(row | {"pass": name, "ms": ms} | _rates(case, name, ms, ceilings) | {"peak_bytes": peak})
     return rows
+
+
+def _rates(case: Case, name: str, ms: float, ceilings: Ceilings) -> dict[str, float]:
+    rates = {}
+    if case.num_bytes:
+        gb_per_s = case.num_bytes[name] / ms / 1e6
+        rates |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceilings.copy_gb_per_s}
+    if case.num_flops:
+        tflop_per_s = case.num_flops[name] / ms / 1e9
+        rates |= {"tflop_per_s": tflop_per_s, "of_matmul": tflop_per_s / ceilings.matmul_tflop_per_s}
+    return rates
+
+
+def matmul_ceiling() -> float:
+    """TFLOP/s of a square bf16 product of 8192."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / triton.testing.do_bench(lambda: a @ b, return_mode="median") / 1e9
 
 
 def copy_ceiling() -> float:
@@ -132,13 +190,13 @@ def main() -> None:
         print("benchmarks/kernels.py: no CUDA device, nothing to measure, nothing written")
         sys.exit(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
-    ceiling = copy_ceiling()
-    results = environment() | {"copy_gb_per_s": ceiling, "rows": []}
+    ceilings = Ceilings(copy_ceiling(), matmul_ceiling())
+    results = environment() | asdict(ceilings) | {"rows": []}
     for case in [make() for make in CASES]:
         if arguments.only not in (None, case.operator):
             continue
         for provider in case.providers:
-            results["rows"] += measure(case, provider, ceiling)
+            results["rows"] += measure(case, provider, ceilings)
     for row in results["rows"]:
         print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     if arguments.out:
