@@ -15,13 +15,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 import triton
+from timm.models.vision_transformer import Block
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sws_kernels import add_layer_norm, add_layer_norm_reference, mlp, mlp_reference
+from sws_kernels import StageWeights, add_layer_norm, add_layer_norm_reference, mlp, mlp_reference, stage
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -40,6 +44,7 @@ class Case:
     reference: Function
     num_bytes: dict[str, int] = field(default_factory=dict)
     num_flops: dict[str, int] = field(default_factory=dict)
+    tolerance: float = 0.02  # relative, of the whole tensor: against timing nonsense; the tests hold the real ones
 
 
 def add_layer_norm_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -92,12 +97,69 @@ def mlp_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfl
     )
 
 
-# ViT-Ti, S and B at the batch of DESIGN's estimates.
+def stage_case(batch: int, tokens: int, width: int, repeats: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A shared stage, or with one repeat a block, against timm's Block run as often on the same weights."""
+    heads, hidden = width // 64, 4 * width
+    timm_block = Block(width, heads, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).cuda()
+    names = [name for name, _ in timm_block.named_parameters()]
+
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        streams = torch.randn(2, batch, tokens, width, device="cuda", dtype=dtype).unbind()
+        fresh = Block(width, heads, qkv_bias=True).to("cuda", dtype)
+        leaves = [streams[0].clone(), *(parameter.detach() for parameter in fresh.parameters())]
+        return [leaf.requires_grad_() for leaf in leaves], [streams[1]]
+
+    def ours(recompute: bool, backend: str = "triton") -> Function:
+        def function(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (stage(x, StageWeights(*weights), repeats, heads, recompute=recompute, backend=backend),)
+
+        return function
+
+    def timms() -> Function:
+        def function(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            parameters = dict(zip(names, weights, strict=True))
+            for _ in range(repeats):
+                x = torch.func.functional_call(timm_block, parameters, (x,))
+            return (x,)
+
+        return function
+
+    def compiled(backend: SDPBackend) -> Function:
+        function = torch.compile(timms(), mode="max-autotune-no-cudagraphs", dynamic=False)
+
+        def with_backend(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with sdpa_kernel(backend):
+                return function(*leaves)
+
+        return with_backend
+
+    rows = batch * tokens
+    forward = repeats * (2 * rows * width * (4 * width + 2 * hidden) + 4 * rows * tokens * width)
+    return Case(
+        operator="stage" if repeats > 1 else "block",
+        label=f"{batch} x {tokens} x {width}, {repeats} repeats {str(dtype).removeprefix('torch.')}",
+        inputs=inputs,
+        providers={
+            "triton": ours(recompute=False),
+            "triton, recomputed": ours(recompute=True),
+            "eager timm": timms(),
+            "compile timm, flash": compiled(SDPBackend.FLASH_ATTENTION),
+            "compile timm, cudnn": compiled(SDPBackend.CUDNN_ATTENTION),
+        },
+        reference=ours(recompute=False, backend="reference"),
+        num_flops={"forward": forward, "backward": 2 * forward, "both": 3 * forward},
+        tolerance=0.05,  # a chain of bf16 products
+    )
+
+
+# ViT-Ti, S and B at the batch of DESIGN's estimates. Made one at a time: each may hold memory.
 WIDTHS = (192, 384, 768)
-CASES: list[Callable[[], Case]] = [
-    *[lambda width=width: add_layer_norm_case(256, 196, width) for width in WIDTHS],
-    *[lambda width=width: mlp_case(256, 196, width) for width in WIDTHS],
-]
+CASES: dict[str, Callable[[int], Case]] = {
+    "add_layer_norm": lambda width: add_layer_norm_case(256, 196, width),
+    "mlp": lambda width: mlp_case(256, 196, width),
+    "block": lambda width: stage_case(256, 196, width, repeats=1),
+    "stage": lambda width: stage_case(256, 196, width, repeats=3),
+}
 
 
 @dataclass(frozen=True)
@@ -120,9 +182,8 @@ def measure(case: Case, provider: str, ceilings: Ceilings) -> list[dict]:
     row = {"operator": case.operator, "case": case.label, "provider": provider}
     exact_leaves = [x.detach().float().requires_grad_() for x in leaves]
     exact = both(case.reference, exact_leaves, [x.float() for x in gradients])
-    # Loose, a guard against timing nonsense: the tests hold the tolerances.
-    if any((got - want).norm() > 0.02 * want.norm() for got, want in zip(both(), exact, strict=True)):
-        return [row | {"error": "differs from the fp32 reference by more than 2 %; not timed"}]
+    if any((got - want).norm() > case.tolerance * want.norm() for got, want in zip(both(), exact, strict=True)):
+        return [row | {"error": f"differs from the fp32 reference by more than {case.tolerance:.0%}; not timed"}]
     del exact, exact_leaves
 
     outputs = function(*leaves)
@@ -183,7 +244,7 @@ def environment() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="run only this operator's cases")
+    parser.add_argument("--only", choices=CASES, help="run only this operator's cases")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -192,9 +253,8 @@ def main() -> None:
     torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
     ceilings = Ceilings(copy_ceiling(), matmul_ceiling())
     results = environment() | asdict(ceilings) | {"rows": []}
-    for case in [make() for make in CASES]:
-        if arguments.only not in (None, case.operator):
-            continue
+    for operator, width in product([arguments.only] if arguments.only else CASES, WIDTHS):
+        case = CASES[operator](width)
         for provider in case.providers:
             results["rows"] += measure(case, provider, ceilings)
     for row in results["rows"]:
