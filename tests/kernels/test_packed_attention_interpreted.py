@@ -1,0 +1,168 @@
+"""packed_attention against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
+
+import importlib
+
+import pytest
+import torch
+
+from sws_kernels import packed_attention, packed_attention_reference
+from tests.kernels.packed_attention_checks import (
+    check_accuracy,
+    check_bitwise_repeatable,
+    check_compiled,
+    make_inputs,
+    run,
+)
+
+module = importlib.import_module("sws_kernels.packed_attention")  # the package's name is the function
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# B, T, H, D
+WHOLE = [  # in fp16 a program has a head; in fp32 always blocks
+    (1, 196, 1, 64),  # the last tile of queries has 4 rows
+    (2, 50, 2, 32),  # samples and heads apart
+    (1, 197, 1, 32),
+    (1, 100, 1, 128),
+    (1, 1, 3, 64),  # one token: its softmax is 1
+]
+BLOCKS = [(1, 257, 1, 64), (1, 130, 1, 128)]  # more than a program holds, in fp16 too
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", [*WHOLE, *BLOCKS], ids=str)
+def test_accuracy(shape, dtype, bias):
+    check_accuracy(make_inputs(shape, dtype, DEVICE, bias=bias))
+
+
+def test_577_tokens():
+    """Nine blocks of keys, the last with one key; a bias in another dtype."""
+    check_accuracy(make_inputs((1, 577, 1, 64), torch.float16, DEVICE, bias=True, bias_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_whole_in_fp32(monkeypatch, bias):
+    """The structure that half precision takes, where its own rounding hides nothing."""
+    tiles = module.tile_shapes(50, 32, torch.float16, hopper=True, bias=bias)
+    monkeypatch.setattr(module, "tile_shapes", lambda *_, **__: tiles)
+    check_accuracy(make_inputs((2, 50, 2, 32), torch.float32, DEVICE, bias=bias))
+
+
+def test_given_scale():
+    check_accuracy(make_inputs((1, 50, 1, 32), torch.float16, DEVICE, bias=True), scale=0.05)
+
+
+@pytest.mark.parametrize("tokens", [50, 300], ids=["whole", "blocks"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores(tokens, sign):
+    """Scores near +-10^4: exp of them, or of their difference from zero, is not a number."""
+    inputs = make_inputs((1, tokens, 1, 64), torch.float16, DEVICE)
+    inputs["qkv"][:, :, 0] = sign * (30 + inputs["qkv"][:, :, 0])
+    inputs["qkv"][:, :, 1] = 30 + inputs["qkv"][:, :, 1]
+    check_accuracy(inputs)
+
+
+def test_lse():
+    """What the backward reads: the natural logarithm of the sum of exponentials, without k's bias."""
+    qkv = make_inputs((2, 50, 2, 32), torch.float32, DEVICE)["qkv"]
+    _, lse = torch.ops.sws_kernels.packed_attention(qkv, None, 0.25)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(lse, torch.logsumexp(0.25 * q @ k.transpose(-2, -1), dim=-1))
+
+
+def test_key_bias_has_no_effect():
+    """Bit for bit: it is not read, and its gradient is zero, not noise."""
+    inputs = make_inputs((1, 50, 1, 32), torch.float32, DEVICE, bias=True)
+    first = run(inputs, "triton")
+    inputs["bias"][32:64] = float("nan")
+    second = run(inputs, "triton")
+    assert torch.equal(first["out"], second["out"])
+    assert torch.equal(first["d_qkv"], second["d_qkv"])
+    assert not first["d_bias"][32:64].any()
+
+
+def test_strided_inputs_and_gradients():
+    """As they come: tokens without the class token, and the expanded gradient of a mean over tokens."""
+    inputs = make_inputs((2, 10, 1, 32), torch.float32, DEVICE)
+    inputs["qkv"] = inputs["qkv"][:, 1:]
+    inputs["d_out"] = inputs["d_out"][:, :1].expand(2, 9, 32)
+    check_accuracy(inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 32), (2, 0, 2, 32)], ids=["no_samples", "no_tokens"])
+def test_empty(shape):
+    results = run(make_inputs(shape, torch.float16, DEVICE, bias=True), "triton")
+    assert results["out"].shape == (*shape[:2], 64)
+    assert not results["d_bias"].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 50, 1, 64), (1, 257, 1, 32)], ids=["whole", "blocks"])
+def test_bitwise_repeatable(shape):
+    check_bitwise_repeatable(make_inputs(shape, torch.float16, DEVICE, bias=True))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_opcheck(bias):
+    """Schema, fake implementations, autograd registration and tracing agree with what the operators do."""
+    inputs = make_inputs((2, 5, 2, 32), torch.float16, DEVICE, bias=bias)
+    qkv, added = inputs["qkv"].requires_grad_(), inputs.get("bias")
+    if bias:
+        added.requires_grad_()
+    forward = torch.ops.sws_kernels.packed_attention.default
+    torch.library.opcheck(forward, (qkv, added, 0.25))
+    with torch.no_grad():
+        out, lse = forward(qkv, added, 0.25)
+    saved = (qkv.detach(), added.detach() if bias else None, out, lse, 0.25)
+    torch.library.opcheck(torch.ops.sws_kernels.packed_attention_backward.default, (inputs["d_out"], *saved))
+
+
+def test_passes_through_torch_compile():
+    check_compiled(make_inputs((2, 5, 2, 32), torch.float16, DEVICE, bias=True), "aot_eager")
+
+
+def test_reference_is_softmax_attention():
+    """The oracle itself, against the formula."""
+    inputs = make_inputs((2, 7, 3, 8), torch.float64, "cpu", bias=True)
+    q, k, v = (inputs["qkv"] + inputs["bias"].view(3, 3, 8)).unbind(2)
+    p = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8**0.5).softmax(dim=-1)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", p, v).flatten(2)
+    torch.testing.assert_close(packed_attention_reference(inputs["qkv"], inputs["bias"]), wanted)
+
+
+def test_reference_gradients():
+    """And against finite differences in fp64."""
+    inputs = make_inputs((2, 3, 2, 4), torch.float64, "cpu", bias=True)
+    leaves = [inputs[name].requires_grad_() for name in ("qkv", "bias")]
+    assert torch.autograd.gradcheck(lambda *x: packed_attention_reference(*x, 0.7), leaves)
+
+
+def test_triton_without_gpu_is_an_error(monkeypatch):
+    """Never a silent fallback: the message names what was asked for and the device it found."""
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"backend='triton' was asked for, but the tensors are on cpu"):
+        packed_attention(torch.zeros(1, 2, 3, 1, 32), backend="triton")
+
+
+def test_interpreter_refuses_bf16(monkeypatch):
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got torch.bfloat16"):
+        packed_attention(torch.zeros(1, 2, 3, 1, 32, dtype=torch.bfloat16, device=DEVICE), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "cuda"}, "choose 'reference' or 'triton'"),
+        ({"qkv": torch.zeros(1, 2, 96)}, r"must be \[B, T, 3, H, D\], got \[1, 2, 96\]"),
+        ({"qkv": torch.zeros(1, 2, 2, 1, 32)}, r"must be \[B, T, 3, H, D\]"),
+        ({"bias": torch.zeros(32)}, r"bias must be \[3\*H\*D\] = \[96\], got \[32\]"),
+        ({"bias": torch.zeros(96, device="meta")}, "on one device, found"),
+        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        ({"scale": float("nan")}, "scale must be positive and finite, got nan"),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 48, device=DEVICE)}, "heads of 32, 64, 128, got D=48"),
+        ({"qkv": torch.zeros(1, 1, 1, 1, 1, device=DEVICE).expand(1, 2**25, 3, 1, 32)}, "fewer than 2\\^31"),
+    ],
+)
+def test_wrong_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        packed_attention(**{"qkv": torch.zeros(1, 2, 3, 1, 32, device=DEVICE), "backend": "triton"} | changes)
