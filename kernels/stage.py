@@ -35,10 +35,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sws_kernels.add_layer_norm import _backward as add_layer_norm_backward
-from sws_kernels.add_layer_norm import _branch_gradient_differs, add_layer_norm_reference
+from sws_kernels.add_layer_norm import MAX_WIDTH, _branch_gradient_differs, add_layer_norm_reference
 from sws_kernels.add_layer_norm import _forward as add_layer_norm_forward
 from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
 from sws_kernels.linear_gelu import check_mlp, mlp_backward, mlp_forward, mlp_reference
+from sws_kernels.packed_attention import HEAD_DIMS, packed_attention_reference
+from sws_kernels.packed_attention import _backward as packed_attention_backward
+from sws_kernels.packed_attention import _forward as packed_attention_forward
 
 
 class StageWeights(NamedTuple):
@@ -66,35 +69,11 @@ class _Kept(NamedTuple):
     rstd1: Tensor  # [N] fp32
     qkv: Tensor  # [B, T, 3, H, D / H]
     attended: Tensor  # [B, T, D]
-    lse: Tensor  # fp32, the attention's own
+    lse: Tensor  # [B, H, T] fp32
     middle: Tensor  # [B, T, D], the stream between the two branches
     mean2: Tensor  # [N] fp32
     rstd2: Tensor  # [N] fp32
     z: Tensor  # [N, F]
-
-
-# -------------------------------------------------------------------------------------------------- attention
-
-
-def _attention_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """(attended [B, T, D], lse [B, H, T]): plain PyTorch, until packed attention takes its place."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
-    lse = scores.logsumexp(dim=-1)
-    weights = torch.exp(scores - lse[..., None]).to(qkv.dtype)
-    return (weights @ v).transpose(1, 2).flatten(2), lse
-
-
-def _attention_backward(d_attended: Tensor, qkv: Tensor, attended: Tensor, lse: Tensor) -> Tensor:
-    """d_qkv [B, T, 3, H, D / H]."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    scale = q.shape[-1] ** -0.5
-    d_out, out = (x.view(*x.shape[:2], *qkv.shape[3:]).transpose(1, 2) for x in (d_attended, attended))
-    weights = torch.exp((q @ k.transpose(-2, -1)).float() * scale - lse[..., None])
-    delta = (d_out.float() * out.float()).sum(dim=-1, keepdim=True)
-    d_scores = (weights * ((d_out @ v.transpose(-2, -1)).float() - delta) * scale).to(qkv.dtype)
-    d_qkv = d_scores @ k, d_scores.transpose(-2, -1) @ q, weights.to(qkv.dtype).transpose(-2, -1) @ d_out
-    return torch.stack(d_qkv).permute(1, 3, 0, 2, 4)
 
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -112,7 +91,7 @@ def _repeat_forward(
     """(the MLP's branch, `_Kept` from qkv on) of one pass, from the stream and what LayerNorm1 made of it."""
     head_dim = x.shape[2] // num_heads
     qkv = F.linear(normed, w.w_qkv, w.b_qkv).view(*x.shape[:2], 3, num_heads, head_dim)
-    attended, lse = _attention_forward(qkv)
+    attended, lse = packed_attention_forward(qkv, None, head_dim**-0.5)
     branch = F.linear(attended, w.w_proj, w.b_proj)
     middle, normed, mean, rstd = add_layer_norm_forward(x, branch, scale, w.gamma2, w.beta2, eps)
     branch, z = mlp_forward(normed, w.w1, w.b1, w.w2, w.b2, save)
@@ -163,7 +142,9 @@ def _repeat_backward(
         d_x, d_normed, kept.middle, scale, w.gamma2, kept.mean2, kept.rstd2
     )
     dw_proj, db_proj = weight_gradient(d_branch, kept.attended), bias_gradient(d_branch)
-    d_qkv = _attention_backward(d_branch @ w.w_proj, kept.qkv, kept.attended, kept.lse).reshape(*d_x.shape[:2], -1)
+    d_attended, scale_qk = d_branch @ w.w_proj, kept.qkv.shape[4] ** -0.5
+    d_qkv, _ = packed_attention_backward(d_attended, kept.qkv, None, kept.attended, kept.lse, scale_qk)
+    d_qkv = d_qkv.flatten(2)
     normed = F.layer_norm(kept.x, width, w.gamma1, w.beta1, eps)
     dw_qkv, db_qkv = weight_gradient(d_qkv, normed), None if w.b_qkv is None else bias_gradient(d_qkv)
     d_x, d_branch, (dgamma1, dbeta1) = _norm_backward(
@@ -258,14 +239,20 @@ def stage(
     and run the rest again; the gradients are the same up to rounding. Differentiable once.
 
     backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
-    TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, and D and F divisible
-    by 32; anything else is a ValueError, never a fallback.
+    TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, D and F divisible
+    by 32, heads of 32, 64 or 128; anything else is a ValueError, never a fallback.
     """
     _check_shapes(x, weights, repeats, num_heads, scales)
     if not is_triton("stage", backend):
         return stage_reference(x, weights, repeats, num_heads, eps, scales)
     check_triton("stage", {"x": x, **weights._asdict()})
     check_mlp(x, weights.w1, weights.b1, weights.w2, weights.b2)
+    width, head_dim = x.shape[2], x.shape[2] // num_heads
+    if width > MAX_WIDTH or head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"stage: backend='triton' takes widths up to {MAX_WIDTH} and heads of {', '.join(map(str, HEAD_DIMS))}, "
+            f"got {width} and {head_dim}; choose backend='reference'"
+        )
     x = x.contiguous()  # it is kept, and the norm's backward reads it as rows
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))):
         return _forward(x, weights, scales, repeats, num_heads, eps, save=False)[0]
@@ -302,9 +289,7 @@ def stage_reference(
     normed = F.layer_norm(x, (width,), w.gamma1, w.beta1, eps)
     for r in range(repeats):
         qkv = F.linear(normed, w.w_qkv, w.b_qkv).view(num_samples, tokens, 3, num_heads, width // num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        attended = F.scaled_dot_product_attention(q, k, v)
-        branch = F.linear(attended.transpose(1, 2).flatten(2), w.w_proj, w.b_proj)
+        branch = F.linear(packed_attention_reference(qkv), w.w_proj, w.b_proj)
         x, normed = add_layer_norm_reference(x, branch, w.gamma2, w.beta2, eps, _scale(scales, r, 0))
         branch = mlp_reference(normed, w.w1, w.b1, w.w2, w.b2)
         x, normed = add_layer_norm_reference(x, branch, w.gamma1, w.beta1, eps, _scale(scales, r, 1))

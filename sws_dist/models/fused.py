@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 Kernels = Literal["auto", "triton", "reference"]
 
-HEAD_DIMS = (32, 64, 128)
-WIDTH_MULTIPLE = 32
 MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores
 
 PARAMETERS = (
@@ -65,6 +63,10 @@ def _model_obstacle(model: Any) -> str | None:
 
 def _stage_obstacle(stage: Any) -> str | None:
     """What in a stage is not the plain pre-norm block that the kernels compute."""
+    from sws_kernels.add_layer_norm import MAX_WIDTH
+    from sws_kernels.linear_gelu import WIDTH_MULTIPLE
+    from sws_kernels.packed_attention import HEAD_DIMS
+
     names = {name for name, _ in stage.named_parameters()}
     different = sorted(names ^ (set(PARAMETERS) - ({"attn.qkv.bias"} - names)))
     if different or type(stage.attn) is not Attention or type(stage.mlp) is not Mlp:
@@ -78,8 +80,10 @@ def _stage_obstacle(stage: Any) -> str | None:
     width, hidden, head_dim = stage.norm1.weight.shape[0], stage.mlp.fc1.out_features, stage.attn.head_dim
     if width % WIDTH_MULTIPLE or hidden % WIDTH_MULTIPLE:
         return f"width {width} and MLP width {hidden} are not both divisible by {WIDTH_MULTIPLE}"
+    if width > MAX_WIDTH:
+        return f"width {width} is more than {MAX_WIDTH}"
     if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} are not of 32, 64 or 128"
+        return f"heads of {head_dim} are not of {', '.join(map(str, HEAD_DIMS))}"
     return None
 
 

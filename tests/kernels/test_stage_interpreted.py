@@ -72,13 +72,13 @@ def test_equals_timm_and_gradients_are_summed_over_unrolled_copies():
 
 
 def test_weight_gradients_are_summed_in_fp32():
-    """16 repeats whose shares are equal: in fp16, adding rounded shares would err by several rounding steps."""
-    inputs = small(torch.float16, shape=(1, 4, 32), num_heads=1, hidden=32, repeats=16)
-    tiny = StageWeights(*(w * 2.0**-7 if name.startswith("w") else w for name, w in inputs.weights._asdict().items()))
-    inputs = replace(inputs, weights=tiny)
-    got, exact = run(inputs, "triton"), run(inputs.double(), "reference")
-    error = (got["d_b2"].double() - exact["d_b2"]).abs() / exact["d_b2"].abs().clamp(min=1e-2)
-    assert error.max() < 1.5 * torch.finfo(torch.float16).eps
+    """8 repeats with nearly equal shares: adding shares rounded to fp16 errs by 1.4 rounding steps here, not 0.5."""
+    inputs = small(torch.float16, shape=(1, 4, 32), num_heads=1, hidden=32, repeats=8)
+    quiet = (w if name.startswith(("gamma", "beta")) else w * 2.0**-7 for name, w in inputs.weights._asdict().items())
+    inputs = replace(inputs, weights=StageWeights(*quiet))
+    got, exact = run(inputs, "triton")["d_b2"].double(), run(inputs.double(), "reference")["d_b2"]
+    large = exact.abs() > exact.abs().max() / 4
+    assert ((got / exact - 1)[large].abs() < 0.9 * torch.finfo(torch.float16).eps).all()
 
 
 def test_recompute_gives_the_same_gradients():
@@ -177,6 +177,7 @@ def test_triton_without_gpu_is_an_error(monkeypatch):
         ({"backend": "cuda"}, "choose 'reference' or 'triton'"),
         ({"repeats": 0}, "repeats of 1 or more"),
         ({"num_heads": 3}, "not divisible by 3 heads"),
+        ({"num_heads": 4}, "heads of 32, 64, 128, got 64 and 16"),
         ({"scales": torch.ones(3, 2)}, r"scales must be \[3, 2, 2\]"),
         ({"x": torch.zeros(2, 5, 32)}, r"gamma1 must be \[32\] for x \[2, 5, 32\], got \[64\]"),
     ],
