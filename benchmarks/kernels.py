@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--only add_layer_norm] [--out results.json]
 
-One registry, CASES: an operator, its inputs, its providers, the bytes it must move. Each provider is first
-checked against the fp32 reference: a wrong one gets no time. GB/s count the bytes that the operator must
-move, whatever a provider moves; the ceiling is a large copy on the device, measured in the same run.
+One registry, CASES: an operator, its inputs, its providers, the work it must do. Each provider is first
+checked against the fp32 reference: a wrong one gets no time. GB/s and TFLOP/s count what the operator must move
+or multiply, whatever a provider does; the ceilings, a large copy and a large matrix product on the device, are
+measured in the same run.
 """
 
 import argparse
@@ -13,29 +14,46 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 import triton
+from timm.models.vision_transformer import Block
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sws_kernels import add_layer_norm, add_layer_norm_reference, packed_attention, packed_attention_reference
+from sws_kernels import (
+    StageWeights,
+    add_layer_norm,
+    add_layer_norm_reference,
+    mlp,
+    mlp_reference,
+    packed_attention,
+    packed_attention_reference,
+    stage,
+)
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape. `inputs` makes (leaves, output gradients); `num_bytes` is per pass."""
+    """One operator at one shape. `inputs` makes (leaves, output gradients); the work is per pass.
+
+    num_bytes: for what memory limits; num_flops: for what arithmetic limits. The other is left empty.
+    """
 
     operator: str
     label: str
     inputs: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]]
     providers: dict[str, Function]
     reference: Function
-    num_bytes: dict[str, int]
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    num_flops: dict[str, int] = field(default_factory=dict)
+    tolerance: float = 0.02  # relative, of the whole tensor: against timing nonsense; the tests hold the real ones
 
 
 def add_layer_norm_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -94,14 +112,109 @@ def packed_attention_case(batch: int, tokens: int, heads: int, dtype: torch.dtyp
     )
 
 
-# ViT-Ti, S and B at the batch of DESIGN's estimates.
-CASES: list[Callable[[], Case]] = [
-    *(lambda width=width: add_layer_norm_case(256, 196, width) for width in (192, 384, 768)),
-    *(lambda heads=heads: packed_attention_case(256, 196, heads) for heads in (3, 6, 12)),
-]
+def mlp_case(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    hidden = 4 * width
+
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
+            return torch.randn(size, device="cuda", dtype=dtype) * deviation
+
+        x, dy = normal(batch, tokens, width), normal(batch, tokens, width)
+        first = normal(hidden, width, deviation=width**-0.5), normal(hidden)
+        second = normal(width, hidden, deviation=hidden**-0.5), normal(width)
+        return [leaf.requires_grad_() for leaf in (x, *first, *second)], [dy]
+
+    compiled = torch.compile(mlp_reference, mode="max-autotune-no-cudagraphs", dynamic=False)
+    forward = 2 * 2 * batch * tokens * width * hidden
+    return Case(
+        operator="mlp",
+        label=f"{batch} x {tokens} x {width} {str(dtype).removeprefix('torch.')}",
+        inputs=inputs,
+        providers={
+            "triton": lambda *x: (mlp(*x, backend="triton"),),
+            "eager": lambda *x: (mlp_reference(*x),),
+            "compile": lambda *x: (compiled(*x),),
+        },
+        reference=lambda *x: (mlp_reference(*x),),
+        num_flops={"forward": forward, "backward": 2 * forward, "both": 3 * forward},
+    )
 
 
-def measure(case: Case, provider: str, copy_gb_per_s: float) -> list[dict]:
+def stage_case(batch: int, tokens: int, width: int, repeats: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A shared stage, or with one repeat a block, against timm's Block run as often on the same weights."""
+    heads, hidden = width // 64, 4 * width
+    timm_block = Block(width, heads, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).cuda()
+    names = [name for name, _ in timm_block.named_parameters()]
+
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        streams = torch.randn(2, batch, tokens, width, device="cuda", dtype=dtype).unbind()
+        fresh = Block(width, heads, qkv_bias=True).to("cuda", dtype)
+        leaves = [streams[0].clone(), *(parameter.detach() for parameter in fresh.parameters())]
+        return [leaf.requires_grad_() for leaf in leaves], [streams[1]]
+
+    def ours(recompute: bool, backend: str = "triton") -> Function:
+        def function(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (stage(x, StageWeights(*weights), repeats, heads, recompute=recompute, backend=backend),)
+
+        return function
+
+    def timms() -> Function:
+        def function(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            parameters = dict(zip(names, weights, strict=True))
+            for _ in range(repeats):
+                x = torch.func.functional_call(timm_block, parameters, (x,))
+            return (x,)
+
+        return function
+
+    def compiled(backend: SDPBackend) -> Function:
+        function = torch.compile(timms(), mode="max-autotune-no-cudagraphs", dynamic=False)
+
+        def with_backend(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with sdpa_kernel(backend):
+                return function(*leaves)
+
+        return with_backend
+
+    rows = batch * tokens
+    forward = repeats * (2 * rows * width * (4 * width + 2 * hidden) + 4 * rows * tokens * width)
+    return Case(
+        operator="stage" if repeats > 1 else "block",
+        label=f"{batch} x {tokens} x {width}, {repeats} repeats {str(dtype).removeprefix('torch.')}",
+        inputs=inputs,
+        providers={
+            "triton": ours(recompute=False),
+            "triton, recomputed": ours(recompute=True),
+            "eager timm": timms(),
+            "compile timm, flash": compiled(SDPBackend.FLASH_ATTENTION),
+            "compile timm, cudnn": compiled(SDPBackend.CUDNN_ATTENTION),
+        },
+        reference=ours(recompute=False, backend="reference"),
+        num_flops={"forward": forward, "backward": 2 * forward, "both": 3 * forward},
+        tolerance=0.05,  # a chain of bf16 products
+    )
+
+
+# ViT-Ti, S and B at the batch of DESIGN's estimates. Made one at a time: each may hold memory.
+WIDTHS = (192, 384, 768)
+CASES: dict[str, Callable[[int], Case]] = {
+    "add_layer_norm": lambda width: add_layer_norm_case(256, 196, width),
+    "packed_attention": lambda width: packed_attention_case(256, 196, width // 64),
+    "mlp": lambda width: mlp_case(256, 196, width),
+    "block": lambda width: stage_case(256, 196, width, repeats=1),
+    "stage": lambda width: stage_case(256, 196, width, repeats=3),
+}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reaches on a plain task, the measure of what the operators reach."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+
+def measure(case: Case, provider: str, ceilings: Ceilings) -> list[dict]:
     """A row a pass (forward, backward, both), or one row that says the provider is wrong."""
     function = case.providers[provider]
     leaves, gradients = case.inputs()
@@ -113,9 +226,8 @@ def measure(case: Case, provider: str, copy_gb_per_s: float) -> list[dict]:
     row = {"operator": case.operator, "case": case.label, "provider": provider}
     exact_leaves = [x.detach().float().requires_grad_() for x in leaves]
     exact = both(case.reference, exact_leaves, [x.float() for x in gradients])
-    # Loose, a guard against timing nonsense: the tests hold the tolerances.
-    if any((got - want).norm() > 0.02 * want.norm() for got, want in zip(both(), exact, strict=True)):
-        return [row | {"error": "differs from the fp32 reference by more than 2 %; not timed"}]
+    if any((got - want).norm() > case.tolerance * want.norm() for got, want in zip(both(), exact, strict=True)):
+        return [row | {"error": f"differs from the fp32 reference by more than {case.tolerance:.0%}; not timed"}]
     del exact, exact_leaves
 
     outputs = function(*leaves)
@@ -132,10 +244,25 @@ def measure(case: Case, provider: str, copy_gb_per_s: float) -> list[dict]:
         run()
         peak = torch.cuda.max_memory_allocated() - before
         ms = triton.testing.do_bench(run, return_mode="median")
-        gb_per_s = case.num_bytes[name] / ms / 1e6
-        figures = {"ms": ms, "gb_per_s": gb_per_s, "of_copy": gb_per_s / copy_gb_per_s, "peak_bytes": peak}
-        rows.append(row | {"pass": name} | figures)
+        rows.append(row | {"pass": name, "ms": ms} | _rates(case, name, ms, ceilings) | {"peak_bytes": peak})
     return rows
+
+
+def _rates(case: Case, name: str, ms: float, ceilings: Ceilings) -> dict[str, float]:
+    rates = {}
+    if case.num_bytes:
+        gb_per_s = case.num_bytes[name] / ms / 1e6
+        rates |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / ceilings.copy_gb_per_s}
+    if case.num_flops:
+        tflop_per_s = case.num_flops[name] / ms / 1e9
+        rates |= {"tflop_per_s": tflop_per_s, "of_matmul": tflop_per_s / ceilings.matmul_tflop_per_s}
+    return rates
+
+
+def matmul_ceiling() -> float:
+    """TFLOP/s of a square bf16 product of 8192."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / triton.testing.do_bench(lambda: a @ b, return_mode="median") / 1e9
 
 
 def copy_ceiling() -> float:
@@ -161,20 +288,19 @@ def environment() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="run only this operator's cases")
+    parser.add_argument("--only", choices=CASES, help="run only this operator's cases")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py: no CUDA device, nothing to measure, nothing written")
         sys.exit(0)
     torch._functorch.config.donated_buffer = False  # or a compiled backward runs only once
-    ceiling = copy_ceiling()
-    results = environment() | {"copy_gb_per_s": ceiling, "rows": []}
-    for case in [make() for make in CASES]:
-        if arguments.only not in (None, case.operator):
-            continue
+    ceilings = Ceilings(copy_ceiling(), matmul_ceiling())
+    results = environment() | asdict(ceilings) | {"rows": []}
+    for operator, width in product([arguments.only] if arguments.only else CASES, WIDTHS):
+        case = CASES[operator](width)
         for provider in case.providers:
-            results["rows"] += measure(case, provider, ceiling)
+            results["rows"] += measure(case, provider, ceilings)
     for row in results["rows"]:
         print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     if arguments.out:

@@ -5,11 +5,18 @@ anywhere; asking for Triton where it cannot run is an error, never a fallback.
 """
 
 from sws_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from sws_kernels.linear_gelu import mlp, mlp_reference
 from sws_kernels.packed_attention import packed_attention, packed_attention_reference
+from sws_kernels.stage import StageWeights, stage, stage_reference
 
 __all__ = [
+    "StageWeights",
     "add_layer_norm",  # residual add (with drop-path's per-sample scale) + LayerNorm; returns both streams
     "add_layer_norm_reference",  # the same in plain PyTorch: the tests' oracle, the path without a GPU
+    "mlp",  # linear, GELU, linear: bias and GELU inside the first product, GELU' inside its gradient's
+    "mlp_reference",
     "packed_attention",  # non-causal attention on packed QKV, with its bias and scale; writes packed dQKV
     "packed_attention_reference",
+    "stage",  # repeats of a whole block through one set of weights, as one node of the graph
+    "stage_reference",
 ]

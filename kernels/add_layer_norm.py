@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 Backend = Literal["reference", "triton"]
 
-WIDTH_MULTIPLE = 64  # keeps every row 16-byte aligned in every dtype
+WIDTH_MULTIPLE = 32  # keeps every row 16-byte aligned in every dtype; also what the matrix products take
 MAX_WIDTH = 3072  # three chunks of 1024: beyond it the backward would no longer fit in registers
 BACKWARD_PROGRAMS_PER_SM = 2  # two resident programs hide each other's loads; a guess until measured on a GPU
 # What that leaves a thread: 65,536 / (2 * 128), less one. Without a figure ptxas may settle for 128 and spill.
@@ -358,7 +358,7 @@ def add_layer_norm(
     sample, not differentiated. new_residual has residual's dtype, normed has branch's. Differentiable once.
 
     backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
-    TRITON_INTERPRET=1 set before triton is imported), fp32, fp16 or bf16, and a width divisible by 64 up to
+    TRITON_INTERPRET=1 set before triton is imported), fp32, fp16 or bf16, and a width divisible by 32 up to
     3072; anything else is a ValueError, never a fallback.
     """
     _check_shapes(residual, branch, gamma, beta, scale)

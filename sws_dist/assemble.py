@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -25,7 +26,7 @@ from sws_dist.errors import ConfigError
 from sws_dist.flops import forward_flops
 from sws_dist.learngene import describe as describe_ours
 from sws_dist.model_file import ModelInfo
-from sws_dist.models import SWSVisionTransformer, create_model, geometry
+from sws_dist.models import SWSVisionTransformer, create_model, fused, geometry
 
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
@@ -82,11 +83,16 @@ def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
     return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
 
 
-def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | None]:
-    """The student with its initial weights, and the teacher if there is one.
+def models(
+    config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Teacher | None, str]:
+    """The student with its initial weights, the teacher if there is one, and who runs the student's stages.
+
+    Args:
+        device, dtype: where and in what the student will run; nothing is moved there yet.
 
     Raises:
-        ValueError: an unknown model or argument, or weights that do not fit.
+        ValueError: an unknown model or argument, weights that do not fit, kernels that cannot run.
     """
     data = config.data
     model = build_model(config, len(classes))
@@ -97,12 +103,13 @@ def models(config: RunConfig, classes: Sequence[str]) -> tuple[Any, Teacher | No
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
             "set optim.ema_decay to null"
         )
+    kernels = fused.choose(config.model.kernels, model, device, dtype)
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if config.model.compile:
         model.compile()
     teacher = load_teacher(config.distill, len(classes), classes, data.mean, data.std, data.image_size)
-    return model, teacher
+    return model, teacher, kernels
 
 
 def build_model(config: RunConfig, num_classes: int) -> Any:

@@ -50,14 +50,16 @@ class Trainer:
         self.world = world = comm.init(config.train.timeout_s)
         with comm.together("read the DeepSpeed config"):
             self.ds = ds_config.resolve(ds_path, config, world.size)
+        self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
         self.train_set, self.val_set = assemble.manifests(config, world)
         with comm.together("build the models"):
             comm.seed_everything(config.train.seed)
-            self.model, self.teacher = assemble.models(config, self.train_set.classes)
+            self.model, self.teacher, self.kernels = assemble.models(
+                config, self.train_set.classes, world.device, self.dtype
+            )
         self.flops = assemble.count_flops(config, len(self.train_set.classes))
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.dtype = DTYPES[ds_config.precision(self.ds)]
         if self.teacher is not None:
             self.teacher.to(world.device, self.dtype)
         self.info = assemble.describe(config, self.model, self.train_set.classes)
@@ -332,7 +334,8 @@ class Trainer:
             f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
             + "".join(f"{line}\n" for line in assemble.tell_of_data(self.train_set, self.val_set))
             + f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
-            f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}"
+            f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
+            f"{self.kernels}"
         )
 
     def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:

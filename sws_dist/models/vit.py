@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers import LayerNorm, calculate_drop_path_rates, drop_path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+
+from sws_dist.models import fused
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
 
@@ -33,9 +35,17 @@ class Stage(Block):
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, drop_path=0.0, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
+        self.kernels: Literal["reference", "triton"] = "reference"
+        self.recompute = False  # the kernels' own activation checkpointing
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: [batch, tokens, width] -> the same shape."""
+        if self.kernels == "triton":
+            if attn_mask is not None or is_causal:
+                raise ValueError(
+                    "model.kernels: the Triton kernels attend to all tokens; set it to reference for a mask"
+                )
+            return fused.forward(self, x)
         for rate in self.drop_rates:
             branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
             x = x + drop_path(branch, rate, self.training)
@@ -89,6 +99,18 @@ class SWSVisionTransformer(VisionTransformer):
     def is_shared(self) -> bool:
         """Whether some stage runs more than once: an auxiliary model."""
         return max(self.schedule) > 1
+
+    def use_kernels(self, kernels: Literal["reference", "triton"]) -> None:
+        """Which code runs the stages; ``fused.choose`` checks that it can. Before ``set_grad_checkpointing``."""
+        for stage in self.blocks:
+            stage.kernels = kernels
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's; with the kernels each repeat, rather than each stage, is run again in the backward."""
+        own = self.blocks[0].kernels == "triton"
+        for stage in self.blocks:
+            stage.recompute = enable and own
+        super().set_grad_checkpointing(enable and not own)
 
 
 def geometry(model: SWSVisionTransformer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import Job, log, train
+from tests.launching import Job, log, losses, train
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
@@ -45,3 +45,46 @@ def test_it_trains_and_saves(tmp_path: Path, digits_root: Path, stage: int, prec
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["precision"] == precision
     assert metrics["top1"] > 0.15  # ten classes: chance is 0.10
+
+
+# The quickstart's auxiliary model (configs/runs/quickstart/auxiliary.yaml), without its teacher.
+AUXILIARY = """
+output: unused
+model: {name: sws_vit, schedule: [2, 2, 2, 2, 2], kwargs: {patch_size: 8, embed_dim: 96, num_heads: 3}}
+data: {root: ROOT, image_size: 32, crop_pct: 1.0, device: cpu}
+optim: {lr: 1e-3, lr_batch: null}
+train: {epochs: 1, global_batch: 32, log_every: 1, max_steps: 20}
+"""
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
+def test_twenty_steps_with_the_kernels_follow_pytorch(
+    tmp_path: Path, digits_root: Path, precision: str, tolerance: float
+) -> None:
+    """Loss curves within rounding, which 20 steps of Adam enlarge: the tolerances are a first guess."""
+    (tmp_path / "run.yaml").write_text(AUXILIARY.replace("ROOT", str(digits_root)))
+    ds: dict[str, Any] = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
+    if precision != "fp32":
+        ds[precision] = {"enabled": True}
+    curves = {}
+    for kernels in ("triton", "reference"):
+        job = Job(tmp_path / "run.yaml", tmp_path / kernels, ds, {"model.kernels": kernels})
+        done = train(job, ranks=1)
+        assert done.returncode == 0, done.stdout[-6000:]
+        curves[kernels] = torch.tensor(losses(tmp_path / kernels))
+    assert len(curves["triton"]) == 20
+    torch.testing.assert_close(curves["triton"], curves["reference"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("option", ["model.grad_checkpointing", "model.compile"])
+def test_the_kernels_train_with(tmp_path: Path, digits_root: Path, stage: int, option: str) -> None:
+    if stage == 3 and option == "model.compile":
+        pytest.skip("model.compile is not for ZeRO-3")
+    (tmp_path / "run.yaml").write_text(AUXILIARY.replace("ROOT", str(digits_root)))
+    ds = {"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    job = Job(tmp_path / "run.yaml", tmp_path / "run", ds, {"model.kernels": "triton", option: True})
+    done = train(job, ranks=1)
+    assert done.returncode == 0, done.stdout[-6000:]
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < curve[0]

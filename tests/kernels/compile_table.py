@@ -4,50 +4,84 @@
     python -m tests.kernels.compile_table --json    the same as JSON, for test_compile.py
 
 No GPU is needed: Triton compiles to a cubin for a named target, and the cuobjdump in its package reads it.
-Spills are counted in the machine code, as stores to and loads from local memory. An operator's cases may lie in
-a file of their own, as packed_attention's do. The interpreter replaces the
-compiler for a whole process, so this must run without TRITON_INTERPRET.
+Spills are counted in the machine code, as stores to and loads from local memory. An operator whose cases are not
+widths has them in a file of its own, as packed_attention. The interpreter replaces the compiler for a whole process,
+so this must run without TRITON_INTERPRET.
 """
 
 import argparse
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any
 
+import torch
 import triton
 
 from tests.kernels import packed_attention_compile
 from tests.kernels.machine_code import compile_for
 
 WIDTHS = (192, 384, 768)
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ARCHITECTURES = (80, 90)  # A100; H100 and H200
 
-add_layer_norm = importlib.import_module("sws_kernels.add_layer_norm")  # the package's name is the function
-FP32 = {"mean_ptr", "rstd_ptr", "partials_ptr", "eps"}
+# By import_module: the package's names are the functions.
+add_layer_norm = importlib.import_module("sws_kernels.add_layer_norm")
+linear_gelu = importlib.import_module("sws_kernels.linear_gelu")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and how its operator launches it; `launch` gives constexprs and options together."""
+
+    function: Any
+    launch: Callable[[int, str, int], dict]  # from width, dtype, architecture
+    fp32: tuple[str, ...] = ()  # arguments that are fp32, or point to it, whatever the dtype
+
+
+def _launch_layer_norm(width: int, dtype: str, arch: int) -> dict:
+    return add_layer_norm.tile_shape(width)
+
+
+def _launch_layer_norm_backward(width: int, dtype: str, arch: int) -> dict:
+    return add_layer_norm.tile_shape(width) | {"maxnreg": add_layer_norm.MAX_BACKWARD_REGISTERS}
+
+
+def _launch_linear_gelu(width: int, dtype: str, arch: int) -> dict:
+    return linear_gelu.tile_shape(width, 4 * width, DTYPES[dtype])
+
+
+def _launch_linear_gelu_backward(width: int, dtype: str, arch: int) -> dict:
+    registers = linear_gelu.max_backward_registers((arch // 10, arch % 10))
+    return linear_gelu.tile_shape(width, 4 * width, DTYPES[dtype]) | {"maxnreg": registers}
+
+
+# With a scale, with z stored: the variants that hold and write the most.
+STATISTICS = ("mean_ptr", "rstd_ptr", "partials_ptr", "eps")
+KERNELS = {
+    "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _launch_layer_norm, STATISTICS),
+    "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _launch_layer_norm_backward, STATISTICS),
+    "linear_gelu_forward": Kernel(linear_gelu._forward_kernel, _launch_linear_gelu),
+    "linear_gelu_backward": Kernel(linear_gelu._backward_kernel, _launch_linear_gelu_backward, ("partials_ptr",)),
+}
 
 
 def cases() -> Iterator[dict]:
-    """add_layer_norm's, with a scale, the variant that holds and writes the most; then other operators'."""
-    for operator in ("add_layer_norm_forward", "add_layer_norm_backward"):
-        for width in WIDTHS:
-            for dtype in DTYPES:
-                for arch in ARCHITECTURES:
-                    yield {"kernel": operator, "width": width, "dtype": dtype, "arch": arch}
+    for operator, width, dtype, arch in product(KERNELS, WIDTHS, DTYPES, ARCHITECTURES):
+        yield {"kernel": operator, "width": width, "dtype": dtype, "arch": arch}
     yield from packed_attention_compile.cases()
 
 
 def compile_case(case: dict) -> dict:
-    """The case with what machine_code.compile_for reads."""
+    """The case with what `machine_code.compile_for` reads."""
     if case["kernel"].startswith("packed_attention"):
         return packed_attention_compile.compile_case(case)
-    kernel = getattr(add_layer_norm, case["kernel"].removeprefix("add_layer_norm") + "_kernel")
-    launch = add_layer_norm.tile_shape(case["width"])
-    if case["kernel"].endswith("backward"):
-        launch["maxnreg"] = add_layer_norm.MAX_BACKWARD_REGISTERS
-    return {**case, **compile_for(case["arch"], kernel, case["dtype"], launch, FP32)}
+    kernel = KERNELS[case["kernel"]]
+    launch = kernel.launch(case["width"], case["dtype"], case["arch"])
+    return {**case, **compile_for(case["arch"], kernel.function, case["dtype"], launch, kernel.fp32)}
 
 
 def main() -> None:

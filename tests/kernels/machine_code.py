@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from triton.compiler import ASTSource
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # what a launch passes that is not the kernel's own
 
 
-def compile_for(arch: int, kernel: Any, dtype: str, launch: dict, fp32_names: set[str]) -> dict[str, int]:
+def compile_for(arch: int, kernel: Any, dtype: str, launch: dict, fp32_names: Collection[str]) -> dict[str, int]:
     """Registers a thread, spills, shared memory in bytes, threads a program, tensor-core instructions.
 
     launch: constexprs and options together, as the launcher passes them. Pointers are to dtype, those in

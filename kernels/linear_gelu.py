@@ -1,0 +1,398 @@
+"""A transformer's MLP, y = GELU(x W1^T + b1) W2^T + b2, with everything elementwise inside a matrix product.
+
+    forward     z  = x W1^T + b1,  h = GELU(z)                    one kernel (ours)
+                y  = h W2^T + b2                                  cuBLAS
+    backward    dz = (dy W2) * GELU'(z),  db1 = sum(dz),  h again  one kernel (ours)
+                dx = dz W1,  dW1 = dz^T x,  dW2 = dy^T h,  db2    cuBLAS
+
+Shapes. N rows (batch x tokens), D width, F hidden width (4 D in a ViT); a program makes one tile of BM rows and
+BN columns of an [N, F] matrix, BK of the inner dimension at a time.
+
+    x, y, dx, dy              [..., D]   one dtype for all tensors: fp32, fp16 or bf16
+    w1, b1                    [F, D], [F]
+    w2, b2                    [D, F], [D]
+    z, h, dz                  [N, F]     that dtype too
+    partials                  [N / BM, F]  fp32, each row tile's share of db1
+
+Kept for the backward: z alone, in the input's dtype. GELU is not monotonic, so z cannot be had from h; h can be
+had from z for one multiplication, since the backward needs Phi(z) anyway: it writes h once more for dW2, and
+between forward and backward an [N, F] tensor less is alive. The forward takes GELU of z *as rounded and stored*,
+so that the h of the backward is the very h of the forward, bit for bit.
+
+GELU(z) = z Phi(z), GELU'(z) = Phi(z) + z phi(z), Phi the normal distribution function: the exact definition, not
+the tanh approximation. In fp32 Phi goes through tl.erf. In fp16 and bf16 it is an odd polynomial of degree 13,
+within 7.4e-5 of Phi everywhere (11 instructions; erf takes 34 and spills): at most 2.9e-4 absolute in GELU and
+7.4e-5 in GELU'. Relative to GELU that is below half a rounding step of fp16 for z > -1 and of bf16 for z > -1.7;
+further left, where GELU vanishes, only the absolute bound holds. Exactly 0 and 1 beyond |z| = 3.85.
+
+Source: Hendrycks and Gimpel 2016, arXiv 1606.08415 (GELU).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
+
+WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
+ROW_TILES_A_GROUP = 8  # programs side by side share both operands' tiles in the L2 cache
+
+
+# --------------------------------------------------------------------------------------------- GELU in kernels
+
+# Minimax on |z| <= 3.85 in Phi's absolute error, with Phi(3.85) tied to 1 + 2e-6: whatever the rounding, the
+# clamp to [0, 1] (free: a modifier of the last instruction) then makes both tails exact.
+PHI_BOUND = tl.constexpr(3.85)
+PHI_1 = tl.constexpr(0.398642033)
+PHI_3 = tl.constexpr(-0.0656399727)
+PHI_5 = tl.constexpr(0.00926568452)
+PHI_7 = tl.constexpr(-0.000917894416)
+PHI_9 = tl.constexpr(5.89343435e-05)
+PHI_11 = tl.constexpr(-2.16608032e-06)
+PHI_13 = tl.constexpr(3.41962263e-08)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def normal_cdf(z, EXACT: tl.constexpr):
+    """Phi(z), fp32: by erf, or within 7.4e-5 by a polynomial."""
+    if EXACT:
+        return 0.5 + 0.5 * tl.erf(z * SQRT_HALF)
+    u = tl.minimum(tl.maximum(z, -PHI_BOUND), PHI_BOUND)
+    t = u * u
+    p = t * PHI_13 + PHI_11
+    p = p * t + PHI_9
+    p = p * t + PHI_7
+    p = p * t + PHI_5
+    p = p * t + PHI_3
+    p = p * t + PHI_1
+    return tl.minimum(tl.maximum(p * u + 0.5, 0.0), 1.0)
+
+
+@triton.jit
+def normal_pdf(z):
+    return tl.exp(-0.5 * z * z) * INV_SQRT_2PI
+
+
+# ------------------------------------------------------------------------------- the matrix product in kernels
+
+
+@triton.jit
+def _tile_of_program(num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
+    """Programs go down GROUP row tiles before the next column: a group's operands stay in L2."""
+    program = tl.program_id(0)
+    in_group = GROUP * num_col_tiles
+    first = program // in_group * GROUP
+    height = tl.minimum(num_row_tiles - first, GROUP)
+    return first + program % in_group % height, program % in_group // height
+
+
+@triton.jit
+def _product(
+    a_ptr,  # [N, K]
+    b_ptr,  # [F, K] if B_TRANSPOSED, else [K, F]
+    rows,
+    cols,
+    num_rows,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A tile of a b^T or a b, fp32 [BM, BN]. Rows that do not exist repeat the last one: no mask in the loop."""
+    inner = tl.arange(0, BK)
+    a_at = a_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * K + inner[None, :]  # N * K may pass 2^31
+    if B_TRANSPOSED:
+        b_at = b_ptr + tl.minimum(cols, F - 1)[None, :] * K + inner[:, None]
+    else:
+        b_at = b_ptr + inner[:, None] * F + cols[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for _ in range(0, K, BK):
+        a = tl.load(a_at)
+        b = tl.load(b_at) if B_TRANSPOSED or F % BN == 0 else tl.load(b_at, mask=(cols < F)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")  # says nothing of fp16 and bf16; keeps fp32 from tf32
+        a_at += BK
+        b_at += BK if B_TRANSPOSED else BK * F
+    return acc
+
+
+@triton.jit
+def _exists(rows, cols, num_rows, F: tl.constexpr, BN: tl.constexpr):
+    """Which elements of an [N, F] tile exist; BN is the whole program's, though cols may be half of them."""
+    mask = (rows < num_rows)[:, None]
+    if F % BN != 0:
+        mask = mask & (cols < F)[None, :]
+    return mask
+
+
+# --------------------------------------------------------------------------------------------- forward kernel
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [N, K]
+    weight_ptr,  # [F, K]
+    bias_ptr,  # [F]
+    h_ptr,  # [N, F] out
+    z_ptr,  # [N, F] out, or None: not wanted
+    num_rows,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, col_tile = _tile_of_program(tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    cols = col_tile * BN + tl.arange(0, BN)
+    acc = _product(x_ptr, weight_ptr, rows, cols, num_rows, K, F, True, BM, BN, BK)
+    acc += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
+
+    dtype = h_ptr.dtype.element_ty
+    z = acc.to(dtype)  # rounded once, to what is stored, and GELU is taken of that
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    mask = _exists(rows, cols, num_rows, F, BN)
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z, mask=mask)
+    z = z.to(tl.float32)
+    tl.store(h_ptr + at, (z * normal_cdf(z, dtype == tl.float32)).to(dtype), mask=mask)
+
+
+# -------------------------------------------------------------------------------------------- backward kernel
+
+
+@triton.jit
+def _differentiate_half(
+    dh, z_ptr, dz_ptr, h_ptr, partials_ptr, num_rows, first_col, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """From dh [BM, BN / 2]: dz, h and the tile's share of the bias gradient. Pointers and num_rows: the tile's."""
+    rows = tl.arange(0, BM)
+    cols = first_col + tl.arange(0, BN // 2)
+    at = rows[:, None] * F + cols[None, :]
+    mask = _exists(rows, cols, num_rows, F, BN)
+    dtype = h_ptr.dtype.element_ty
+    z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    cdf = normal_cdf(z, dtype == tl.float32)
+    tl.store(h_ptr + at, (z * cdf).to(dtype), mask=mask)
+    dz = tl.where(mask, dh * (cdf + z * normal_pdf(z)), 0.0)
+    tl.store(dz_ptr + at, dz.to(dtype), mask=mask)
+    tl.store(partials_ptr + cols, tl.sum(dz, axis=0), mask=cols < F)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [N, K]
+    weight_ptr,  # [K, F], of the linear layer that follows
+    z_ptr,  # [N, F]
+    dz_ptr,  # [N, F] out
+    h_ptr,  # [N, F] out
+    partials_ptr,  # [row tiles, F] fp32 out
+    num_rows,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, col_tile = _tile_of_program(tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    cols = col_tile * BN + tl.arange(0, BN)
+    dh = _product(dy_ptr, weight_ptr, rows, cols, num_rows, K, F, False, BM, BN, BK)
+
+    # Half of the columns at a time: with the whole tile in hand the epilogue would take all 255 registers, and a
+    # second program would no longer fit on the multiprocessor.
+    left, right = tl.split(tl.permute(tl.reshape(dh, [BM, 2, BN // 2]), [0, 2, 1]))
+    row_tile = row_tile.to(tl.int64)
+    first = row_tile * BM * F  # int64 once a tile; offsets within it are small
+    num_rows_left = num_rows - row_tile * BM
+    pointers = z_ptr + first, dz_ptr + first, h_ptr + first, partials_ptr + row_tile * F
+    _differentiate_half(left, *pointers, num_rows_left, col_tile * BN, F, BM, BN)
+    _differentiate_half(right, *pointers, num_rows_left, col_tile * BN + BN // 2, F, BM, BN)
+
+
+# -------------------------------------------------------------------------------------------------- launchers
+
+
+def tile_shape(inner: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
+    """Launch constants of a product with inner dimension ``inner`` and ``hidden`` columns.
+
+    The inner dimension is short (3 to 12 steps of 64), so a tile's epilogue is a large part of its time: two
+    programs of 8 warps are meant to fit on a multiprocessor (96 KiB of shared memory and at most 128 registers
+    each), so that one multiplies while the other is in its epilogue. fp32 has no tensor cores at its own
+    accuracy: small tiles, plain arithmetic. Guesses until measured on a GPU.
+    """
+    if dtype == torch.float32:
+        tile = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    else:
+        tile = {"BM": 128, "BN": 128, "BK": 64 if inner % 64 == 0 else 32, "num_warps": 8, "num_stages": 3}
+    return {"K": inner, "F": hidden, "GROUP": ROW_TILES_A_GROUP, **tile}
+
+
+def max_backward_registers(capability: tuple[int, int]) -> int | None:
+    """On Hopper two backward programs fit on a multiprocessor with 128 registers a thread, and without a spill.
+
+    On A100 the compiler needs 168 (docs/kernels.md) and would spill: one program there.
+    """
+    return 128 if capability >= (9, 0) else None
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
+def _grid(num_rows: int, tile: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(num_rows, tile["BM"]) * triton.cdiv(tile["F"], tile["BN"]),)
+
+
+@torch.library.custom_op("sws_kernels::linear_gelu", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """(h, z): GELU(x weight^T + bias) [..., F], and what GELU was taken of [N, F], empty unless ``save``."""
+    hidden, inner = weight.shape
+    rows = x.reshape(-1, inner).contiguous()
+    num_rows = rows.shape[0]
+    h = x.new_empty((*x.shape[:-1], hidden))
+    z = x.new_empty((num_rows, hidden) if save else (0,))
+    tile = tile_shape(inner, hidden, x.dtype)
+    if num_rows:
+        with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
+            _forward_kernel[_grid(num_rows, tile)](
+                rows, weight.contiguous(), bias.contiguous(), h, z if save else None, num_rows, **tile
+            )
+    return h, z
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    h = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return h, x.new_empty((h.numel() // weight.shape[0], weight.shape[0]) if save else (0,))
+
+
+@torch.library.custom_op("sws_kernels::linear_gelu_backward", mutates_args=())
+def _backward(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, h, d_bias): [N, F] twice and fp32 [F], from the gradient [..., K] of h weight^T, weight [K, F].
+
+    h is what `_forward` returned for this z, to the bit.
+    """
+    inner, hidden = weight.shape
+    num_rows = z.shape[0]
+    dz, h = torch.empty_like(z), torch.empty_like(z)
+    tile = tile_shape(inner, hidden, z.dtype)
+    partials = z.new_empty((triton.cdiv(num_rows, tile["BM"]), hidden), dtype=torch.float32)
+    if num_rows:
+        with torch.cuda.device_of(z):
+            _backward_kernel[_grid(num_rows, tile)](
+                dy.reshape(-1, inner).contiguous(), weight.contiguous(), z, dz, h, partials, num_rows, **tile,
+                maxnreg=max_backward_registers(_capability(z)),
+            )  # fmt: skip
+    # The second stage of the reduction, in a fixed order and without atomics: equal bits on equal GPUs.
+    return dz, h, partials.sum(dim=0)
+
+
+@_backward.register_fake
+def _(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- the whole MLP
+
+
+@torch.library.custom_op("sws_kernels::mlp", mutates_args=())
+def mlp_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """(y [..., D], z [N, F] or empty unless ``save``)."""
+    h, z = _forward(x, w1, b1, save)
+    return F.linear(h, w2, b2), z
+
+
+@mlp_forward.register_fake
+def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], w2.shape[0]))
+    return y, x.new_empty((x.numel() // x.shape[-1], w1.shape[0]) if save else (0,))
+
+
+@torch.library.custom_op("sws_kernels::mlp_backward", mutates_args=())
+def mlp_backward(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dw1, db1, dw2, db2); the parameters' gradients in fp32."""
+    dz, h, db1 = _backward(dy, w2, z)
+    dw2 = weight_gradient(dy, h)
+    del h  # before dx and dw1 ask for memory
+    return (dz @ w1).view(x.shape), weight_gradient(dz, x), db1, dw2, bias_gradient(dy)
+
+
+@mlp_backward.register_fake
+def _(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    width, hidden = w2.shape
+    shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
+    dw1, db1, dw2, db2 = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return x.new_empty(x.shape), dw1, db1, dw2, db2
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, w1, _, w2, _, save = inputs
+    if not save:
+        raise RuntimeError("sws_kernels::mlp: called with save=False, but a gradient is needed")
+    ctx.save_for_backward(x, w1, w2, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dy, _dz):
+    x, w1, w2, z = ctx.saved_tensors
+    dx, *d_parameters = mlp_backward(dy.contiguous(), x, w1, w2, z)
+    return dx, *(d.to(x.dtype) for d in d_parameters), None
+
+
+mlp_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+# -------------------------------------------------------------------------------------------- public function
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: Backend = "reference") -> Tensor:
+    """GELU(x w1^T + b1) w2^T + b2: x [..., D], w1 [F, D], b1 [F], w2 [D, F], b2 [D]. Differentiable once.
+
+    backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
+    TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, and D and F divisible
+    by 32; anything else is a ValueError, never a fallback.
+    """
+    _check_shapes(x, w1, b1, w2, b2)
+    if not is_triton("mlp", backend):
+        return mlp_reference(x, w1, b1, w2, b2)
+    check_mlp(x, w1, b1, w2, b2)
+    tensors = (x, w1, b1, w2, b2)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return mlp_forward(*tensors, needs_gradient)[0]
+
+
+def _check_shapes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    width, hidden = x.shape[-1], w1.shape[0]
+    wanted = {"w1": (hidden, width), "b1": (hidden,), "w2": (width, hidden), "b2": (width,)}
+    for (name, shape), tensor in zip(wanted.items(), (w1, b1, w2, b2), strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"mlp: {name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
+
+
+def check_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    """What backend="triton" asks for; also `stage`'s check of its MLP."""
+    check_triton("mlp", {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2})
+    for width in w1.shape:
+        if width % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"mlp: backend='triton' takes widths divisible by {WIDTH_MULTIPLE}, got w1 {list(w1.shape)}; "
+                "choose backend='reference'"
+            )
+
+
+# -------------------------------------------------------------------------------------------------- reference
+
+
+def mlp_reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The same in plain PyTorch: any device, any width, fp64 too."""
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)

@@ -1,0 +1,115 @@
+"""A stage through the Triton kernels: when that is possible, how it is chosen, and the call itself.
+
+``sws_kernels`` is imported where it is used: triton takes a second to import, and who runs the reference path does
+not need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+
+Kernels = Literal["auto", "triton", "reference"]
+
+MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores
+
+PARAMETERS = (
+    *("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias"),
+    *("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
+)
+
+
+def choose(kernels: Kernels, model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Set ``model`` to run as ``model.kernels`` asks; the sentence that says what was chosen.
+
+    Raises:
+        ValueError: ``triton`` where the kernels cannot run: another device, precision or architecture.
+    """
+    obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or _model_obstacle(model)
+    if kernels == "triton" and obstacle is not None:
+        raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
+    if kernels == "reference" or obstacle is not None:
+        return "kernels: PyTorch's" + (f" (model.kernels is auto, and {obstacle})" if obstacle else "")
+    model.use_kernels("triton")
+    return "kernels: Triton's" + (" (model.kernels is auto)" if kernels == "auto" else "")
+
+
+def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, "
+                "below 8.0"
+            )
+        return None
+    if kernels == "auto":
+        return f"the device is {device.type}"
+    from sws_kernels.common import INTERPRETED
+
+    if not INTERPRETED:
+        return f"the device is {device.type} (without a GPU, TRITON_INTERPRET=1 runs them, slowly, for tests)"
+    return "TRITON_INTERPRET=1 takes no bf16" if dtype == torch.bfloat16 else None
+
+
+def _model_obstacle(model: Any) -> str | None:
+    if not hasattr(model, "use_kernels"):
+        return f"{type(model).__name__} is not one of our models (sws_...)"
+    return next((reason for block in model.blocks if (reason := _stage_obstacle(block)) is not None), None)
+
+
+def _stage_obstacle(stage: Any) -> str | None:
+    """What in a stage is not the plain pre-norm block that the kernels compute."""
+    from sws_kernels.add_layer_norm import MAX_WIDTH
+    from sws_kernels.linear_gelu import WIDTH_MULTIPLE
+    from sws_kernels.packed_attention import HEAD_DIMS
+
+    names = {name for name, _ in stage.named_parameters()}
+    different = sorted(names ^ (set(PARAMETERS) - ({"attn.qkv.bias"} - names)))
+    if different or type(stage.attn) is not Attention or type(stage.mlp) is not Mlp:
+        return f"the model's blocks are not a ViT's plain ones ({', '.join(different) or 'attention or MLP'})"
+    if not isinstance(stage.norm1, nn.LayerNorm) or stage.norm1.eps != stage.norm2.eps:
+        return "the model's norms are not LayerNorm with one epsilon"
+    if not isinstance(stage.mlp.act, nn.GELU) or stage.mlp.act.approximate != "none":
+        return f"the model's activation is {type(stage.mlp.act).__name__}, not the exact GELU"
+    if any(module.p > 0 for module in stage.modules() if isinstance(module, nn.Dropout)):
+        return "the model has dropout (attn_drop_rate, proj_drop_rate)"
+    width, hidden, head_dim = stage.norm1.weight.shape[0], stage.mlp.fc1.out_features, stage.attn.head_dim
+    if width % WIDTH_MULTIPLE or hidden % WIDTH_MULTIPLE:
+        return f"width {width} and MLP width {hidden} are not both divisible by {WIDTH_MULTIPLE}"
+    if width > MAX_WIDTH:
+        return f"width {width} is more than {MAX_WIDTH}"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} are not of {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
+def forward(stage: Any, x: Tensor) -> Tensor:
+    """What ``Stage.forward`` computes, x [batch, tokens, width], by one call of ``sws_kernels.stage``."""
+    from sws_kernels import StageWeights
+    from sws_kernels import stage as run
+
+    attn, mlp = stage.attn, stage.mlp
+    # The parameters themselves: ZeRO-3 frees and gathers them between forward and backward.
+    weights = StageWeights(
+        *(stage.norm1.weight, stage.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias),
+        *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
+    )
+    scales = drop_path_scales(x, stage.drop_rates) if stage.training and any(stage.drop_rates) else None
+    return run(
+        x, weights, len(stage.drop_rates), attn.num_heads, stage.norm1.eps, scales,
+        recompute=stage.recompute, backend="triton",
+    )  # fmt: skip
+
+
+def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:
+    """[positions, 2, batch]: 0 or 1/keep, drawn number by number as timm's ``drop_path`` draws them."""
+    scales = []
+    for rate in rates:
+        for _ in range(2):
+            scale = x.new_ones((x.shape[0], 1, 1))
+            scales.append(scale.bernoulli_(1 - rate).div_(1 - rate) if rate else scale)
+    return torch.stack(scales).view(len(rates), 2, x.shape[0])

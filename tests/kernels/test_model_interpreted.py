@@ -1,0 +1,135 @@
+"""model.kernels: what is chosen where, and that the model with the kernels is the model without."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sws_dist.models import create_model, fused
+from sws_kernels import common
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SMALL: dict[str, Any] = {
+    "schedule": [2, 1], "img_size": 16, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0,
+    "num_classes": 4,
+}  # fmt: skip
+
+
+def model_with(kernels: fused.Kernels, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = create_model("sws_vit", **(SMALL | changes)).to(DEVICE)
+    for parameter in model.parameters():  # biases and norms as initialised would hide mistakes
+        nn.init.normal_(parameter, std=0.2)
+    fused.choose(kernels, model, DEVICE, torch.float32)
+    return model
+
+
+def results(model: Any) -> dict[str, torch.Tensor]:
+    """Logits and all gradients, drop-path drawn from one seed."""
+    torch.manual_seed(1)
+    images = torch.randn(3, 3, 16, 16).to(DEVICE)
+    torch.manual_seed(2)
+    logits = model(images)
+    logits.square().sum().backward()
+    return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"drop_path_rate": 0.5}, {"class_token": True, "qkv_bias": False, "norm_eps": 1e-3}, {"schedule": [1, 1]}],
+    ids=["plain", "drop_path", "class_token", "descendant"],
+)
+def test_the_model_is_the_same(changes: dict[str, Any]) -> None:
+    """Drop-path included: the kernels' scales are the numbers that timm draws."""
+    found, wanted = model_with("triton", **changes), model_with("reference", **changes)
+    assert_equal(results(found), results(wanted))
+    found.eval()
+    wanted.eval()
+    images = torch.randn(2, 3, 16, 16, device=DEVICE)
+    torch.testing.assert_close(found(images), wanted(images), rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_recomputes_inside_the_stage() -> None:
+    model = model_with("triton", drop_path_rate=0.5)
+    wanted = results(model)
+    again = model_with("triton", drop_path_rate=0.5)
+    again.set_grad_checkpointing(True)
+    assert all(stage.recompute for stage in again.blocks)
+    assert not again.grad_checkpointing, "timm would run each stage a third time"
+    assert_equal(results(again), wanted)
+
+
+def test_a_mask_is_refused() -> None:
+    model = model_with("triton")
+    with pytest.raises(ValueError, match=r"model\.kernels: the Triton kernels attend to all tokens"):
+        model.blocks[0](torch.zeros(1, 4, 64, device=DEVICE), is_causal=True)
+
+
+def choose(kernels: fused.Kernels, device: torch.device = CUDA, dtype: Any = torch.bfloat16, **changes: Any) -> str:
+    name = changes.pop("name", "sws_vit")
+    return fused.choose(kernels, create_model(name, **((SMALL | changes) if name == "sws_vit" else {})), device, dtype)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU of the H100's kind, as far as choosing asks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    return monkeypatch
+
+
+def test_auto_takes_triton_on_a_gpu_and_says_so(gpu: pytest.MonkeyPatch) -> None:
+    assert choose("auto") == "kernels: Triton's (model.kernels is auto)"
+    assert choose("reference") == "kernels: PyTorch's"
+
+
+def test_auto_on_a_cpu_takes_pytorch_and_says_why() -> None:
+    assert choose("auto", CPU) == "kernels: PyTorch's (model.kernels is auto, and the device is cpu)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"name": "resnet10t"}, "ResNet is not one of our models"),
+        ({"embed_dim": 48}, "width 48 and MLP width 96 are not both divisible by 32"),
+        ({"embed_dim": 96, "num_heads": 2}, "heads of 48 are not of 32, 64, 128"),
+        ({"init_values": 0.1}, r"not a ViT's plain ones \(ls1.gamma, ls2.gamma\)"),
+        ({"qk_norm": True}, r"not a ViT's plain ones \(attn.k_norm.bias"),
+        ({"proj_bias": False}, r"not a ViT's plain ones \(attn.proj.bias, mlp.fc1.bias, mlp.fc2.bias\)"),
+        ({"attn_drop_rate": 0.1}, "the model has dropout"),
+        ({"act_layer": nn.SiLU}, "activation is SiLU, not the exact GELU"),
+        ({"act_layer": partial(nn.GELU, approximate="tanh")}, "activation is GELU, not the exact GELU"),
+    ],
+)
+def test_models_that_the_kernels_do_not_compute(gpu: Any, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.kernels: triton was asked for, but .*{reason}"):
+        choose("triton", **changes)
+    assert choose("auto", **changes).startswith("kernels: PyTorch's (model.kernels is auto, and ")
+
+
+def test_an_old_gpu(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(ValueError, match=r"triton was asked for, but Some GPU has compute capability 7\.5, below 8\.0"):
+        choose("triton")
+    assert "PyTorch's" in choose("auto")
+
+
+def test_triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"model\.kernels: triton was asked for, but the device is cpu"):
+        choose("triton", CPU, torch.float32)
+    monkeypatch.setattr(common, "INTERPRETED", True)
+    assert choose("triton", CPU, torch.float32) == "kernels: Triton's"
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes no bf16"):
+        choose("triton", CPU, torch.bfloat16)
