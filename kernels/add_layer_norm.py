@@ -24,15 +24,13 @@ scale, where the branch's gradient differs from the residual's.
 Source: Ba et al. 2016, arXiv 1607.06450 (LayerNorm); Huang et al. 2016, arXiv 1603.09382 (stochastic depth).
 """
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-Backend = Literal["reference", "triton"]
+from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 
 WIDTH_MULTIPLE = 32  # keeps every row 16-byte aligned in every dtype; also what the matrix products take
 MAX_WIDTH = 3072  # three chunks of 1024: beyond it the backward would no longer fit in registers
@@ -211,10 +209,6 @@ def _backward_kernel(
 
 # -------------------------------------------------------------------------------------------------- launchers
 
-# Decided when the decorator ran, from TRITON_INTERPRET; setting the variable later changes nothing.
-INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
-
-
 def tile_shape(width: int) -> dict[str, int]:
     """Launch constants of a width: the constexprs D, W, R, and num_warps.
 
@@ -231,11 +225,6 @@ def _num_backward_programs(num_tiles: int, device: torch.device) -> int:
         return min(num_tiles, INTERPRETED_PROGRAMS)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     return min(num_tiles, BACKWARD_PROGRAMS_PER_SM * num_sms)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    """Rows must lie one after the other; a sliced input or an expanded gradient is copied here."""
-    return None if x is None else x.contiguous()
 
 
 @torch.library.custom_op("sws_kernels::add_layer_norm", mutates_args=())
@@ -258,8 +247,8 @@ def _forward(
     if num_rows:
         with torch.cuda.device_of(residual):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[grid](
-                _contiguous(residual), _contiguous(branch), _contiguous(scale), _contiguous(gamma),
-                _contiguous(beta), new_residual, normed, mean, rstd, num_rows, tokens, eps, **tile,
+                contiguous(residual), contiguous(branch), contiguous(scale), contiguous(gamma),
+                contiguous(beta), new_residual, normed, mean, rstd, num_rows, tokens, eps, **tile,
             )  # fmt: skip
     return new_residual, normed, mean, rstd
 
@@ -293,8 +282,8 @@ def _backward(
     if num_rows:
         with torch.cuda.device_of(new_residual):
             _backward_kernel[(num_programs,)](
-                _contiguous(d_new_residual), _contiguous(d_normed), new_residual, _contiguous(scale),
-                _contiguous(gamma), mean, rstd, d_residual, d_branch if separate else None, partials,
+                contiguous(d_new_residual), contiguous(d_normed), new_residual, contiguous(scale),
+                contiguous(gamma), mean, rstd, d_residual, d_branch if separate else None, partials,
                 num_rows, tokens, **tile, maxnreg=MAX_BACKWARD_REGISTERS,
             )  # fmt: skip
     # The second stage of the reduction: a fixed number of rows in a fixed order, no atomics.
@@ -362,11 +351,16 @@ def add_layer_norm(
     3072; anything else is a ValueError, never a fallback.
     """
     _check_shapes(residual, branch, gamma, beta, scale)
-    if backend == "reference":
+    if not is_triton("add_layer_norm", backend):
         return add_layer_norm_reference(residual, branch, gamma, beta, eps, scale)
-    if backend != "triton":
-        raise ValueError(f"add_layer_norm: backend={backend!r} is unknown; choose 'reference' or 'triton'")
-    _check_triton(residual, branch, gamma, beta, scale)
+    tensors = {"residual": residual, "branch": branch, "gamma": gamma, "beta": beta, "scale": scale}
+    check_triton("add_layer_norm", tensors, one_dtype=False)
+    width = residual.shape[2]
+    if width % WIDTH_MULTIPLE or width > MAX_WIDTH:
+        raise ValueError(
+            f"add_layer_norm: backend='triton' takes widths divisible by {WIDTH_MULTIPLE} up to {MAX_WIDTH}, "
+            f"got {width}; choose backend='reference'"
+        )
     new_residual, normed, _, _ = _forward(residual, branch, scale, gamma, beta, eps)
     return new_residual, normed
 
@@ -386,32 +380,6 @@ def _check_shapes(residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor,
         raise ValueError(
             f"add_layer_norm: scale must be [{num_samples}] and need no gradient, "
             f"got {list(scale.shape)}, requires_grad={scale.requires_grad}"
-        )
-
-
-def _check_triton(residual: Tensor, branch: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None) -> None:
-    tensors = [residual, branch, gamma, beta] + ([] if scale is None else [scale])
-    if not all(x.device == residual.device for x in tensors):
-        found = ", ".join(sorted({str(x.device) for x in tensors}))
-        raise ValueError(f"add_layer_norm: all tensors must be on one device, found {found}")
-    if not (residual.is_cuda or (INTERPRETED and residual.device.type == "cpu")):
-        raise ValueError(
-            f"add_layer_norm: backend='triton' was asked for, but the tensors are on {residual.device}. "
-            "Move them to a CUDA device, choose backend='reference', or, to test without a GPU, "
-            "set TRITON_INTERPRET=1 before triton is imported."
-        )
-    # The interpreter cuts fp32 to bf16 where the hardware rounds: what it says of bf16 does not hold there.
-    allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-    for x in tensors:
-        if x.dtype not in allowed:
-            where = " under TRITON_INTERPRET=1" if INTERPRETED else ""
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise ValueError(f"add_layer_norm: backend='triton'{where} takes {names}, got {x.dtype}")
-    width = residual.shape[2]
-    if width % WIDTH_MULTIPLE or width > MAX_WIDTH:
-        raise ValueError(
-            f"add_layer_norm: backend='triton' takes widths divisible by {WIDTH_MULTIPLE} up to {MAX_WIDTH}, "
-            f"got {width}; choose backend='reference'"
         )
 
 

@@ -25,8 +25,8 @@ def is_triton(operator: str, backend: str) -> bool:
     return backend == "triton"
 
 
-def check_triton(operator: str, tensors: dict[str, Tensor | None]) -> None:
-    """One device and one dtype, both of which Triton can run on here."""
+def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype: bool = True) -> None:
+    """One device and dtypes that Triton can run on here; ``one_dtype``: the same for all, as a matrix product needs."""
     present = {name: x for name, x in tensors.items() if x is not None}
     devices = {x.device for x in present.values()}
     if len(devices) > 1:
@@ -40,13 +40,12 @@ def check_triton(operator: str, tensors: dict[str, Tensor | None]) -> None:
             "set TRITON_INTERPRET=1 before triton is imported."
         )
     dtypes = {x.dtype for x in present.values()}
-    if len(dtypes) > 1:
+    if one_dtype and len(dtypes) > 1:
         found = ", ".join(f"{name} {_short(x.dtype)}" for name, x in present.items())
         raise ValueError(f"{operator}: backend='triton' takes tensors of one dtype, got {found}")
     # The interpreter cuts fp32 to bf16 where the hardware rounds: what it says of bf16 does not hold there.
     allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-    dtype = dtypes.pop()
-    if dtype not in allowed:
+    for dtype in dtypes - set(allowed):
         where = " under TRITON_INTERPRET=1" if INTERPRETED else ""
         raise ValueError(
             f"{operator}: backend='triton'{where} takes {', '.join(map(_short, allowed))}, got {_short(dtype)}"
@@ -55,6 +54,11 @@ def check_triton(operator: str, tensors: dict[str, Tensor | None]) -> None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """The kernels know one layout; a sliced input or an expanded gradient is copied here."""
+    return None if x is None else x.contiguous()
 
 
 def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:

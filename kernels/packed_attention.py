@@ -33,7 +33,6 @@ Source: Dao et al. 2022, arXiv 2205.14135 and Dao 2023, arXiv 2307.08691 (FlashA
 """
 
 import math
-from typing import Literal
 
 import torch
 import triton
@@ -41,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-Backend = Literal["reference", "triton"]
+from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has exp2 and log2
@@ -286,10 +285,6 @@ def _backward_queries_kernel(
 
 # -------------------------------------------------------------------------------------------------- launchers
 
-# Decided when the decorator ran, from TRITON_INTERPRET; setting the variable later changes nothing.
-INTERPRETED = not isinstance(_forward_kernel, triton.runtime.JITFunction)
-
-
 def tile_shapes(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool, bias: bool) -> dict[str, dict]:
     """Launch constants of each kernel; "backward_queries" only where the backward takes two passes.
 
@@ -328,11 +323,6 @@ def _tiles(qkv: Tensor, bias: Tensor | None) -> dict[str, dict]:
     return tile_shapes(qkv.shape[1], qkv.shape[4], qkv.dtype, hopper=hopper, bias=bias is not None)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    """The kernels know one layout; a sliced input or an expanded gradient is copied here."""
-    return None if x is None else x.contiguous()
-
-
 @torch.library.custom_op("sws_kernels::packed_attention", mutates_args=())
 def _forward(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse): shapes and dtypes in the legend. custom_op, not triton_op, for add_layer_norm's reasons."""
@@ -344,7 +334,7 @@ def _forward(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Te
         num_blocks = 1 if tile["WHOLE"] else triton.cdiv(tokens, tile["M"])
         with torch.cuda.device_of(qkv):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[(num_blocks * num_samples * heads,)](
-                _contiguous(qkv), _contiguous(bias), out, lse, tokens, heads, scale, **tile
+                contiguous(qkv), contiguous(bias), out, lse, tokens, heads, scale, **tile
             )
     return out, lse
 
@@ -371,7 +361,7 @@ def _backward(
     partials = None if bias is None else lse.new_empty((num_samples * num_blocks, width))
     if d_qkv.numel():
         grid = (num_blocks * num_samples * heads,)
-        d_out, qkv, bias = d_out.contiguous(), qkv.contiguous(), _contiguous(bias)
+        d_out, qkv, bias = d_out.contiguous(), qkv.contiguous(), contiguous(bias)
         with torch.cuda.device_of(qkv):
             if queries:
                 _backward_queries_kernel[grid](
@@ -426,11 +416,10 @@ def packed_attention(
     scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"packed_attention: scale must be positive and finite, got {scale}")
-    if backend == "reference":
+    if not is_triton("packed_attention", backend):
         return packed_attention_reference(qkv, bias, scale)
-    if backend != "triton":
-        raise ValueError(f"packed_attention: backend={backend!r} is unknown; choose 'reference' or 'triton'")
-    _check_triton(qkv, bias)
+    check_triton("packed_attention", {"qkv": qkv, "bias": bias}, one_dtype=False)
+    _check_size(qkv)
     return _forward(qkv, bias, scale)[0]
 
 
@@ -442,25 +431,7 @@ def _check_shapes(qkv: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"packed_attention: bias must be [3*H*D] = [{width}], got {list(bias.shape)}")
 
 
-def _check_triton(qkv: Tensor, bias: Tensor | None) -> None:
-    tensors = [qkv] if bias is None else [qkv, bias]
-    if not all(x.device == qkv.device for x in tensors):
-        raise ValueError(
-            f"packed_attention: qkv and bias must be on one device, found {qkv.device} and {tensors[1].device}"
-        )
-    if not (qkv.is_cuda or (INTERPRETED and qkv.device.type == "cpu")):
-        raise ValueError(
-            f"packed_attention: backend='triton' was asked for, but the tensors are on {qkv.device}. "
-            "Move them to a CUDA device, choose backend='reference', or, to test without a GPU, "
-            "set TRITON_INTERPRET=1 before triton is imported."
-        )
-    # The interpreter cuts fp32 to bf16 where the hardware rounds: what it says of bf16 does not hold there.
-    allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-    for x in tensors:
-        if x.dtype not in allowed:
-            where = " under TRITON_INTERPRET=1" if INTERPRETED else ""
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise ValueError(f"packed_attention: backend='triton'{where} takes {names}, got {x.dtype}")
+def _check_size(qkv: Tensor) -> None:
     _, tokens, _, heads, head_dim = qkv.shape
     if head_dim not in HEAD_DIMS:
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from sws_kernels.common import INTERPRETED
 from tests.kernels import packed_attention_compile
 from tests.kernels.machine_code import compile_for
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     arguments = parser.parse_args()
-    if add_layer_norm.INTERPRETED:
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     with ThreadPoolExecutor(max_workers=2) as pool:
         rows = list(pool.map(compile_case, cases()))

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from sws_kernels import add_layer_norm, add_layer_norm_reference
+from sws_kernels import add_layer_norm, add_layer_norm_reference, common
 from tests.kernels.add_layer_norm_checks import (
     EPS,
     check_accuracy,
@@ -143,14 +143,14 @@ def _call(inputs, **changes):
 
 def test_triton_without_gpu_is_an_error(monkeypatch):
     """Never a silent fallback: the message names what was asked for and the device it found."""
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"backend='triton' was asked for, but the tensors are on cpu"):
         _call(make_inputs((1, 2, 64), torch.float32, "cpu"))
 
 
 def test_interpreter_refuses_bf16(monkeypatch):
-    monkeypatch.setattr(module, "INTERPRETED", True)
-    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got torch.bfloat16"):
+    monkeypatch.setattr(common, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got bfloat16"):
         _call(make_inputs((1, 2, 64), torch.bfloat16, DEVICE))
 
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from sws_kernels import packed_attention, packed_attention_reference
+from sws_kernels import common, packed_attention, packed_attention_reference
 from tests.kernels.packed_attention_checks import (
     check_accuracy,
     check_bitwise_repeatable,
@@ -137,14 +137,14 @@ def test_reference_gradients():
 
 def test_triton_without_gpu_is_an_error(monkeypatch):
     """Never a silent fallback: the message names what was asked for and the device it found."""
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"backend='triton' was asked for, but the tensors are on cpu"):
         packed_attention(torch.zeros(1, 2, 3, 1, 32), backend="triton")
 
 
 def test_interpreter_refuses_bf16(monkeypatch):
-    monkeypatch.setattr(module, "INTERPRETED", True)
-    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got torch.bfloat16"):
+    monkeypatch.setattr(common, "INTERPRETED", True)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 takes float32, float16, got bfloat16"):
         packed_attention(torch.zeros(1, 2, 3, 1, 32, dtype=torch.bfloat16, device=DEVICE), backend="triton")
 
 
