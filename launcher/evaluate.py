@@ -97,6 +97,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
         weights = model_file.load_foreign(args.checkpoint)
         default = create_model(args.model).num_classes
         model = create_model(args.model, num_classes=model_file.num_labels(args.model, weights, default))
+        weights = model_file.filtered(model, weights)
         cfg = model.pretrained_cfg
         pixels = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
         pixels["image_size"] = cfg["input_size"][-1]
@@ -105,6 +106,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
         pixels["image_size"] = args.image_size
     if args.crop_pct:
         pixels["crop_pct"] = args.crop_pct
+    missing = {"mean", "std", "image_size"} - set(pixels)
+    if missing:
+        raise ValueError(f"{args.checkpoint}: does not say its {', '.join(sorted(missing))}; convert it again")
     pixels |= {key: tuple(pixels[key]) for key in ("mean", "std")}
     data = DataConfig(root=str(args.data.parent), num_threads=args.num_threads, **pixels)
     return model, data, classes

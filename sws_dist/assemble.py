@@ -57,12 +57,22 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
     return comm.from_main(found[-1] if found else None)
 
 
-def manifests(config: RunConfig, world: World) -> tuple[Manifest, Manifest]:
-    """Training and validation images, listed by rank 0 alone: a folder is not read once a rank. A collective."""
+def manifests(config: RunConfig, output: Path, resuming: bool, world: World) -> tuple[Manifest, Manifest]:
+    """Training and validation images, listed by rank 0 alone: a folder is not read once a rank. A collective.
+
+    A run keeps its lists and goes on with them: a file that went bad or vanished meanwhile is then replaced by rule,
+    as it would have been without the interruption, instead of changing the order of all others.
+    """
+    kept = [output / f"images-{split}.npz" for split in ("train", "val")]
     found = None
     with comm.together("list the images"):
-        if world.is_main:
+        if world.is_main and resuming and all(path.is_file() for path in kept):
+            train, val = (Manifest.load(path) for path in kept)
+            found = train, val
+        elif world.is_main:
             found = list_images(config.data)
+            for path, images in zip(kept, found, strict=True):
+                images.save(path)
     return comm.from_main(found)
 
 
@@ -146,7 +156,8 @@ class Flops(NamedTuple):
     """Of one forward pass over one image."""
 
     student: int
-    teacher: int
+    teacher: int | None
+    """None: torch cannot count this model's."""
 
 
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
@@ -154,11 +165,12 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
     student = forward_flops(lambda: build_model(config, num_classes), size)
     if config.distill.teacher is None:
         return Flops(student, 0)
-    if config.distill.teacher.endswith(".safetensors"):
-        info = model_file.read_info(config.distill.teacher)
-        return Flops(student, forward_flops(info.build, size))
     name = config.distill.teacher
-    return Flops(student, forward_flops(lambda: create_model(name, num_classes=num_classes), size))
+    info = model_file.read_info(name) if name.endswith(".safetensors") else None
+    try:
+        return Flops(student, forward_flops(info.build if info else lambda: create_model(name), size))
+    except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
+        return Flops(student, None)
 
 
 def depth(model: nn.Module) -> int | None:

@@ -33,7 +33,10 @@ _HEADROOM = 1.05
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes."""
+    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes.
+
+    ``num_micros``: micro-batches of a step, over all ranks. ``epoch_size``: images. ``total_steps``: of the whole run.
+    """
 
     step: int
     epoch: int
@@ -44,6 +47,11 @@ class State:
     world_size: int
     zero_stage: int
     precision: str
+    global_batch: int
+    num_micros: int
+    seed: int
+    epoch_size: int
+    total_steps: int
     files: dict[str, int]
     """Name -> bytes of everything but ``state.json``: how a cut file is noticed before anything is loaded."""
 
@@ -75,7 +83,10 @@ def save(
             _require_space(folder, engine, ema, world.size)
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)  # ends in a barrier
-    except RuntimeError as error:  # how torch's file writer reports a disk that filled up meanwhile
+    except RuntimeError as error:
+        if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
+            raise
+        # How torch's file writer reports a disk that filled up meanwhile.
         raise OSError(f"{partial}: cannot be written ({_first_line(error)}); the last checkpoint is whole") from error
     write_weights(partial / "model.safetensors", engine, info)
     if ema is not None:
@@ -135,23 +146,46 @@ def read_state(checkpoint: Path) -> State:
     return state
 
 
-def load(checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World) -> State:
+def load(checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World, stream: dict[str, int]) -> State:
     """Bring engine and moving average back to where ``checkpoint`` left them. A collective.
 
+    Args:
+        stream: ``State``'s fields ``global_batch`` to ``total_steps``, as this run has them.
+
     Raises:
-        RunError, ValueError: a damaged checkpoint, or one from another world size, ZeRO stage or precision.
+        RunError, ValueError: a damaged checkpoint, or one from another layout or another stream of images.
     """
     with comm.together("read a checkpoint"):
         state = read_state(checkpoint)
-        for name, value in describe_layout(engine, world).items():
+        for name, value in (describe_layout(engine, world) | stream).items():
             if getattr(state, name) != value:
-                raise ValueError(f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}")
+                raise ValueError(
+                    f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
+                    "only as it began. To begin anew from its weights, set model.initial_checkpoint to its "
+                    "model.safetensors, and another output"
+                )
         if ema is not None and not (checkpoint / _ema_name(world.rank)).is_file():
             raise ValueError(f"{checkpoint}: holds no moving average, but optim.ema_decay is set")
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if ema is not None:
         ema.load_state(load_file(checkpoint / _ema_name(world.rank)))
     return state
+
+
+def abandon_after(folder: Path, step: int, world: World) -> list[str]:
+    """Set aside checkpoints later than ``step``: a run that goes back must not meet them again. A collective.
+
+    Returns:
+        The new names, on rank 0.
+    """
+    renamed = []
+    with comm.together("set later checkpoints aside"):
+        if world.is_main:
+            for later in (path for path in find(folder) if int(path.name.removeprefix("step-")) > step):
+                aside = later.with_name(f"abandoned-{later.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                renamed.append(later.rename(aside).name)
+    return renamed
 
 
 def prune(folder: Path, keep_last: int, keep_best: bool) -> None:

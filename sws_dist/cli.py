@@ -23,8 +23,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, RunError) as error:
-        # What every rank found is for rank 0 to say; what a rank met on its own it says itself.
-        if rank() == 0 or not (isinstance(error, (RunError, ConfigError))):
+        # What all ranks know of is for rank 0 to say; a config, which each node reads for itself, for the first rank
+        # there; and what a rank met on its own it says itself.
+        silent = rank() if isinstance(error, RunError) else local_rank() if isinstance(error, ConfigError) else 0
+        if not silent:
             print(f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -35,6 +37,11 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def local_rank() -> int:
+    """This process's rank on its node."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def rank() -> int:

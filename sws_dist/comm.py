@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,11 @@ from sws_dist.errors import RunError
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place. ``local_size`` ranks share its node."""
+    """This rank's place."""
 
     rank: int
     size: int
     local_rank: int
-    local_size: int
     device: torch.device
 
     @property
@@ -54,13 +54,15 @@ def init(timeout_s: int) -> World:
         os.environ["MASTER_PORT"] = str(_free_port()) if size == 1 else "29500"
 
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.
+        index = 0 if torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else local_rank
+        if index >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
                 "lower slots in the hostfile, --num_accelerators or --ntasks-per-node"
             )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that share a node share its cores
@@ -78,7 +80,7 @@ def init(timeout_s: int) -> World:
         auto_mpi_discovery=False,
         verbose=False,
     )
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def close() -> None:
@@ -172,7 +174,15 @@ def _environment_from_slurm() -> None:
     env["WORLD_SIZE"] = env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     env["LOCAL_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
+    assert found is not None, nodelist
+    return f"{found[1]}{found[2] or ''}{found[3]}"
 
 
 def _free_port() -> int:

@@ -80,6 +80,7 @@ def load_teacher(
         weights = model_file.load_foreign(config.teacher_weights)
         labels = model_file.num_labels(config.teacher, weights, num_classes)
         model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
+        weights = model_file.filtered(model, weights)
         own = {key: model.pretrained_cfg[key] for key in ("mean", "std")}
     found = getattr(model, "num_classes", num_classes)
     if found != num_classes:

@@ -19,7 +19,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from sws_dist import ds_config
+from sws_dist import comm, ds_config
 from sws_dist.config import OptimConfig
 from sws_dist.models import Stage
 from sws_dist.optim import parameter_groups
@@ -92,6 +92,12 @@ def grad_norm_before_step(engine: Any) -> float | None:
     if not engine.is_gradient_accumulation_boundary():
         return None
     return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def all_finite(engine: Any) -> bool:
+    """Whether every rank's masters are free of infinities and NaN. A collective."""
+    finite = torch.stack([torch.isfinite(master).all() for master in masters(engine)]).all()
+    return bool(comm.gather_scalars(finite.to(torch.uint8)).all())
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:

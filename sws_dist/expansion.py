@@ -6,7 +6,6 @@ Source: SWS (IJCAI 2024), section 3.3 and the one published map (12 layers: 0,0,
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -107,7 +106,7 @@ def expand(
         classes=[] if fresh_head else info.classes,
         provenance=provenance,
     )
-    return dataclasses.replace(described), weights
+    return described, weights
 
 
 def _even(stages: int, depth: int) -> list[int]:

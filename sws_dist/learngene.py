@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sws_dist import model_file
+from sws_dist.config import IMAGENET_MEAN, IMAGENET_STD
 from sws_dist.model_file import ModelInfo
 from sws_dist.models import SWSVisionTransformer, geometry
 
@@ -57,7 +58,7 @@ def from_released(
     """A learngene from the weights of the paper's released code.
 
     There the layer of stage i stands under ``blocks.block.<part>.instances.i``. The file says neither the repeats
-    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5.
+    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5; its pixels are ImageNet's, as that code's.
 
     Raises:
         ValueError: a tensor that the layout does not know, or a schedule or head count that does not fit.
@@ -85,7 +86,8 @@ def from_released(
         norm_eps=1e-5,
     )
     model_file.load_into(model, renamed, "the released checkpoint")
-    return describe(model, "learngene"), renamed
+    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": 0.875}
+    return describe(model, "learngene", pixels=pixels | {"interpolation": "bicubic"}), renamed
 
 
 def _released_name(name: str) -> str:

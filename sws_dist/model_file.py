@@ -7,6 +7,7 @@ Learngenes, descendants, teachers and finished runs are all stored so. The metad
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,6 +125,12 @@ def num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:
         if f"{layer}.weight" in weights:
             return weights[f"{layer}.weight"].shape[0]
     return default
+
+
+def filtered(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Foreign weights of a timm model as timm itself would take them: renamed, and without what it once stored."""
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return filter_fn(weights, model) if filter_fn is not None else weights
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

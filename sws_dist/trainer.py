@@ -27,8 +27,9 @@ from sws_dist.distillation import DistillationLoss, LossParts
 from sws_dist.errors import RunError
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
-from sws_dist.metrics import Recorder, duration, labelled_grid, memory_gib
+from sws_dist.metrics import Recorder, labelled_grid
 from sws_dist.optim import Schedule
+from sws_dist.progress import Window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,7 +53,10 @@ class Trainer:
             self.ds = ds_config.resolve(ds_path, config, world.size)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
-        self.train_set, self.val_set = assemble.manifests(config, world)
+        checkpoint_found = assemble.find_checkpoint(self.output, resume)
+        self.train_set, self.val_set = assemble.manifests(
+            config, self.output, resuming=checkpoint_found is not None, world=world
+        )
         with comm.together("build the models"):
             comm.seed_everything(config.train.seed)
             self.model, self.teacher, self.kernels = assemble.models(
@@ -86,10 +90,11 @@ class Trainer:
         self.engine = ds_engine.build(self.model, self.ds, config.optim)
         self.ema = ds_engine.ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
         self._grad_norm: float | None = None
+        self._abandoned: list[str] = []
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
-        self._resume(resume)
+        self._resume(checkpoint_found)
         self._clock = time.perf_counter()
         self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
 
@@ -107,7 +112,7 @@ class Trainer:
         if self.step == 0 and self.config.train.eval_at_start:
             self._evaluate(epoch=0)
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
-        window = _Window(self)
+        window = Window(self)
         self._loader = self._batches(last_step)
         batches = iter(self._loader)
         suspect: Tensor | None = None
@@ -125,7 +130,7 @@ class Trainer:
             if epoch > self._epochs_done(self.step - 1) or self.step == last_step:
                 self._require_finite(suspect, self.step)
                 self._end_of_epoch(epoch)
-                window = _Window(self)
+                window = Window(self)
         if self.step == self.total_steps:
             self._finish()
         else:
@@ -162,11 +167,12 @@ class Trainer:
         return LossParts(*means), waited
 
     def _end_of_epoch(self, epoch: int) -> None:
-        every = self.config.train.eval_every
+        """Evaluate and save where an epoch has ended; a run that stops in the middle of one is only saved."""
         last = self.step == self.total_steps
-        top1 = self._evaluate(epoch) if last or (epoch and epoch % every == 0) else None
+        ended = epoch > self._epochs_done(self.step - 1)
+        top1 = self._evaluate(epoch) if last or (ended and epoch % self.config.train.eval_every == 0) else None
         stopping = self.step == self.config.train.max_steps
-        if last or stopping or epoch % self.config.checkpoint.every == 0:
+        if last or stopping or (ended and epoch % self.config.checkpoint.every == 0):
             self._save(epoch, top1)
 
     def _evaluate(self, epoch: int) -> float:
@@ -207,10 +213,19 @@ class Trainer:
             "best_top1": self.best_top1,
             "history": self.history,
         }
-        folder = self.output / "checkpoints"
-        checkpoint.save(folder, self.engine, self.ema, self._described(), self.world, state)
+        if not ds_engine.all_finite(self.engine):
+            raise RunError(
+                f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
+                "is untouched. A lower optim.lr, more warm-up or gradient_clipping usually helps"
+            )
+        assemble.average_buffers(self.engine.module)
+        folder, keep = self.output / "checkpoints", self.config.checkpoint
+        checkpoint.save(folder, self.engine, self.ema, self._described(), self.world, state | self._stream())
         if self.world.is_main:
-            checkpoint.prune(folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+            try:
+                checkpoint.prune(folder, keep.keep_last, keep.keep_best)
+            except OSError as error:  # the new checkpoint is whole: what is left of old ones costs room, no more
+                self.recorder.say(f"an old checkpoint could not be deleted: {error}")
 
     def _finish(self) -> None:
         """The run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
@@ -229,7 +244,7 @@ class Trainer:
             self.recorder.say(f"done: top-1 {100 * result['top1']:.2f} %, {self.output / name}.safetensors")
 
     def _results(self) -> dict[str, Any]:
-        images = self.total_steps * self.config.train.global_batch
+        images, teacher = self.total_steps * self.config.train.global_batch, self.flops.teacher
         last = self.history[-1]
         return {
             "model": self.config.model.name,
@@ -248,8 +263,8 @@ class Trainer:
             "seconds": self._elapsed(),
             "rank_seconds": round(self._elapsed() * self.world.size, 3),
             "flops_forward": self.flops.student,
-            "flops_teacher": self.flops.teacher,
-            "flops": images * (TRAIN_FACTOR * self.flops.student + self.flops.teacher),
+            "flops_teacher": teacher,
+            "flops": None if teacher is None else images * (TRAIN_FACTOR * self.flops.student + teacher),
             **checkpoint.describe_layout(self.engine, self.world),
             **provenance.collect(),
         }
@@ -289,6 +304,16 @@ class Trainer:
         """Seconds of this run, over all its resumes."""
         return round(self.seconds + time.perf_counter() - self._clock, 3)
 
+    def _stream(self) -> dict[str, int]:
+        """What decides which images and draws a step sees: a run goes on only with the same."""
+        return {
+            "global_batch": self.config.train.global_batch,
+            "num_micros": self.engine.gradient_accumulation_steps() * self.world.size,
+            "seed": self.config.train.seed,
+            "epoch_size": self.order.epoch_size,
+            "total_steps": self.total_steps,
+        }
+
     def _described(self) -> Any:
         top1 = self.history[-1]["val/top1"] if self.history else None
         return dataclasses.replace(self.info, provenance=self.info.provenance | {"step": self.step, "top1": top1})
@@ -313,17 +338,19 @@ class Trainer:
                     "A lower optim.lr, more warm-up or gradient_clipping usually helps"
                 )
 
-    def _resume(self, resume: str | None) -> None:
-        found = assemble.find_checkpoint(self.output, resume)
+    def _resume(self, found: Path | None) -> None:
         if found is None:
             return
-        state = checkpoint.load(found, self.engine, self.ema, self.world)
+        state = checkpoint.load(found, self.engine, self.ema, self.world, self._stream())
+        self._abandoned = checkpoint.abandon_after(self.output / "checkpoints", state.step, self.world)
         self.step, self.seconds = state.step, state.seconds
         self.best_top1, self.history = state.best_top1, list(state.history)
 
     def _introduce(self) -> None:
         """The first lines of the log, and the resolved configs beside the run."""
         if self.world.is_main:
+            for name in self._abandoned:
+                self.recorder.say(f"set aside as {name}: it is later than the checkpoint that this run goes on from")
             texts = assemble.write_configs(self.config, self.ds, self.output)
             for name, text in texts.items():
                 self.recorder.text(name, text)
@@ -350,49 +377,3 @@ class Trainer:
             guesses = teacher_logits[:count].argmax(dim=1).tolist()
             captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
         self.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), self.step)
-
-
-class _Window:
-    """Sums between two lines of the log."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: Tensor | None = None
-        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
-
-    def add(self, losses: LossParts, waited: float) -> None:
-        values = torch.stack(losses)
-        self.sums = values if self.sums is None else self.sums + values
-        self.steps += 1
-        self.waited += waited
-
-    def log(self) -> None:
-        """Write the means since the last line. A collective."""
-        if self.sums is None:
-            return
-        t = self.trainer
-        total, labels, distill = (comm.sum_over_ranks(self.sums) / (self.steps * t.world.size)).tolist()
-        t.tell_of_bad_images()
-        took = time.perf_counter() - self.start
-        rate = self.steps * t.config.train.global_batch / took
-        left = (t.total_steps - t.step) * t.config.train.global_batch / rate
-        values = {"train/loss": total, "train/loss_labels": labels}
-        values |= {"train/loss_distill": distill} if t.teacher is not None else {}
-        values |= {
-            "train/lr": t.schedule(t.step - 1),
-            "train/grad_norm": t.grad_norm(),
-            "perf/images_per_s": rate,
-            "data/bad_images": len(t.bad),
-            "perf/data_wait_share": self.waited / took,
-            "perf/memory_gib": memory_gib(t.world.device),
-            "perf/hours_left": left / 3600,
-        }
-        t.recorder.scalars(t.step, values)
-        t.recorder.say(
-            f"step {t.step}/{t.total_steps}  loss {total:.4f}  lr {values['train/lr']:.2e}  {rate:.0f} images/s  "
-            f"waiting for data {100 * self.waited / took:.0f} %  {duration(left)} left"
-        )
-        self._reset()

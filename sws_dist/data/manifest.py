@@ -9,6 +9,8 @@ unchanged, and looks at the headers of all others.
 from __future__ import annotations
 
 import io
+import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sws_dist import files
 from sws_dist.config import MAX_BAD_SHARE
 from sws_dist.data import examine, sources
 from sws_dist.data.sources import Source
@@ -39,6 +42,38 @@ class Manifest(Source):
     sizes: np.ndarray
     bad: tuple[BadFile, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> Path:
+        """Keep everything but the notes in one ``.npz`` file, whole or not at all."""
+        texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "paths": self.paths}
+        texts |= {"shards": self.shards, "bad": [[file.path, file.reason] for file in self.bad]}
+        arrays: dict[str, Any] = {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8), "labels": self.labels}
+        arrays |= {"sizes": self.sizes} | ({} if self.spans is None else {"spans": self.spans})
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+
+        return files.write_whole(path, write)
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """What ``save`` kept. ValueError for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                texts = json.loads(arrays["texts"].tobytes())
+                return cls(
+                    folder=Path(texts["folder"]),
+                    classes=tuple(texts["classes"]),
+                    paths=tuple(texts["paths"]),
+                    shards=tuple(texts["shards"]),
+                    bad=tuple(BadFile(*entry) for entry in texts["bad"]),
+                    labels=arrays["labels"],
+                    sizes=arrays["sizes"],
+                    spans=arrays.get("spans"),
+                )
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a list of images that this trainer wrote ({error})") from None
 
 
 def scan(

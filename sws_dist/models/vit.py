@@ -23,6 +23,12 @@ from torch import Tensor
 from sws_dist.models import fused
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
+# Arguments of timm's VisionTransformer: those that ``geometry`` records, and those that only training sees.
+RECORDED = {
+    *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "num_heads", "mlp_ratio"),
+    "qkv_bias",
+}
+TRAINING_ONLY = {"weight_init", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
 class Stage(Block):
@@ -63,10 +69,11 @@ class SWSVisionTransformer(VisionTransformer):
         drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, linear from 0.
         norm_eps: epsilon of every LayerNorm.
         class_token: ViT's own class token and token pooling. Default: none; tokens are normed, then averaged.
-        kwargs: any other argument of timm's VisionTransformer.
+        kwargs: those arguments of timm's VisionTransformer that ``geometry`` records or that only training sees. Any
+            other would make a model that its own weight files do not describe.
 
     Raises:
-        ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``.
+        ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``; another argument.
     """
 
     def __init__(
@@ -86,9 +93,15 @@ class SWSVisionTransformer(VisionTransformer):
                 f"depth {depth} contradicts schedule {list(schedule)}: its {len(schedule)} stages are the distinct "
                 "layers; leave depth out, or give a schedule of that many numbers"
             )
+        unknown = sorted(set(kwargs) - RECORDED - TRAINING_ONLY)
+        if unknown:
+            raise ValueError(
+                f"argument(s) {', '.join(unknown)} are not for our models; known: "
+                f"schedule, depth, class_token, norm_eps, {', '.join(sorted(RECORDED | TRAINING_ONLY))}"
+            )
         kwargs = {"global_pool": "token" if class_token else "avg", "fc_norm": False} | kwargs
-        kwargs.setdefault("norm_layer", partial(LayerNorm, eps=norm_eps))
-        super().__init__(depth=len(schedule), block_fn=Stage, class_token=class_token, **kwargs)
+        norm_layer = partial(LayerNorm, eps=norm_eps)
+        super().__init__(depth=len(schedule), block_fn=Stage, class_token=class_token, norm_layer=norm_layer, **kwargs)
         self.schedule = schedule
         self.norm_eps = norm_eps
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(schedule)))

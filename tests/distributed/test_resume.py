@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sws_dist.data import manifest, sampler
 from tests.launching import Job, losses, train, train_all
 
 STAGES = (0, 1, 2, 3)
@@ -19,7 +20,7 @@ model: {name: sws_vit, schedule: [2, 2], drop_path: 0.2, kwargs: {patch_size: 8,
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
 augment: {re_prob: 0.5, mixup: 0.8, num_repeats: 3}
 optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}
-train: {epochs: 2, global_batch: 16, log_every: 1, eval_every: 2}
+train: {epochs: 2, global_batch: 16, log_every: 1, eval_every: 1}
 checkpoint: {keep_last: 2}
 """
 
@@ -98,6 +99,40 @@ def test_another_world_size_or_stage_is_refused(folder: Path, damaged: Path) -> 
     assert "world_size 2" in message
     message = refused(Job(folder / "run.yaml", damaged, ds(3), resume="auto"), ranks=2)
     assert "zero_stage 2" in message
+
+
+def test_another_stream_of_images_is_refused(folder: Path, damaged: Path) -> None:
+    for key, value in (("train.global_batch", 8), ("train.seed", 1), ("train.epochs", 3)):
+        message = refused(Job(folder / "run.yaml", damaged, ds(2), {key: value}, resume="auto"), ranks=2)
+        assert "a run goes on only as it began" in message, key
+
+
+def test_going_back_sets_later_checkpoints_aside(folder: Path, damaged: Path) -> None:
+    back = str(damaged / "checkpoints" / "step-00000007")
+    done = train(Job(folder / "run.yaml", damaged, ds(2), {"train.max_steps": 8}, resume=back), ranks=2)
+    assert done.returncode == 0, done.stdout
+    assert "set aside as abandoned-step-00000010" in done.stdout
+    kept = sorted(path.name for path in (damaged / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["abandoned-step-00000010", "step-00000007", "step-00000008"]
+
+
+def test_a_file_that_vanished_meanwhile_changes_no_other_step(folder: Path, tmp_path: Path, few_digits: Path) -> None:
+    """The run goes on with its own list: only the step that would have seen the file again differs."""
+    root = tmp_path / "data"
+    shutil.copytree(few_digits, root)
+    images = manifest.scan(root, "train")
+    order = sampler.TrainOrder(len(images), seed=0, num_repeats=3)
+    steps = [set(order.images(sampler.micro_batch_positions(step, 16, 0, 1)).tolist()) for step in range(10)]
+    only_at_the_end = (steps[9] - set().union(*steps[4:9])).pop()
+    job = Job(folder / "run.yaml", tmp_path / "run", ds(2), {"data.root": str(root), "train.max_steps": 4})
+    assert train(job, ranks=2).returncode == 0
+    images.file(only_at_the_end).unlink()
+    done = train(Job(job.config, job.output, job.ds, {"data.root": str(root)}, resume="auto"), ranks=2)
+    assert done.returncode == 0, done.stdout
+    assert "missing" in done.stdout
+    whole, parts = losses(folder / "whole2"), losses(tmp_path / "run")
+    assert parts[:9] == whole[:9]
+    assert parts[9] != whole[9]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, damaged: Path) -> None:

@@ -136,6 +136,15 @@ def test_non_finite_loss_stops_all_ranks(job: Job) -> None:
     assert "on rank 0" in said
 
 
+def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
+    """One step an epoch: the loss before the update is fine, the weights after it are not."""
+    sets = {"optim.lr": 1e30, "train.global_batch": 80, "train.eval_every": 4}
+    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    assert "the weights are not finite after step" in said or "the loss is nan at step" in said
+    saved = [model_file.load_tensors(path) for path in job.output.glob("checkpoints/step-*/model.safetensors")]
+    assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
+
+
 def test_full_disk_while_saving_leaves_the_last_checkpoint(job: Job, tmp_path: Path) -> None:
     """A file system that holds the first checkpoints but not all that keep_last asks for."""
     disk = tmp_path / "disk"

@@ -98,6 +98,15 @@ def test_a_timm_teacher_from_local_weights_of_either_kind(tmp_path: Path) -> Non
         torch.testing.assert_close(teacher(images), model(images))
 
 
+def test_what_timm_drops_from_old_files_is_dropped(tmp_path: Path) -> None:
+    """LeViT's first checkpoints hold tables that were never weights."""
+    model = create_model("levit_128s", num_classes=10)
+    stale = {name.replace("attention_biases", "attention_bias_idxs"): t for name, t in model.state_dict().items()}
+    torch.save({"model": stale | model.state_dict()}, tmp_path / "levit.pth")
+    config = DistillConfig(teacher="levit_128s", teacher_weights=str(tmp_path / "levit.pth"))
+    assert load_teacher(config, 10, [], HALF, HALF, 224) is not None
+
+
 def described(path: Path, num_classes: int = 10, classes: list[str] | None = None) -> str:
     info = model_file.ModelInfo("model", "resnet10t", {}, num_classes, {"mean": HALF, "std": HALF}, classes or [])
     model = create_model("resnet10t", num_classes=num_classes)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From the top down; a module may import from the lines below its own, not from its own line or above.
 LAYERS = (
     ("sws_dist.trainer",),
-    ("sws_dist.assemble",),
+    ("sws_dist.assemble", "sws_dist.progress"),
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
     ("sws_dist.engine", "sws_dist.expansion"),
     ("sws_dist.learngene", "sws_dist.distillation"),

@@ -198,6 +198,7 @@ def test_a_released_checkpoint_keeps_its_logits(heads: int) -> None:
     images = torch.randn(2, 3, 224, 224)
     expected = released_logits(weights, images, schedule, heads)
     info, converted = learngene.from_released(weights, schedule, heads)
+    assert info.pixels["mean"] == (0.485, 0.456, 0.406)
     auxiliary = info.build().eval()
     auxiliary.load_state_dict(converted, strict=True)
     torch.testing.assert_close(auxiliary(images), expected, rtol=1e-4, atol=1e-4)

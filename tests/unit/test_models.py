@@ -164,6 +164,8 @@ def test_positions_and_not_blocks_cost_flops() -> None:
         ({"schedule": []}, "1 or more for each stage"),
         ({"schedule": [2, 2], "depth": 4}, "contradicts schedule"),
         ({"widht": 3}, "widht"),
+        ({"init_values": 1e-5}, "init_values are not for our models; known: .*embed_dim"),
+        ({"act_layer": "relu"}, "act_layer"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
