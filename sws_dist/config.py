@@ -43,10 +43,10 @@ class ModelConfig:
     """Stochastic depth at the last position, growing linearly from 0 at the first."""
     grad_checkpointing: bool = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Who runs the stages of our models: the Triton kernels, or PyTorch (``reference``). ``auto`` takes Triton on a
+    kernels: Literal["auto", "triton", "reference"] = "reference"
+    """Who runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton on a
     CUDA device of compute capability 8.0 or more where the model allows it, and says what it took; ``triton`` where
-    it cannot run is an error."""
+    it cannot run is an error. The kernels have not run on a GPU yet, so they are for you to ask for."""
     compile: bool = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None
