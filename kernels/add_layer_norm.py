@@ -209,6 +209,7 @@ def _backward_kernel(
 
 # -------------------------------------------------------------------------------------------------- launchers
 
+
 def tile_shape(width: int) -> dict[str, int]:
     """Launch constants of a width: the constexprs D, W, R, and num_warps.
 

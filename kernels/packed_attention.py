@@ -285,6 +285,7 @@ def _backward_queries_kernel(
 
 # -------------------------------------------------------------------------------------------------- launchers
 
+
 def tile_shapes(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool, bias: bool) -> dict[str, dict]:
     """Launch constants of each kernel; "backward_queries" only where the backward takes two passes.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from sws_dist.data import examine
+from sws_dist.data.ahead import read_ahead
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.manifest import Manifest
 
+_READERS = 8  # images of a shard that are read at once
 _TRIES = 32  # substitutes for one position; that many bad ones in a row mean that there is no data any more
 
 Feeds = tuple[Any, ...]
@@ -94,7 +97,8 @@ class Loader:
         self.failure: Exception | None = None
         self._substitute, self._epoch_size, self._image_size = substitute, epoch_size, image_size
         self._build, self._all_plans = build, plans
-        self._plans: Iterator[Plan] = iter(())
+        self._plans: Iterator[tuple[Plan, Feeds]] = iter(())
+        self._readers = ThreadPoolExecutor(_READERS)
         self._ahead: deque[Plan] = deque()
         self._graph: Any = None
         self._again: deque[Plan] = deque()
@@ -127,7 +131,8 @@ class Loader:
         if self._graph is None or self._ahead:  # a pass that was left in the middle has batches under way
             self._ahead.clear()
             self._graph = self._build(source=self._feed)
-        self._plans = iter(self._all_plans())
+        # Drawing and, from shards, reading go on while the model trains, not in its thread.
+        self._plans = read_ahead(((plan, self._feeds(plan)) for plan in self._all_plans()), depth=2)
 
     def _run(self, graph: Any) -> Tensor:
         (output,) = graph.run()
@@ -135,9 +140,12 @@ class Loader:
         return torch.from_dlpack(output.as_tensor())
 
     def _feed(self) -> Feeds:
-        plan = next(self._plans)
+        plan, feeds = next(self._plans)
         self._ahead.append(plan)
-        return (self.manifest.encoded(plan.indices), *plan.feeds)
+        return feeds
+
+    def _feeds(self, plan: Plan) -> Feeds:
+        return (self.manifest.encoded(plan.indices, self._readers.map), *plan.feeds)
 
     # ---- bad images ----------------------------------------------------------------------------------------------
 
@@ -188,8 +196,7 @@ class Loader:
         return self._run(self._second_graph)
 
     def _feed_again(self) -> Feeds:
-        plan = self._again.popleft()
-        return (self.manifest.encoded(plan.indices), *plan.feeds)
+        return self._feeds(self._again.popleft())
 
     def _report(self, plan: Plan, error: Exception, first: bool) -> None:
         index = int(plan.indices[0])

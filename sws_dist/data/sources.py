@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,11 +61,14 @@ class Source:
         opened = _opened(self.folder / self.shards[shard])  # a name of its own: the cache may let go of it meanwhile
         return os.pread(opened.fileno(), length, offset)
 
-    def encoded(self, indices: np.ndarray) -> list[np.ndarray]:
-        """What DALI is given for each image, uint8: the path of its file, or, from a shard, its bytes."""
+    def encoded(self, indices: np.ndarray, run: Callable[..., Iterable[Any]] = map) -> list[np.ndarray]:
+        """What DALI is given for each image, uint8: the path of its file, or, from a shard, its bytes.
+
+        ``run``: how the reads are mapped over the images; an executor's ``map`` reads several at once.
+        """
         if self.spans is None:
             return [np.frombuffer(os.fsencode(self.file(i)), dtype=np.uint8) for i in indices]
-        return [np.frombuffer(self._bytes_or_nothing(i), dtype=np.uint8) for i in indices]
+        return [np.frombuffer(data, dtype=np.uint8) for data in run(self._bytes_or_nothing, indices)]
 
     def _bytes_or_nothing(self, index: int) -> bytes:
         """A shard may vanish in the middle of a run: what cannot be read is not an image, and treated like one."""
