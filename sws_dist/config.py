@@ -145,6 +145,7 @@ class DistillConfig:
     teacher_weights: str | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
     kind: Literal["soft", "hard"] = "soft"
+    """The teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """Weight of the teacher's term; 1 - alpha weighs the labels'."""
     tau: float = Field(default=1.0, gt=0)
@@ -158,14 +159,21 @@ class OptimConfig:
     name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
     """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
     lr: float = Field(default=5e-4, gt=0)
+    """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = 512
     """``lr`` is meant for this global batch and scales with it linearly; null: take ``lr`` as it is."""
     min_lr: float = Field(default=1e-5, ge=0)
+    """Where the cosine ends; never above the highest rate."""
     warmup_lr: float = Field(default=1e-6, ge=0)
+    """Where the warm-up begins."""
     warmup_epochs: float = Field(default=0.0, ge=0)
+    """Length of the linear warm-up; a fraction is allowed."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of weight matrices; biases, norms, position embedding and class token do not decay."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Adam's denominator is at least this."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null: none is kept."""
 
@@ -173,9 +181,11 @@ class OptimConfig:
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     epochs: int = Field(default=100, ge=1)
+    """Passes over the training images; the schedule's length."""
     global_batch: int = Field(default=512, ge=1)
     """Images in one optimizer step, over all ranks and accumulation steps."""
     seed: int = Field(default=0, ge=0)
+    """Of weights, order, augmentation, mixing and drop-path."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop (and save) after this many steps, leaving the schedule as it is: for trials and tests."""
     eval_batch: int = Field(default=128, ge=1)
@@ -195,6 +205,7 @@ class CheckpointConfig:
     every: int = Field(default=1, ge=1)
     """Epochs between checkpoints (the last epoch is always saved)."""
     keep_last: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints are kept."""
     keep_best: bool = True
     """Keep the checkpoint with the best validation top-1 as well."""
 
