@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sws_kernels.add_layer_norm import add_layer_norm
-from tests.kernels.numerics import Tensors, assert_as_accurate
+from tests.kernels import numerics
+from tests.kernels.numerics import Tensors
 
 EPS = 1e-6
 GRADIENTS = ("d_residual", "d_branch", "dgamma", "dbeta")
@@ -51,25 +52,12 @@ def run(inputs: Tensors, backend: str, function=add_layer_norm) -> Tensors:
 
 
 def check_accuracy(inputs: Tensors) -> None:
-    """Triton against PyTorch in the same dtypes, both against fp64; and no input is written to."""
-    before = {name: value.clone() for name, value in inputs.items()}
-    got = run(inputs, "triton")
-    for name, value in inputs.items():
-        assert torch.equal(value, before[name]), f"{name} was changed"
-    exact = run({name: value.double() for name, value in inputs.items()}, "reference")
-    assert_as_accurate(got, run(inputs, "reference"), exact)
+    numerics.check_accuracy(run, inputs)
 
 
 def check_bitwise_repeatable(inputs: Tensors) -> None:
-    first, second = run(inputs, "triton"), run(inputs, "triton")
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    numerics.check_bitwise_repeatable(run, inputs)
 
 
 def check_compiled(inputs: Tensors, compiler: str) -> None:
-    """torch.compile keeps the operator whole (no graph break) and changes no bit of it."""
-    torch.compiler.reset()
-    compiled = torch.compile(add_layer_norm, backend=compiler, fullgraph=True)
-    eager = run(inputs, "triton")
-    for name, value in run(inputs, "triton", compiled).items():
-        assert torch.equal(value, eager[name]), name
+    numerics.check_compiled(run, inputs, add_layer_norm, compiler)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sws_kernels.linear_gelu import mlp
-from tests.kernels.numerics import Tensors, assert_as_accurate
+from tests.kernels import numerics
+from tests.kernels.numerics import Tensors
 
 LEAVES = ("x", "w1", "b1", "w2", "b2")
 
@@ -38,25 +39,12 @@ def run(inputs: Tensors, backend: str, function=mlp) -> Tensors:
 
 
 def check_accuracy(inputs: Tensors) -> None:
-    """Triton against PyTorch in the same dtype, both against fp64; and no input is written to."""
-    before = {name: value.clone() for name, value in inputs.items()}
-    got = run(inputs, "triton")
-    for name, value in inputs.items():
-        assert torch.equal(value, before[name]), f"{name} was changed"
-    exact = run({name: value.double() for name, value in inputs.items()}, "reference")
-    assert_as_accurate(got, run(inputs, "reference"), exact)
+    numerics.check_accuracy(run, inputs)
 
 
 def check_bitwise_repeatable(inputs: Tensors) -> None:
-    first, second = run(inputs, "triton"), run(inputs, "triton")
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    numerics.check_bitwise_repeatable(run, inputs)
 
 
 def check_compiled(inputs: Tensors, compiler: str) -> None:
-    """torch.compile keeps the operator whole (no graph break) and changes no bit of it."""
-    torch.compiler.reset()
-    compiled = torch.compile(mlp, backend=compiler, fullgraph=True)
-    eager = run(inputs, "triton")
-    for name, value in run(inputs, "triton", compiled).items():
-        assert torch.equal(value, eager[name]), name
+    numerics.check_compiled(run, inputs, mlp, compiler)

@@ -1,12 +1,14 @@
 """What "right" means for a kernel. For all operators, on the interpreter and on a GPU; imports no triton."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+Run = Callable[..., Tensors]  # (inputs, backend, operator) -> outputs and gradients by name
 
 
 @contextmanager
@@ -38,3 +40,28 @@ def assert_as_accurate(got: Tensors, same_dtype: Tensors, exact: Tensors) -> Non
         allowed = 2 * (theirs.double() - truth).abs().max().item()
         allowed += 0.5 * torch.finfo(value.dtype).eps * truth.abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_accuracy(run: Run, inputs: Tensors) -> None:
+    """Triton against PyTorch in the same dtypes, both against fp64; and no input is written to."""
+    before = {name: value.clone() for name, value in inputs.items()}
+    got = run(inputs, "triton")
+    for name, value in inputs.items():
+        assert torch.equal(value, before[name]), f"{name} was changed"
+    exact = run({name: value.double() for name, value in inputs.items()}, "reference")
+    assert_as_accurate(got, run(inputs, "reference"), exact)
+
+
+def check_bitwise_repeatable(run: Run, inputs: Tensors) -> None:
+    first, second = run(inputs, "triton"), run(inputs, "triton")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def check_compiled(run: Run, inputs: Tensors, operator: Callable[..., Any], compiler: str) -> None:
+    """torch.compile keeps the operator whole (no graph break) and changes no bit of it."""
+    torch.compiler.reset()
+    compiled = torch.compile(operator, backend=compiler, fullgraph=True)
+    eager = run(inputs, "triton")
+    for name, value in run(inputs, "triton", compiled).items():
+        assert torch.equal(value, eager[name]), name

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sws_kernels.packed_attention import packed_attention
-from tests.kernels.numerics import Tensors, assert_as_accurate
+from tests.kernels import numerics
+from tests.kernels.numerics import Tensors
 
 
 def make_inputs(
@@ -48,25 +49,12 @@ def split(results: Tensors) -> Tensors:
 
 
 def check_accuracy(inputs: Tensors, scale: float | None = None) -> None:
-    """Triton against PyTorch in the same dtypes, both against fp64; and no input is written to."""
-    before = {name: value.clone() for name, value in inputs.items()}
-    got = run(inputs, "triton", scale=scale)
-    for name, value in inputs.items():
-        assert torch.equal(value, before[name]), f"{name} was changed"
-    exact = run({name: value.double() for name, value in inputs.items()}, "reference", scale=scale)
-    assert_as_accurate(split(got), split(run(inputs, "reference", scale=scale)), split(exact))
+    numerics.check_accuracy(lambda inputs, backend: split(run(inputs, backend, scale=scale)), inputs)
 
 
 def check_bitwise_repeatable(inputs: Tensors) -> None:
-    first, second = run(inputs, "triton"), run(inputs, "triton")
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    numerics.check_bitwise_repeatable(run, inputs)
 
 
 def check_compiled(inputs: Tensors, compiler: str) -> None:
-    """torch.compile keeps the operator whole (no graph break) and changes no bit of it."""
-    torch.compiler.reset()
-    compiled = torch.compile(packed_attention, backend=compiler, fullgraph=True)
-    eager = run(inputs, "triton")
-    for name, value in run(inputs, "triton", compiled).items():
-        assert torch.equal(value, eager[name]), name
+    numerics.check_compiled(run, inputs, packed_attention, compiler)
