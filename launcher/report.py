@@ -93,6 +93,11 @@ def report(seeds: list[dict[str, Any]], picture: str) -> str:
     lines += ["", _comparison(seeds, short, full), "", f"![curves]({picture})", ""]
     lines += ["## What the family cost", "", *_costs(seeds), ""]
     lines += ["## Where it was measured", "", *_origin(auxiliary), ""]
+    lines += [
+        "Each run's folder, beside this report where the quickstart wrote it, holds its resolved configs, `log.jsonl`, "
+        "weights and TensorBoard events; `tensorboard --logdir` on the folder of them all shows every curve.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ def init(timeout_s: int) -> World:
 
     if torch.cuda.is_available():
         # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.
-        index = 0 if torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else local_rank
+        index = 0 if len(os.environ.get("CUDA_VISIBLE_DEVICES", "all,of,them").split(",")) == 1 else local_rank
         if index >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
