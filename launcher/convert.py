@@ -8,7 +8,8 @@ examples:
   # a learngene as the plain, unrolled timm ViT that computes what the auxiliary model computed
   python launcher/convert.py --learngene learngene.safetensors --out model.safetensors
 
-  # a training checkpoint of any ZeRO stage: a descendant's weights for timm, an auxiliary model's learngene
+  # a training checkpoint of any ZeRO stage and world size: a descendant's weights for timm, an auxiliary model's
+  # learngene; one tensor is in memory at a time
   python launcher/convert.py --checkpoint runs/des12/checkpoints/step-00000880 --out model.safetensors
 """
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--schedule", help="with --released: repeats of each stage, for example 3,3,4,3,3")
     parser.add_argument("--heads", type=int, help="with --released: attention heads")
     parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     args = parser.parse_args()
     if args.released:
@@ -64,15 +66,15 @@ def unroll(args: argparse.Namespace) -> None:
 
 
 def checkpoint(args: argparse.Namespace) -> None:
-    from sws_dist import model_file
-    from sws_dist.checkpoint import read_state
+    import torch
 
-    read_state(args.checkpoint)  # whole?
-    name = "model_ema.safetensors" if args.ema else "model.safetensors"
-    if not (args.checkpoint / name).is_file():
-        raise ValueError(f"{args.checkpoint}: holds no {name}; the run kept no moving average (optim.ema_decay)")
-    info, weights = model_file.load(args.checkpoint / name)
-    model_file.save(args.out, info, weights)
+    from sws_dist.checkpoint import damage, export
+
+    problem = damage(args.checkpoint)
+    if problem is not None:
+        raise ValueError(problem)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    info = export(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype])
     if info.kind == "learngene":
         cli.say(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; expand it with launcher/expand.py")
     else:

@@ -44,17 +44,25 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
     return output
 
 
-def find_checkpoint(output: Path, resume: str | None) -> Path | None:
-    """The checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective."""
+def find_checkpoint(output: Path, resume: str | None, world: World, notes: list[str]) -> Path | None:
+    """The checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective.
+
+    Damaged ones are skipped by ``auto``, with a line in ``notes``.
+
+    Raises:
+        RunError: it is damaged, or all are.
+    """
     if resume is None:
         return None
-    with comm.together("find the checkpoint"):
-        if resume != "auto":
-            checkpoint.read_state(Path(resume))
-    if resume != "auto":
-        return Path(resume)
-    found = checkpoint.find(output / "checkpoints")
-    return comm.from_main(found[-1] if found else None)
+    if resume == "auto":
+        found, problems = checkpoint.newest_whole(output / "checkpoints", world)
+        notes += [f"warning: {problem}; going on from {found.name}" for problem in problems if found]
+        return found
+    with comm.together("check the checkpoint"):
+        problem = checkpoint.damage(Path(resume), world.rank, world.size)
+        if problem is not None:
+            raise ValueError(problem)
+    return Path(resume)
 
 
 def manifests(config: RunConfig, output: Path, resuming: bool, world: World) -> tuple[Manifest, Manifest]:

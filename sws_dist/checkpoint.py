@@ -1,13 +1,9 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, and that any world size and any ZeRO stage can read.
 
     OUTPUT/checkpoints/
-      step-00000880/                 has this name only once everything in it is on the disk
-        state.json                   step, epoch, scores, who wrote it, and the size of every file
-        model.safetensors            whole fp32 weights with their description: usable as they are
-        model_ema.safetensors        the same of the moving average, where one is kept
-        ema-0000.safetensors         rank 0's shard of the moving average, ...
-        mp_rank_00_model_states.pt   DeepSpeed's files: shards of masters and optimizer, ...
-      latest                         DeepSpeed's pointer to the newest
+      step-00000880/                        has this name only once everything in it is on the disk
+        state.json                          step, epoch, scores, the model, size and checksum of every other file
+        shard-00000-of-00004.safetensors    rank 0's pieces of weights, optimizer state and moving average, ...
 
 Everything else that a run needs to go on (schedule, data position, random draws) is a function of the step.
 """
@@ -20,48 +16,64 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 
-from sws_dist import comm, ds_config, model_file
+from sws_dist import comm, ds_config, model_file, shards, tensor_file
+from sws_dist import engine as ds_engine
 from sws_dist.comm import World
-from sws_dist.engine import ShardedEMA, full_weights, masters
-from sws_dist.files import sync, write_json, write_text
+from sws_dist.ema import ShardedEMA
+from sws_dist.errors import RunError
+from sws_dist.files import sync, write_json
 from sws_dist.model_file import ModelInfo
+from sws_dist.tensor_file import Written
 
+VERSION = 2
 _HEADROOM = 1.05
+_ANEW = (
+    "To begin anew from its weights, write them with launcher/convert.py, set model.initial_checkpoint to that file, "
+    "and another output"
+)
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes.
+    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes."""
 
-    ``num_micros``: micro-batches of a step, over all ranks. ``epoch_size``: images. ``total_steps``: of the whole run.
-    """
-
+    version: int
     step: int
     epoch: int
     seconds: float
     top1: float | None
     best_top1: float | None
     history: list[dict[str, float]]
+    global_batch: int
+    seed: int
+    epoch_size: int
+    """Images."""
+    total_steps: int
+    """Of the whole run."""
     world_size: int
     zero_stage: int
     precision: str
-    global_batch: int
     num_micros: int
-    seed: int
-    epoch_size: int
-    total_steps: int
-    files: dict[str, int]
-    """Name -> bytes of everything but ``state.json``: how a cut file is noticed before anything is loaded."""
+    """Micro-batches of a step, over all ranks."""
+    optimizer_steps: int
+    loss_scaler: dict[str, float]
+    model: dict[str, Any]
+    """``ModelInfo``'s fields."""
+    shapes: dict[str, list[int]]
+    """Of every parameter, in the model's order."""
+    files: dict[str, Written]
+    """What every other file of the folder must be: how damage is noticed before anything is loaded."""
 
 
 def describe_layout(engine: Any, world: World) -> dict[str, Any]:
-    """What has to agree between the run that saves and the run that loads."""
+    """How the run is spread: free to change from one start to the next."""
     return {
         "world_size": world.size,
         "zero_stage": engine.zero_optimization_stage(),
         "precision": ds_config.precision(engine.config),
+        "num_micros": engine.gradient_accumulation_steps() * world.size,
     }
 
 
@@ -71,109 +83,149 @@ def save(
     """Write one checkpoint under ``folder``; the last good one stays until this one is whole. A collective.
 
     Args:
-        state: ``State``'s fields but for the layout's and ``files``.
+        state: ``State``'s fields from ``step`` to ``total_steps``.
     """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}"
+    if comm.from_main(final.exists()):  # a run that stops where it began: what a step leaves is always the same
+        return final
     with comm.together("prepare a checkpoint"):
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _require_space(folder, engine, ema, world.size)
-    try:
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)  # ends in a barrier
-    except RuntimeError as error:
-        if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
-            raise
-        # How torch's file writer reports a disk that filled up meanwhile.
-        raise OSError(f"{partial}: cannot be written ({_first_line(error)}); the last checkpoint is whole") from error
-    write_weights(partial / "model.safetensors", engine, info)
-    if ema is not None:
-        with ema.applied():
-            write_weights(partial / "model_ema.safetensors", engine, info)
     with comm.together("write a checkpoint"):
-        if ema is not None:
-            save_file({k: v.cpu() for k, v in ema.state().items()}, partial / _ema_name(world.rank))
-    with comm.together("flush a checkpoint to the disk"):
-        if world.local_rank == 0:
-            for file in partial.rglob("*"):
-                sync(file)
+        name = shards.name(world.rank, world.size)
+        written = shards.write(partial / name, engine, ema)
+    listed = comm.gather_to_main((name, written))
     with comm.together("complete a checkpoint"):
         if world.is_main:
-            files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-            complete = State(**state, **describe_layout(engine, world), files=files)
+            assert listed is not None
+            complete = State(
+                version=VERSION,
+                **state,
+                **describe_layout(engine, world),
+                optimizer_steps=ds_engine.steps_taken(engine),
+                loss_scaler=ds_engine.loss_scaler(engine),
+                model=asdict(info),
+                shapes=_shapes(engine),
+                files={name: written for name, written in listed if written is not None},
+            )
             write_json(partial / "state.json", asdict(complete))
-            shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(folder)
-            write_text(folder / "latest", final.name)
     return final
 
 
-def write_weights(path: Path, engine: Any, info: ModelInfo) -> None:
-    """The engine's whole weights in fp32 as one described file, written by rank 0. A collective."""
-    weights = full_weights(engine)
-    with comm.together(f"write {path.name}"):
-        if weights:
-            model_file.save(path, info, weights)
-
-
 def find(folder: Path) -> list[Path]:
-    """The whole checkpoints under ``folder``, oldest first."""
+    """The checkpoints under ``folder``, oldest first."""
     return sorted(path.parent for path in folder.glob("step-*/state.json"))
 
 
 def read_state(checkpoint: Path) -> State:
-    """A checkpoint's own description, after comparing every file's size with it.
+    """A checkpoint's own description.
 
     Raises:
-        ValueError: not a checkpoint of ours, or files missing or cut short (which).
+        ValueError: not a checkpoint of ours.
     """
     path = checkpoint / "state.json"
     try:
-        state = State(**json.loads(path.read_text()))
+        fields = json.loads(path.read_text())
+        version = fields.get("version", 1)
+        if version != VERSION:
+            raise ValueError(f"{checkpoint}: written in version {version} of the format, this program reads {VERSION}")
+        return State(**fields | {"files": {name: Written(**file) for name, file in fields["files"].items()}})
     except OSError:
         raise ValueError(f"{checkpoint}: not a checkpoint of this trainer (it has no readable state.json)") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
-    for name, size in state.files.items():
+
+
+def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint, if anything: every ``world_size``-th of its files is read and compared."""
+    try:
+        state = read_state(checkpoint)
+    except ValueError as error:
+        return str(error)
+    for name, written in sorted(state.files.items())[rank::world_size]:
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
-        if found != size:
+        if found != written.bytes:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"{checkpoint}: damaged: {name} {what}, {size} were written; resume from another one")
-    return state
+            return f"{checkpoint}: damaged: {name} {what}, {written.bytes} were written"
+        if tensor_file.measure(file) != written:
+            return f"{checkpoint}: damaged: {name} is not what was written (its checksum differs)"
+    return None
+
+
+def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint under ``folder`` and what is wrong with newer ones. A collective.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
+    problems: list[str] = []
+    for checkpoint in comm.from_main(find(folder)[::-1]):
+        found = comm.from_main(comm.gather_to_main(damage(checkpoint, world.rank, world.size)))
+        problem = next((each for each in found if each is not None), None)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(problem)
+    if problems:
+        raise RunError("every checkpoint is damaged; none was touched:\n  " + "\n  ".join(problems))
+    return None, []
 
 
 def load(checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World, stream: dict[str, int]) -> State:
-    """Bring engine and moving average back to where ``checkpoint`` left them. A collective.
+    """Bring engine and moving average to where ``checkpoint`` left them. A collective.
+
+    Each rank reads what it needs; world size, ZeRO stage and precision may be others than those of the run that saved.
 
     Args:
         stream: ``State``'s fields ``global_batch`` to ``total_steps``, as this run has them.
 
     Raises:
-        RunError, ValueError: a damaged checkpoint, or one from another layout or another stream of images.
+        RunError: a damaged checkpoint, or one of another model or another stream of images.
     """
     with comm.together("read a checkpoint"):
         state = read_state(checkpoint)
-        for name, value in (describe_layout(engine, world) | stream).items():
+        for name, value in stream.items():
             if getattr(state, name) != value:
                 raise ValueError(
                     f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
-                    "only as it began. To begin anew from its weights, set model.initial_checkpoint to its "
-                    "model.safetensors, and another output"
+                    "only as it began. {_ANEW}"
                 )
-        if ema is not None and not (checkpoint / _ema_name(world.rank)).is_file():
-            raise ValueError(f"{checkpoint}: holds no moving average, but optim.ema_decay is set")
-    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if ema is not None:
-        ema.load_state(load_file(checkpoint / _ema_name(world.rank)))
+        if state.shapes != _shapes(engine):
+            raise ValueError(f"{checkpoint}: of another model than the config's ({state.model['name']}); {_ANEW}")
+        paths = [checkpoint / name for name in state.files]
+        shards.read_into(paths, engine, ema, state.optimizer_steps)
+        if state.precision == ds_config.precision(engine.config):
+            ds_engine.set_loss_scaler(engine, state.loss_scaler)
+    ds_engine.publish(engine)
     return state
 
 
+def export(checkpoint: Path, out: Path, *, average: bool = False, dtype: torch.dtype = torch.float32) -> ModelInfo:
+    """Write a checkpoint's whole weights as one described file, holding one tensor at a time. Needs no GPU.
+
+    Args:
+        average: the moving average instead of the weights.
+
+    Raises:
+        ValueError: no checkpoint, or one without a moving average.
+    """
+    state = read_state(checkpoint)
+    info, kind = ModelInfo(**state.model), shards.AVERAGE if average else shards.WEIGHT
+    with shards.Reader(checkpoint / name for name in state.files) as reader:
+        if not reader.has(kind):
+            raise ValueError(f"{checkpoint}: holds no moving average; the run kept none (optim.ema_decay)")
+        model_file.write(out, info, reader.entries(state.shapes, kind, dtype))
+    return info
+
+
 def abandon_after(folder: Path, step: int, world: World) -> list[str]:
-    """Set aside checkpoints later than ``step``: a run that goes back must not meet them again. A collective.
+    """Set aside what is later than ``step``: a run that goes back must not meet it again. A collective.
 
     Returns:
         The new names, on rank 0.
@@ -181,7 +233,9 @@ def abandon_after(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with comm.together("set later checkpoints aside"):
         if world.is_main:
-            for later in (path for path in find(folder) if int(path.name.removeprefix("step-")) > step):
+            for unfinished in folder.glob(".step-*"):  # a kill in the middle of saving leaves one
+                shutil.rmtree(unfinished, ignore_errors=True)
+            for later in sorted(path for path in folder.glob("step-*") if int(path.name[len("step-") :]) > step):
                 aside = later.with_name(f"abandoned-{later.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 renamed.append(later.rename(aside).name)
@@ -202,21 +256,17 @@ def prune(folder: Path, keep_last: int, keep_best: bool) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _ema_name(rank: int) -> str:
-    return f"ema-{rank:04d}.safetensors"
+def _shapes(engine: Any) -> dict[str, list[int]]:
+    # Under ZeRO-3 a parameter's own shape is empty.
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
 def _require_space(folder: Path, engine: Any, ema: ShardedEMA | None, world_size: int) -> None:
-    """Refuse to begin what the disk cannot hold: masters, two moments and averages of all ranks, and whole copies."""
-    shard = sum(master.numel() * 4 for master in masters(engine))
+    """Refuse to begin what the disk cannot hold: weights, two moments and the moving average, over all ranks."""
+    shard = sum(master.numel() * 4 for master in ds_engine.masters(engine))
     # Stage 0 keeps one copy of the optimizer's state; the sharded stages keep one shard a rank.
     total = shard if engine.zero_optimization_stage() == 0 else shard * world_size
-    copies = 3 + 2 + (2 if ema is not None else 0)
-    needed = int(total * copies * _HEADROOM)
+    needed = int(total * (3 if ema is None else 4) * _HEADROOM)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -1,4 +1,4 @@
-"""All that this trainer knows of DeepSpeed's inside: building the engine, its fp32 masters, whole weights, EMA.
+"""All that this trainer knows of DeepSpeed's inside: building the engine, its fp32 masters and their place.
 
 Whatever the ZeRO stage and the precision, the weights that the optimizer updates are fp32 tensors of this rank,
 its *masters*: the parameters themselves (stage 0, fp32), fp32 copies (stage 0, bf16 and fp16), or this rank's flat
@@ -8,15 +8,15 @@ shard of them (stages 1, 2, 3). The names below are those of DeepSpeed 0.19.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from sws_dist import comm, ds_config
@@ -52,12 +52,125 @@ def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 def masters(engine: Any) -> list[Tensor]:
     """The fp32 tensors that this rank's optimizer updates, in a fixed order."""
+    return [flat.data for flat in _flats(engine)]
+
+
+def _flats(engine: Any) -> list[Tensor]:
+    """The masters as the optimizer knows them: the keys of its state."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        return [t.data for t in optimizer.fp32_partitioned_groups_flat]
+        return optimizer.fp32_partitioned_groups_flat
     if engine.zero_optimization_stage() > 0:
-        return [t.data for t in optimizer.single_partition_of_fp32_groups]
-    return [p.data for group in optimizer.param_groups for p in group["params"]]
+        return optimizer.single_partition_of_fp32_groups
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Where a piece of a parameter lies: its elements ``start`` to ``start + numel``, flattened, are the elements
+    ``offset`` to ``offset + numel`` of master ``flat``."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: int
+    offset: int
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        """[numel], a view into one of ``flats``: the masters, or whatever is laid out as they are."""
+        return flats[self.flat].view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """What this rank's masters hold of which parameter. Padding belongs to none.
+
+    At stages 1, 2 and 3 every element of every parameter lies on exactly one rank; at stage 0 each rank has all.
+    """
+    optimizer, stage, rank = engine.optimizer, engine.zero_optimization_stage(), engine.global_rank
+    named = dict(engine.module.named_parameters())
+    if stage == 3:
+        # Each parameter is cut into equal slices, one a rank; the last ones may be padded.
+        pieces = []
+        for name, p in named.items():
+            flat, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            numel = min(size, p.ds_numel - rank * size)
+            pieces.append(Fragment(name, tuple(p.ds_shape), rank * size, numel, flat, offset))
+        return [piece for piece in pieces if piece.numel > 0]
+    names = {id(p): name for name, p in named.items()}
+    if stage > 0:
+        # A group's parameters are laid end to end and cut into equal slices, one a rank.
+        pieces = []
+        for flat, params in enumerate(optimizer.round_robin_bit16_groups):
+            first, size = rank * optimizer.partition_size[flat], optimizer.partition_size[flat]
+            for p, at in zip(params, optimizer.round_robin_bit16_offsets[flat], strict=True):
+                start, stop = max(first - at, 0), min(first + size - at, p.numel())
+                pieces.append(Fragment(names[id(p)], tuple(p.shape), start, stop - start, flat, at + start - first))
+        return [piece for piece in pieces if piece.numel > 0]
+    if hasattr(optimizer, "fp16_groups_flat"):  # fp16 or bf16, a fused optimizer
+        pieces = []
+        for flat, params in enumerate(optimizer.fp16_groups):
+            offset = 0
+            for p in params:
+                pieces.append(Fragment(names[id(p)], tuple(p.shape), 0, p.numel(), flat, offset))
+                offset += p.numel()
+        return pieces
+    # fp16 or bf16 with any other optimizer: a master a parameter; fp32: the parameters themselves.
+    groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
+    params = [p for group in groups for p in group]
+    return [Fragment(names[id(p)], tuple(p.shape), 0, p.numel(), flat, 0) for flat, p in enumerate(params)]
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments(engine: Any) -> dict[str, list[Tensor]]:
+    """Adam's two moments, each laid out like the masters; empty before the first step."""
+    states = [_inner(engine).state.get(flat) for flat in _flats(engine)]
+    if not all(states):
+        return {}
+    return {name: [state[name] for state in states] for name in MOMENTS}
+
+
+def steps_taken(engine: Any) -> int:
+    """Steps of the optimizer: fewer than the run's where fp16 skipped some."""
+    state = _inner(engine).state
+    first = _flats(engine)[0]
+    return int(state[first]["step"]) if first in state else 0
+
+
+def begin_moments(engine: Any, steps: int) -> None:
+    """Give the optimizer moments of zero and a past of ``steps``, as if it had taken them."""
+    inner = _inner(engine)
+    for flat in _flats(engine):
+        # torch's fused AdamW counts on the device, DeepSpeed's optimizers count in Python.
+        count = torch.tensor(float(steps), device=flat.device) if type(inner) is torch.optim.AdamW else steps
+        inner.state[flat] = {"step": count} | {name: torch.zeros_like(flat.data) for name in MOMENTS}
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer proper, inside DeepSpeed's wrapper where there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler(engine: Any) -> dict[str, float]:
+    """What fp16's loss scaling remembers; empty in bf16 and fp32."""
+    if ds_config.precision(engine.config) != "fp16":
+        return {}
+    scaler = _scaler(engine)
+    return {name: float(getattr(scaler, name)) for name in SCALER if hasattr(scaler, name)}
+
+
+def set_loss_scaler(engine: Any, state: dict[str, float]) -> None:
+    for name, value in state.items():
+        setattr(_scaler(engine), name, value if name == "cur_scale" else int(value))
+
+
+def _scaler(engine: Any) -> Any:
+    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
 
 
 @torch.no_grad()
@@ -96,82 +209,6 @@ def grad_norm_before_step(engine: Any) -> float | None:
 
 def all_finite(engine: Any) -> bool:
     """Whether every rank's masters are free of infinities and NaN. A collective."""
-    finite = torch.stack([torch.isfinite(master).all() for master in masters(engine)]).all()
+    own = masters(engine)
+    finite = torch.stack([torch.isfinite(piece.of(own)).all() for piece in fragments(engine)]).all()
     return bool(comm.gather_scalars(finite.to(torch.uint8)).all())
-
-
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """The whole model's state dict in fp32 on the CPU of rank 0, and an empty one elsewhere. A collective.
-
-    One parameter is whole at a time; only rank 0 keeps them.
-    """
-    weights: dict[str, Tensor] = {}
-    low_precision = ds_config.precision(engine.config) != "fp32"
-    own_masters: dict[int, Tensor] = {}
-    if low_precision and engine.zero_optimization_stage() == 0:
-        own_masters = _stage0_masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        whole = own_masters.get(id(parameter))
-        if whole is None:
-            whole = safe_get_full_fp32_param(parameter)
-        if whole is None:  # stage 0, fp32
-            whole = parameter.detach()
-        if engine.global_rank == 0:
-            weights[name] = whole.to("cpu", torch.float32, copy=True).reshape(_shape(parameter))
-    if engine.global_rank == 0:
-        for name, buffer in engine.module.named_buffers():
-            weights[name] = buffer.detach().to("cpu", copy=True)
-    return weights
-
-
-def _stage0_masters(engine: Any) -> dict[int, Tensor]:
-    """Each low-precision parameter's fp32 master, by the parameter's id."""
-    optimizer = engine.optimizer
-    low = [p for group in optimizer.fp16_groups for p in group]
-    if hasattr(optimizer, "fp16_groups_flat"):
-        flat = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
-        high = [part for whole, group in flat for part in whole.data.split([p.numel() for p in group])]
-    else:
-        high = masters(engine)
-    return {id(p): master for p, master in zip(low, high, strict=True)}
-
-
-def _shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter's own shape is empty
-
-
-class ShardedEMA:
-    """Exponential moving average of the masters, on each rank for its own shard: no traffic, no whole copy.
-
-    Built after every weight is in place (learngene, initial checkpoint, resume), so it starts from them.
-    """
-
-    def __init__(self, engine: Any, decay: float) -> None:
-        self.engine, self.decay = engine, decay
-        self.average = [master.clone() for master in masters(engine)]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(self.average, masters(self.engine), 1 - self.decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside the block the model holds the average. A collective at both ends."""
-        trained = [master.clone() for master in masters(self.engine)]
-        self._put(self.average)
-        yield
-        self._put(trained)
-
-    @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
-        for master, value in zip(masters(self.engine), values, strict=True):
-            master.copy_(value)
-        publish(self.engine)
-
-    def state(self) -> dict[str, Tensor]:
-        return {str(index): tensor for index, tensor in enumerate(self.average)}
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for index, tensor in enumerate(self.average):
-            tensor.copy_(state[str(index)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,9 @@ from typing import Any, Literal
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sws_dist import tensor_file
 from sws_dist.files import write_whole
 from sws_dist.models import create_model
 
@@ -49,12 +49,13 @@ class ModelInfo:
 
 def save(path: str | Path, info: ModelInfo, weights: Mapping[str, Tensor]) -> Path:
     """Write ``weights`` and ``info`` to ``path``, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return write(path, info, [tensor_file.entry(name, tensor) for name, tensor in weights.items()])
+
+
+def write(path: str | Path, info: ModelInfo, entries: Iterable[tensor_file.Entry]) -> Path:
+    """The same, with weights that are read one at a time."""
     metadata = {"format": "pt", "sws_dist": json.dumps({"version": VERSION, **asdict(info)})}
-    try:
-        return write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-    except SafetensorError as error:  # safetensors wraps "no space left on device" in its own error
-        raise OSError(f"cannot write {path}: {error}") from None
+    return write_whole(path, lambda temporary: tensor_file.write(temporary, entries, metadata))
 
 
 def is_described(path: str | Path) -> bool:

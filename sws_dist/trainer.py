@@ -24,6 +24,7 @@ from sws_dist.data.bad_images import BadImages
 from sws_dist.data.mixing import Mixing, denormalise, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, LossParts
+from sws_dist.ema import ShardedEMA
 from sws_dist.errors import RunError
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
@@ -53,10 +54,10 @@ class Trainer:
             self.ds = ds_config.resolve(ds_path, config, world.size)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
-        checkpoint_found = assemble.find_checkpoint(self.output, resume)
-        self.train_set, self.val_set = assemble.manifests(
-            config, self.output, resuming=checkpoint_found is not None, world=world
-        )
+        self.notes: list[str] = []
+        """What the first lines of the log should say of the resume."""
+        found = assemble.find_checkpoint(self.output, resume, world, self.notes)
+        self.train_set, self.val_set = assemble.manifests(config, self.output, resuming=found is not None, world=world)
         with comm.together("build the models"):
             comm.seed_everything(config.train.seed)
             self.model, self.teacher, self.kernels = assemble.models(
@@ -88,13 +89,13 @@ class Trainer:
         self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
 
         self.engine = ds_engine.build(self.model, self.ds, config.optim)
-        self.ema = ds_engine.ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
         self._grad_norm: float | None = None
-        self._abandoned: list[str] = []
+        self._checkpoint: Path | None = None
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
-        self._resume(checkpoint_found)
+        self._resume(found)
         self._clock = time.perf_counter()
         self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
 
@@ -212,7 +213,7 @@ class Trainer:
             "top1": top1,
             "best_top1": self.best_top1,
             "history": self.history,
-        }
+        } | self._stream()
         if not ds_engine.all_finite(self.engine):
             raise RunError(
                 f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
@@ -220,7 +221,8 @@ class Trainer:
             )
         assemble.average_buffers(self.engine.module)
         folder, keep = self.output / "checkpoints", self.config.checkpoint
-        checkpoint.save(folder, self.engine, self.ema, self._described(), self.world, state | self._stream())
+        info = self._described()
+        self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
         if self.world.is_main:
             try:
                 checkpoint.prune(folder, keep.keep_last, keep.keep_best)
@@ -230,11 +232,12 @@ class Trainer:
     def _finish(self) -> None:
         """The run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
         name = "learngene" if self.info.kind == "learngene" else "model"
-        info = self._described()
-        checkpoint.write_weights(self.output / f"{name}.safetensors", self.engine, info)
-        if self.ema is not None:
-            with self.ema.applied():
-                checkpoint.write_weights(self.output / f"{name}_ema.safetensors", self.engine, info)
+        with comm.together("write the final weights"):
+            if self.world.is_main:
+                assert self._checkpoint is not None
+                checkpoint.export(self._checkpoint, self.output / f"{name}.safetensors")
+                if self.ema is not None:
+                    checkpoint.export(self._checkpoint, self.output / f"{name}_ema.safetensors", average=True)
         if self.world.is_main:
             result = self._results()
             files.write_json(self.output / "metrics.json", result)
@@ -308,7 +311,6 @@ class Trainer:
         """What decides which images and draws a step sees: a run goes on only with the same."""
         return {
             "global_batch": self.config.train.global_batch,
-            "num_micros": self.engine.gradient_accumulation_steps() * self.world.size,
             "seed": self.config.train.seed,
             "epoch_size": self.order.epoch_size,
             "total_steps": self.total_steps,
@@ -339,18 +341,23 @@ class Trainer:
                 )
 
     def _resume(self, found: Path | None) -> None:
+        self._checkpoint = found
         if found is None:
             return
         state = checkpoint.load(found, self.engine, self.ema, self.world, self._stream())
-        self._abandoned = checkpoint.abandon_after(self.output / "checkpoints", state.step, self.world)
+        for key, value in checkpoint.describe_layout(self.engine, self.world).items():
+            if getattr(state, key) != value:
+                self.notes.append(f"going on with {key} {value}; the checkpoint was written with {getattr(state, key)}")
+        for aside in checkpoint.abandon_after(self.output / "checkpoints", state.step, self.world):
+            self.notes.append(f"set aside as {aside}: it is later than the checkpoint that this run goes on from")
         self.step, self.seconds = state.step, state.seconds
         self.best_top1, self.history = state.best_top1, list(state.history)
 
     def _introduce(self) -> None:
         """The first lines of the log, and the resolved configs beside the run."""
         if self.world.is_main:
-            for name in self._abandoned:
-                self.recorder.say(f"set aside as {name}: it is later than the checkpoint that this run goes on from")
+            for note in self.notes:
+                self.recorder.say(note)
             texts = assemble.write_configs(self.config, self.ds, self.output)
             for name, text in texts.items():
                 self.recorder.text(name, text)

@@ -75,7 +75,9 @@ def train(job: Job, ranks: int, timeout_s: float = 240) -> subprocess.CompletedP
     return deepspeed(*arguments, ranks=ranks, timeout_s=timeout_s)
 
 
-def train_all(jobs: list[Job], ranks: int, folder: Path, timeout_s: float = 400) -> None:
+def train_all(
+    jobs: list[Job], ranks: int, folder: Path, timeout_s: float = 400, module: str = "tests.distributed.worker"
+) -> None:
     """Several runs one after another in one group of ranks."""
     listed = [
         {
@@ -88,7 +90,7 @@ def train_all(jobs: list[Job], ranks: int, folder: Path, timeout_s: float = 400)
     ]
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(listed))
-    done = deepspeed("--module", "tests.distributed.worker", str(file), ranks=ranks, timeout_s=timeout_s)
+    done = deepspeed("--module", module, str(file), ranks=ranks, timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
