@@ -126,15 +126,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def moments(engine: Any) -> dict[str, list[Tensor]]:
     """Adam's two moments, each laid out like the masters; empty before the first step."""
-    states = [_inner(engine).state.get(flat) for flat in _flats(engine)]
-    if not all(states):
+    states = [_inner(engine).state[flat] for flat in _flats(engine) if flat in _inner(engine).state]
+    if not states:
         return {}
     return {name: [state[name] for state in states] for name in MOMENTS}
 
 
 def steps_taken(engine: Any) -> int:
     """Steps of the optimizer: fewer than the run's where fp16 skipped some."""
-    state = _inner(engine).state
+    state: Any = _inner(engine).state
     first = _flats(engine)[0]
     return int(state[first]["step"]) if first in state else 0
 

@@ -20,21 +20,18 @@ from tests.launching import REPOSITORY, Job, losses, train, train_all
 
 RUN = """
 output: unused
-model: {name: sws_vit, schedule: [2, 1], drop_path: 0.2, kwargs: {patch_size: 8, embed_dim: 36, num_heads: 2}}
+model: MODEL
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
 augment: {mixup: 0.8, num_repeats: 3}
 optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}
-train: {epochs: 4, global_batch: 24, log_every: 1, eval_every: 4}
-checkpoint: {every: 4, keep_last: 9}
+train: {epochs: 2, global_batch: 24, log_every: 1, eval_every: 2}
+checkpoint: {every: 2, keep_last: 9}
 """
-CONVOLUTIONS = """
-base: run.yaml
-model: {name: test_resnet, schedule: null, drop_path: 0.0, kwargs: null}
-optim: {ema_decay: null}
-"""
+MODEL = "{name: sws_vit, schedule: [2, 1], drop_path: 0.2, kwargs: {patch_size: 8, embed_dim: 36, num_heads: 2}}"
 # Twelve micro-batches of two images however they are spread: the draws of mixup and drop-path stay the same too.
 SPREAD = {1: 12, 2: 6, 3: 4, 4: 3}
-STEPS = 13  # of 24 images: four epochs of 80
+STEPS = 6  # of 24 images: two epochs of 80
+FIRST = "step-00000002"
 
 
 def ds(stage: int, ranks: int, precision: str | None = None) -> dict[str, object]:
@@ -48,8 +45,9 @@ def ds(stage: int, ranks: int, precision: str | None = None) -> dict[str, object
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     folder = tmp_path_factory.mktemp("portable")
-    (folder / "run.yaml").write_text(RUN.replace("ROOT", str(few_digits)))
-    (folder / "resnet.yaml").write_text(CONVOLUTIONS.replace("kwargs: null", "kwargs: {}"))
+    run = RUN.replace("ROOT", str(few_digits))
+    (folder / "run.yaml").write_text(run.replace("MODEL", MODEL))
+    (folder / "resnet.yaml").write_text(run.replace("MODEL", "{name: test_resnet}").replace(", ema_decay: 0.9", ""))
     return folder
 
 
@@ -61,8 +59,8 @@ def job(folder: Path, name: str, stage: int, ranks: int, resume: str | None = No
 def runs(folder: Path) -> Path:
     """Never interrupted on 4 ranks at ZeRO-3; and as 4 ranks at ZeRO-3, 3 at ZeRO-1, and back."""
     until = "train.max_steps"
-    train_all([job(folder, "whole", 3, 4), job(folder, "parts", 3, 4, **{until: 5})], 4, folder)
-    train_all([job(folder, "parts", 1, 3, "auto", **{until: 9})], 3, folder)
+    train_all([job(folder, "whole", 3, 4), job(folder, "parts", 3, 4, **{until: 2})], 4, folder)
+    train_all([job(folder, "parts", 1, 3, "auto", **{until: 4})], 3, folder)
     train_all([job(folder, "parts", 3, 4, "auto")], 4, folder)
     return folder
 
@@ -82,8 +80,8 @@ def test_final_weights_are_those_of_the_undisturbed_run(runs: Path, name: str) -
 
 
 def test_the_change_is_said(folder: Path, runs: Path) -> None:
-    sets = {"train.max_steps": 6, "output": str(folder / "said")}
-    resume = str(runs / "parts" / "checkpoints" / "step-00000005")
+    sets = {"train.max_steps": 3, "output": str(folder / "said")}
+    resume = str(runs / "parts" / "checkpoints" / FIRST)
     one = Job(folder / "run.yaml", folder / "said", ds(2, 1) | {"gradient_accumulation_steps": 4}, sets, resume)
     done = train(one, ranks=1)
     assert done.returncode == 0, done.stdout
@@ -104,8 +102,7 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
             for kind in kinds
             for name, shape in state.shapes.items()
         }
-        buffers = [e for e in reader.entries({}, "weight", torch.float32)]
-        return found | {f"buffer/{e.name}": e.read() for e in buffers}
+        return found | {f"buffer/{e.name}": e.read() for e in reader.entries({}, "weight", torch.float32)}
 
 
 LAYOUTS = [(stage, ranks, precision) for ranks in (1, 2, 3) for stage in (0, 1, 2, 3) for precision in (None, "bf16")]
@@ -114,25 +111,18 @@ LAYOUTS = [(stage, ranks, precision) for ranks in (1, 2, 3) for stage in (0, 1, 
 @pytest.fixture(scope="module")
 def copies(runs: Path, folder: Path) -> Path:
     """The checkpoint of 4 ranks at ZeRO-3, loaded into other layouts and saved again; and one with buffers."""
-    source = str(runs / "parts" / "checkpoints" / "step-00000005")
+    run, source = folder / "run.yaml", str(runs / "parts" / "checkpoints" / FIRST)
     for ranks in (2, 1, 3):
+        layouts = [(stage, precision) for stage, its_ranks, precision in LAYOUTS if its_ranks == ranks]
         jobs = [
-            Job(
-                folder / "run.yaml",
-                folder / f"copy-{ranks}-{stage}-{precision}",
-                ds(stage, ranks, precision),
-                {},
-                source,
-            )
-            for stage, its_ranks, precision in LAYOUTS
-            if its_ranks == ranks
+            Job(run, folder / f"copy-{ranks}-{stage}-{precision}", ds(stage, ranks, precision), {}, source)
+            for stage, precision in layouts
         ]
-        buffers = {"config": folder / "resnet.yaml", "output": folder / f"resnet-{ranks}"}
+        resnet = folder / "resnet.yaml", folder / f"resnet-{ranks}"
         if ranks == 2:
-            train_all([Job(**buffers, ds=ds(1, 2), sets={"train.max_steps": 3})], 2, folder)
-        resnet = str(folder / "resnet-2" / "checkpoints" / "step-00000003")
+            train_all([Job(*resnet, ds(1, 2), {"train.max_steps": 2})], 2, folder)
         if ranks == 3:
-            jobs.append(Job(**buffers, ds=ds(3, 3), resume=resnet))
+            jobs.append(Job(*resnet, ds(3, 3), {}, str(folder / "resnet-2" / "checkpoints" / FIRST)))
         train_all(jobs, ranks, folder, module="tests.distributed.relayout")
     return folder
 
@@ -141,11 +131,11 @@ def copies(runs: Path, folder: Path) -> Path:
 def test_a_copy_through_another_layout_is_exact(
     runs: Path, copies: Path, stage: int, ranks: int, precision: str | None
 ) -> None:
-    wanted = content(runs / "parts" / "checkpoints" / "step-00000005")
-    copied = copies / f"copy-{ranks}-{stage}-{precision}" / "checkpoints" / "step-00000005"
+    wanted = content(runs / "parts" / "checkpoints" / FIRST)
+    copied = copies / f"copy-{ranks}-{stage}-{precision}" / "checkpoints" / FIRST
     state = checkpoint.read_state(copied)
     assert (state.zero_stage, state.world_size, state.precision) == (stage, ranks, precision or "fp32")
-    assert state.optimizer_steps == 5
+    assert state.optimizer_steps == 2
     found = content(copied)
     assert found.keys() == wanted.keys()
     assert len({key.partition("/")[0] for key in wanted}) == 4, "weights, two moments, moving average"
@@ -153,29 +143,29 @@ def test_a_copy_through_another_layout_is_exact(
 
 
 def test_buffers_come_along(copies: Path) -> None:
-    wanted = content(copies / "resnet-2" / "checkpoints" / "step-00000003")
-    found = content(copies / "resnet-3" / "checkpoints" / "step-00000003")
+    wanted = content(copies / "resnet-2" / "checkpoints" / FIRST)
+    found = content(copies / "resnet-3" / "checkpoints" / FIRST)
     assert any(key.startswith("buffer/") and key.endswith("running_var") for key in wanted)
-    assert not [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    for key, tensor in wanted.items():  # averaged over the ranks before saving: (x + x + x) / 3 is x but for rounding
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=0, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_a_shifted_slice_would_be_seen(runs: Path, tmp_path: Path) -> None:
-    """Negative control: one rank's pieces, said to begin one element later."""
-    source = runs / "parts" / "checkpoints" / "step-00000005"
-    wanted = content(source)
+@pytest.mark.parametrize("by", [1, -1])
+def test_a_shifted_slice_would_be_seen(runs: Path, tmp_path: Path, by: int) -> None:
+    """Negative control: one rank's pieces, said to begin one element later or earlier."""
+    source = runs / "parts" / "checkpoints" / FIRST
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     file = tmp_path / "shard-00001-of-00004.safetensors"
     with safe_open(file, framework="pt") as opened:
         starts = json.loads(opened.metadata()["starts"])
-    save_file(load_file(file), file, {"starts": json.dumps({name: start + 1 for name, start in starts.items()})})
-    with pytest.raises(ValueError, match="the shards hold no weight of"):
-        content(tmp_path)
-    shifted = {name: max(start - 1, 0) for name, start in starts.items()}
-    save_file(load_file(file), file, {"starts": json.dumps(shifted)})
-    with pytest.raises(ValueError, match="the shards hold no"):
-        assert any(not torch.equal(tensor, wanted[key]) for key, tensor in content(tmp_path).items())
-        raise ValueError("the shards hold no equal tensors")
+    save_file(load_file(file), file, {"starts": json.dumps({name: start + by for name, start in starts.items()})})
+    wanted = content(source)
+    try:
+        found = content(tmp_path)
+    except ValueError:  # a gap between two pieces
+        return
+    assert any(not torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 # ---- export ----
@@ -205,7 +195,7 @@ print(peak - before)
 def test_exporting_holds_one_tensor_at_a_time(runs: Path, tmp_path: Path) -> None:
     """Forty tensors of 4 MiB from two shards: the memory is a few tensors', not the model's 160 MiB."""
     numel, names = 1 << 20, [f"layer{i}" for i in range(40)]
-    source = runs / "parts" / "checkpoints" / "step-00000005" / "state.json"
+    source = runs / "parts" / "checkpoints" / FIRST / "state.json"
     state = json.loads(source.read_text()) | {"shapes": {name: [numel // 4, 4] for name in names}, "files": {}}
     half = numel // 2
     for rank in range(2):
