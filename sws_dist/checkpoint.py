@@ -97,7 +97,10 @@ def save(
             _require_space(folder, engine, ema, world.size)
     with comm.together("write a checkpoint"):
         name = shards.name(world.rank, world.size)
-        written = shards.write(partial / name, engine, ema)
+        try:
+            written = shards.write(partial / name, engine, ema)
+        except OSError as error:
+            raise OSError(f"{partial / name}: cannot be written ({error}); the last checkpoint is whole") from None
     listed = comm.gather_to_main((name, written))
     with comm.together("complete a checkpoint"):
         if world.is_main:
