@@ -140,13 +140,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def gather_rows(row: Tensor) -> Tensor:
+    """[n] on each rank -> [world, n] on every rank."""
+    if not dist.is_initialized():
+        return row[None]
+    out = torch.empty(dist.get_world_size(), len(row), dtype=row.dtype, device=row.device)
+    dist.all_gather(list(out), row)
+    return out
+
+
 def gather_scalars(value: Tensor) -> Tensor:
     """[] on each rank -> [world] on every rank."""
-    if not dist.is_initialized():
-        return value.reshape(1)
-    out = torch.empty(dist.get_world_size(), dtype=value.dtype, device=value.device)
-    dist.all_gather(list(out.split(1)), value.reshape(1))
-    return out
+    return gather_rows(value.reshape(1))[:, 0]
 
 
 def seed_everything(*numbers: int) -> None:

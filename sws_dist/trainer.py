@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
+from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance, signals
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
@@ -25,12 +25,13 @@ from sws_dist.data.mixing import Mixing, denormalise, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, LossParts
 from sws_dist.ema import ShardedEMA
-from sws_dist.errors import RunError
+from sws_dist.errors import RunError, Stopped
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
 from sws_dist.metrics import Recorder, labelled_grid
 from sws_dist.optim import Schedule
 from sws_dist.progress import Window
+from sws_dist.rollcall import RollCall, Until
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,35 +103,36 @@ class Trainer:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end (or ``train.max_steps``), then write the run's results."""
-        try:
-            self._introduce()
-            self._fit()
-        finally:
-            self.recorder.close()
+        """Train to the end (or ``train.max_steps``), then write the run's results.
+
+        Raises:
+            Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
+        """
+        with signals.deferred():
+            try:
+                self._introduce()
+                self._fit()
+            finally:
+                self.recorder.close()
 
     def _fit(self) -> None:
-        if self.step == 0 and self.config.train.eval_at_start:
-            self._evaluate(epoch=0)
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
-        window = Window(self)
         self._loader = self._batches(last_step)
-        batches = iter(self._loader)
-        suspect: Tensor | None = None
+        batches, window = iter(self._loader), Window(self)
+        ranks = RollCall(lambda: self._loader.failure)
+        self._catch_up()
         while self.step < last_step:
             losses, waited = self._train_step(batches)
-            # Looked at one step late: by then the values have arrived without making the device wait.
-            self._require_finite(suspect, self.step - 1)
-            suspect = comm.gather_scalars(losses.total)
+            told = ranks.read()
             self.step += 1
+            ranks.call(self.step, losses.total)
             window.add(losses, waited)
             self.recorder.advance()
             if self.step % self.config.train.log_every == 0 or self.step == last_step:
                 window.log()
-            epoch = self._epochs_done(self.step)
-            if epoch > self._epochs_done(self.step - 1) or self.step == last_step:
-                self._require_finite(suspect, self.step)
-                self._end_of_epoch(epoch)
+            if told or self._ends_epoch() or self.step == last_step:
+                told = ranks.read() or told
+                self._pause(told)
                 window = Window(self)
         if self.step == self.total_steps:
             self._finish()
@@ -167,25 +169,46 @@ class Trainer:
         means = [torch.stack([p[i].detach().float() for p in parts]).mean() for i in range(len(LossParts._fields))]
         return LossParts(*means), waited
 
-    def _end_of_epoch(self, epoch: int) -> None:
-        """Evaluate and save where an epoch has ended; a run that stops in the middle of one is only saved."""
-        last = self.step == self.total_steps
-        ended = epoch > self._epochs_done(self.step - 1)
-        top1 = self._evaluate(epoch) if last or (ended and epoch % self.config.train.eval_every == 0) else None
-        stopping = self.step == self.config.train.max_steps
-        if last or stopping or (ended and epoch % self.config.checkpoint.every == 0):
-            self._save(epoch, top1)
+    def _catch_up(self) -> None:
+        """The evaluation before the first step, or one that a stop has put off."""
+        evaluated = bool(self.history) and self.history[-1]["step"] == self.step
+        if self.step == 0 and self.config.train.eval_at_start:
+            if self._evaluate() is None:
+                raise Stopped("told to stop before the first step: there is nothing to save")
+        elif self._evaluation_due() and not evaluated:
+            self._pause(None)
 
-    def _evaluate(self, epoch: int) -> float:
-        """Score the weights, and their average where one is kept. Returns the weights' top-1."""
+    def _pause(self, told: str | None) -> None:
+        """Evaluate and save where that is due. Told to stop, only save: an evaluation is whole, or after the resume.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        top1 = None
+        if told is None and self._evaluation_due():
+            top1 = self._evaluate()
+            told = "during the evaluation" if top1 is None else None
+        last = self.step in (self.total_steps, self.config.train.max_steps)
+        epoch = self._epochs_done(self.step)
+        if told or last or (self._ends_epoch() and epoch % self.config.checkpoint.every == 0):
+            self._save(epoch, top1)
+        if told:
+            raise Stopped(f"told to stop ({told}): saved at step {self.step} of {self.total_steps}")
+
+    def _evaluate(self) -> float | None:
+        """Score the weights, and their average where one is kept. Returns the weights' top-1; None: told to stop."""
         assemble.average_buffers(self.engine.module)
-        scores = {"val": self._score()}
-        if self.ema is not None:
+        found = {"val": self._score()}
+        if self.ema is not None and found["val"] is not None:
             with self.ema.applied():
-                scores["val_ema"] = self._score()
+                found["val_ema"] = self._score()
+        scores = {group: s for group, s in found.items() if s is not None}
+        if len(scores) < len(found):
+            return None
         values = {
             f"{group}/{name}": getattr(s, name) for group, s in scores.items() for name in ("top1", "top5", "loss")
         }
+        epoch = self._epochs_done(self.step)
         self.recorder.scalars(self.step, values)
         self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed(), **values})
         top1 = scores["val"].top1
@@ -197,13 +220,14 @@ class Trainer:
         )
         return top1
 
-    def _score(self) -> Scores:
+    def _score(self) -> Scores | None:
         self.engine.eval()
         self.bad_val.clear()
-        scores = evaluate(self.engine, self._val_loader, self.dtype)
+        batches = Until(self._val_loader, self.world.device)
+        scores = evaluate(self.engine, batches, self.dtype)
         self._tell_of(self.bad_val, 0, len(self.val_set))
         self.engine.train()
-        return scores
+        return None if batches.told else scores
 
     def _save(self, epoch: int, top1: float | None) -> None:
         state = {
@@ -298,6 +322,13 @@ class Trainer:
         for line in bad.exchange(self.world.device, epoch, epoch_size, self.config.data.max_bad_share):
             self.recorder.say(line)
 
+    def _ends_epoch(self) -> bool:
+        return self.step > 0 and self._epochs_done(self.step) > self._epochs_done(self.step - 1)
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.train.eval_every
+        return self.step == self.total_steps or (self._ends_epoch() and self._epochs_done(self.step) % every == 0)
+
     def _epochs_done(self, step: int) -> int:
         if step == self.total_steps:  # what is left of the last epoch is less than a batch
             return self.config.train.epochs
@@ -324,21 +355,6 @@ class Trainer:
         """Of the latest step's gradient, before clipping."""
         norm = self.engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
         return math.nan if norm is None else float(norm)
-
-    def _require_finite(self, losses: Tensor | None, step: int) -> None:
-        """losses [world]: every rank's loss of that step. All ranks see the same numbers, so all of them stop."""
-        if losses is None:
-            return
-        if not losses.isfinite().all():
-            with comm.together("read the images"):
-                if self._loader.failure is not None:
-                    raise self._loader.failure
-        for rank, value in enumerate(losses.tolist()):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the loss is {value} at step {step} on rank {rank}; the last checkpoint is untouched. "
-                    "A lower optim.lr, more warm-up or gradient_clipping usually helps"
-                )
 
     def _resume(self, found: Path | None) -> None:
         self._checkpoint = found

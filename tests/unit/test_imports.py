@@ -18,10 +18,11 @@ LAYERS = (
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
     ("sws_dist.engine", "sws_dist.expansion"),
     ("sws_dist.learngene", "sws_dist.distillation"),
-    ("sws_dist.model_file",),
+    ("sws_dist.model_file", "sws_dist.rollcall"),
     ("sws_dist.models", "sws_dist.data", "sws_dist.metrics", "sws_dist.optim", "sws_dist.flops"),
     ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_kernels"),
-    ("sws_dist.config", "sws_dist.files", "sws_dist.cli"),
+    ("sws_dist.config", "sws_dist.files", "sws_dist.signals"),
+    ("sws_dist.cli",),
     ("sws_dist.errors",),
 )
 LAUNCHER = "launcher"
