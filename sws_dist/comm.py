@@ -22,6 +22,8 @@ from torch import Tensor
 
 from sws_dist.errors import RunError
 
+_GRACE_S = 30
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,11 +78,17 @@ def init(timeout_s: int) -> World:
 
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
+        # Later than the watch (watch.py) of each rank, which has more to say than the backend.
+        timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
         auto_mpi_discovery=False,
         verbose=False,
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank did not take part."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's errors have no type of their own
 
 
 def close() -> None:

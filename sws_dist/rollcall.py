@@ -2,75 +2,84 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sws_dist import comm, signals
 from sws_dist.data.loader import Batch
-from sws_dist.errors import RunError
+from sws_dist.watch import Lap
+
+
+class Answers(NamedTuple):
+    """Of all ranks after one step, each list in the order of the ranks."""
+
+    step: int
+    """Counted from 1."""
+    losses: list[float]
+    applied: bool
+    """Whether the weights were updated (the same on all ranks)."""
+    failed: bool
+    """Whether any rank cannot go on."""
+    told: str | None
+    """Which signal reached which rank, if any did."""
+    laps: list[Lap]
+    """How long the step took."""
 
 
 class RollCall:
-    """Every rank's loss, and whether it was told to stop.
+    """The ranks' answers, read one step late: by then they have arrived without making the device wait.
 
-    The answers are read one step late: by then they have arrived without making the device wait. All ranks read the
-    same table, so they decide alike.
+    All ranks read the same table, so they decide alike.
 
     Args:
-        failure: why this rank's input failed, if it did; its losses are then NaN.
+        judges: each is given the answers, on all ranks, and may raise.
     """
 
-    def __init__(self, failure: Callable[[], Exception | None]) -> None:
-        self._failure, self._step = failure, 0
-        self._table: Tensor | None = None
+    def __init__(self, judges: Sequence[Callable[[Answers], None]]) -> None:
+        self._judges = judges
+        self._step, self._table, self._unread = 0, torch.empty(0), False
 
-    def call(self, step: int, loss: Tensor) -> None:
-        """Report for this rank that ``step`` (counted from 1) is taken, with its ``loss`` []. A collective."""
-        self._step = step
-        self._table = comm.gather_rows(torch.stack([loss, torch.full_like(loss, signals.asked())]))
+    def call(self, step: int, loss: Tensor, lap: Lap, *, applied: bool, failed: bool) -> None:
+        """Give this rank's answers, see ``Answers``; ``loss`` [] on the device. A collective."""
+        own = torch.tensor([applied, failed, signals.asked(), *lap], dtype=loss.dtype)
+        row = torch.cat([loss.reshape(1), own.to(loss.device, non_blocking=True)])
+        self._step, self._table, self._unread = step, comm.gather_rows(row), True
 
     def read(self) -> str | None:
-        """Of the latest call: which signal reached which rank, if any did.
-
-        Raises:
-            RunError: on all ranks, if a loss is not finite.
-            ValueError: likewise, if a rank's input failed.
-        """
-        if self._table is None:
+        """Let the judges see the answers to the latest call, once. Returns ``told``."""
+        if not self._unread:
             return None
-        losses, numbers = self._table.T.tolist()
-        if not all(map(math.isfinite, losses)):
-            self._refuse(losses)
-        return next((f"{signals.name(n)} on rank {rank}" for rank, n in enumerate(numbers) if n), None)
-
-    def _refuse(self, losses: list[float]) -> None:
-        with comm.together("read the images"):
-            if (failure := self._failure()) is not None:
-                raise failure
-        rank, loss = next((rank, loss) for rank, loss in enumerate(losses) if not math.isfinite(loss))
-        raise RunError(
-            f"the loss is {loss} at step {self._step} on rank {rank}; the last checkpoint is untouched. "
-            "A lower optim.lr, more warm-up or gradient_clipping usually helps"
-        )
+        self._unread = False
+        losses, applied, failed, told, *times = self._table.T.tolist()
+        first = next((f"{signals.name(number)} on rank {rank}" for rank, number in enumerate(told) if number), None)
+        laps = [Lap(*lap) for lap in zip(*times, strict=True)]
+        answers = Answers(self._step, losses, all(applied), any(failed), first, laps)
+        for judge in self._judges:
+            judge(answers)
+        return answers.told
 
 
 class Until:
     """Passes batches on until any rank is told to stop; ``told`` says whether that was so. For loops of equal length.
 
     Read one batch late, like ``RollCall``.
+
+    Args:
+        moved: called for each batch.
     """
 
-    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+    def __init__(self, batches: Iterable[Batch], device: torch.device, moved: Callable[[], None]) -> None:
         self.told = False
-        self._batches, self._device = batches, device
+        self._batches, self._device, self._moved = batches, device, moved
 
     def __iter__(self) -> Iterator[Batch]:
         votes = None
         for batch in self._batches:
             yield batch
+            self._moved()
             before, votes = votes, comm.gather_rows(torch.full([1], signals.asked(), device=self._device))
             if before is not None and before.any():
                 self.told = True

@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance, signals
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
-from sws_dist.data.mixing import Mixing, denormalise, erase
+from sws_dist.data.mixing import Mixing, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, LossParts
 from sws_dist.ema import ShardedEMA
 from sws_dist.errors import RunError, Stopped
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
-from sws_dist.metrics import Recorder, labelled_grid
+from sws_dist.metrics import Recorder
+from sws_dist.nonfinite import NonFinite
 from sws_dist.optim import Schedule
-from sws_dist.progress import Window
-from sws_dist.rollcall import RollCall, Until
+from sws_dist.progress import Pace, Window, introduce, show_batch
+from sws_dist.rollcall import Answers, RollCall, Until
+from sws_dist.watch import DATA, LOG, Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,6 +56,7 @@ class Trainer:
             self.ds = ds_config.resolve(ds_path, config, world.size)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
+        self.watch = Watch(self.output / "heartbeats", world, config.train.timeout_s)
         self.notes: list[str] = []
         """What the first lines of the log should say of the resume."""
         found = assemble.find_checkpoint(self.output, resume, world, self.notes)
@@ -91,7 +93,7 @@ class Trainer:
 
         self.engine = ds_engine.build(self.model, self.ds, config.optim)
         self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
-        self._grad_norm: float | None = None
+        self._taken = ds_engine.Taken(applied=False, grad_norm=None)
         self._checkpoint: Path | None = None
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
@@ -99,6 +101,9 @@ class Trainer:
         self._resume(found)
         self._clock = time.perf_counter()
         self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
+        with comm.together("prepare to skip steps"):
+            limit = config.train.skip_nonfinite
+            self.nonfinite = NonFinite(limit, self.ds, self.output, self.train_set, self.recorder)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -108,32 +113,38 @@ class Trainer:
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
         """
-        with signals.deferred():
+        with signals.deferred(), self.watch.explaining():
             try:
-                self._introduce()
+                self.watch.start()
+                introduce(self)
                 self._fit()
             finally:
                 self.recorder.close()
+                self.watch.close()
 
     def _fit(self) -> None:
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
         self._loader = self._batches(last_step)
         batches, window = iter(self._loader), Window(self)
-        ranks = RollCall(lambda: self._loader.failure)
+        ranks = RollCall([self._require_sound, self.nonfinite.judge, Pace(self.recorder.say).judge])
         self._catch_up()
+        self.watch.lap()
         while self.step < last_step:
-            losses, waited = self._train_step(batches)
+            losses = self._train_step(batches)
             told = ranks.read()
-            self.step += 1
-            ranks.call(self.step, losses.total)
-            window.add(losses, waited)
+            self.watch.step = self.step = self.step + 1
+            lap, failed = self.watch.lap(), self._failure() is not None
+            ranks.call(self.step, losses.total, lap, applied=self._taken.applied, failed=failed)
+            window.add(losses, lap.data)
             self.recorder.advance()
             if self.step % self.config.train.log_every == 0 or self.step == last_step:
-                window.log()
+                with self.watch.doing(LOG):
+                    window.log()
             if told or self._ends_epoch() or self.step == last_step:
                 told = ranks.read() or told
                 self._pause(told)
                 window = Window(self)
+                self.watch.lap()
         if self.step == self.total_steps:
             self._finish()
         else:
@@ -141,16 +152,17 @@ class Trainer:
                 f"stopped at step {self.step} of {self.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[pipeline.Batch]) -> tuple[LossParts, float]:
-        """One optimizer step; the losses' means over this rank's micro-batches, and the seconds without data."""
-        waited = 0.0
+    def _train_step(self, batches: Iterator[pipeline.Batch]) -> LossParts:
+        """One optimizer step; the losses' means over this rank's micro-batches."""
         parts: list[LossParts] = []
+        seen = []
+        self.nonfinite.begin(self.engine.module)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.schedule(self.step)
         for _ in range(self.engine.gradient_accumulation_steps()):
-            start = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - start
+            with self.watch.doing(DATA):
+                batch = next(batches)
+            seen.append(batch.indices)
             comm.seed_everything(self.config.train.seed, batch.position)
             images = batch.images
             if batch.erase is not None:
@@ -159,15 +171,15 @@ class Trainer:
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
             if self.step == 0 and not parts:
-                self._show(images, batch, teacher_logits)
+                show_batch(self, images, batch, teacher_logits)
             parts.append(self.loss(self.engine(images), targets, teacher_logits))
             self.engine.backward(parts[-1].total)
-            self._grad_norm = ds_engine.grad_norm_before_step(self.engine)
-            self.engine.step()
-        if self.ema is not None:
+            self._taken = ds_engine.step(self.engine) or self._taken
+        if self.ema is not None and self._taken.applied:
             self.ema.update()
+        self.nonfinite.end(self.step + 1, seen, self._taken.applied)
         means = [torch.stack([p[i].detach().float() for p in parts]).mean() for i in range(len(LossParts._fields))]
-        return LossParts(*means), waited
+        return LossParts(*means)
 
     def _catch_up(self) -> None:
         """The evaluation before the first step, or one that a stop has put off."""
@@ -223,8 +235,9 @@ class Trainer:
     def _score(self) -> Scores | None:
         self.engine.eval()
         self.bad_val.clear()
-        batches = Until(self._val_loader, self.world.device)
-        scores = evaluate(self.engine, batches, self.dtype)
+        batches = Until(self._val_loader, self.world.device, self.watch.moved)
+        with self.watch.doing("evaluating"):
+            scores = evaluate(self.engine, batches, self.dtype)
         self._tell_of(self.bad_val, 0, len(self.val_set))
         self.engine.train()
         return None if batches.told else scores
@@ -246,7 +259,8 @@ class Trainer:
         assemble.average_buffers(self.engine.module)
         folder, keep = self.output / "checkpoints", self.config.checkpoint
         info = self._described()
-        self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
+        with self.watch.doing("saving"):
+            self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
         if self.world.is_main:
             try:
                 checkpoint.prune(folder, keep.keep_last, keep.keep_best)
@@ -353,8 +367,18 @@ class Trainer:
 
     def grad_norm(self) -> float:
         """Of the latest step's gradient, before clipping."""
-        norm = self.engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
+        norm = self._taken.grad_norm
         return math.nan if norm is None else float(norm)
+
+    def _failure(self) -> Exception | None:
+        """Why this rank cannot go on, if so."""
+        return self._loader.failure or self.recorder.failure
+
+    def _require_sound(self, answers: Answers) -> None:
+        if answers.failed:
+            with comm.together(f"take step {answers.step}"):
+                if (failure := self._failure()) is not None:
+                    raise failure
 
     def _resume(self, found: Path | None) -> None:
         self._checkpoint = found
@@ -368,35 +392,3 @@ class Trainer:
             self.notes.append(f"set aside as {aside}: it is later than the checkpoint that this run goes on from")
         self.step, self.seconds = state.step, state.seconds
         self.best_top1, self.history = state.best_top1, list(state.history)
-
-    def _introduce(self) -> None:
-        """The first lines of the log, and the resolved configs beside the run."""
-        if self.world.is_main:
-            for note in self.notes:
-                self.recorder.say(note)
-            texts = assemble.write_configs(self.config, self.ds, self.output)
-            for name, text in texts.items():
-                self.recorder.text(name, text)
-        teacher = f", taught by {self.config.distill.teacher}" if self.teacher is not None else ""
-        start = f"from step {self.step}, " if self.step else ""
-        layout = checkpoint.describe_layout(self.engine, self.world)
-        self.recorder.say(
-            f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
-            + "".join(f"{line}\n" for line in assemble.tell_of_data(self.train_set, self.val_set))
-            + f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
-            f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
-            f"{self.kernels}"
-        )
-
-    def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:
-        """The first batch as the model sees it, with its labels and the teacher's guess, for TensorBoard."""
-        if not self.world.is_main:
-            return
-        count = min(32, len(images))
-        pixels = denormalise(images[:count], self.config.data.mean, self.config.data.std)
-        names = self.train_set.classes
-        captions = [names[label] for label in batch.labels[:count].tolist()]
-        if teacher_logits is not None:
-            guesses = teacher_logits[:count].argmax(dim=1).tolist()
-            captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
-        self.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), self.step)
