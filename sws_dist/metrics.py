@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -53,7 +54,10 @@ class Recorder:
             if able:
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, step)
-                self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+                known = {
+                    name: value if math.isfinite(value) else None for name, value in values.items()
+                }  # JSON has no NaN
+                self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **known}) + "\n")
                 self._log.flush()
 
     def text(self, name: str, text: str) -> None:

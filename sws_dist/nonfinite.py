@@ -53,7 +53,7 @@ class NonFinite:
     def begin(self, model: nn.Module) -> None:
         """Before a step: remember running statistics (batch norm), which forward changes."""
         if self._limit:
-            self._buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+            self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def end(self, step: int, indices: Sequence[np.ndarray], applied: bool) -> None:
         """After step number ``step`` over the images ``indices`` (places in the manifest) of this rank."""

@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     for name, extra in (("", {}), ("_bf16", {"bf16": {"enabled": True}}))
     for stage in range(4)
 } | {"accumulated": {"zero_optimization": {"stage": 0}, "gradient_accumulation_steps": 2}}
+BATCHNORM = {"model.name": "resnet10t", "model.schedule": None, "model.kwargs": {}, "optim.ema_decay": None}
+KINDS["batchnorm"] = {"zero_optimization": {"stage": 1}}
 
 
 def run(jobs: list[tuple[Job, list[int]]], folder: Path) -> Any:
@@ -53,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     jobs = []
     for kind, ds in KINDS.items():
         for steps in (2, 4, 6):  # the checkpoint after step 5 is the epoch's
-            job = Job(file, folder / kind, ds, {"train.max_steps": steps}, resume="auto")
+            sets = {"train.max_steps": steps} | (BATCHNORM if kind == "batchnorm" else {})
+            job = Job(file, folder / kind, ds, sets, resume="auto")
             jobs.append((job, POISONED))
     done = run(jobs, folder)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -64,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
 def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights, optimizer state and averages, of all ranks."""
     files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
-    assert len(files) == 2
+    assert files
     return {f"{file.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
 
 
