@@ -45,9 +45,10 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """A line for whoever watches, above the progress bar where there is one."""
-        if self.active:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        with self._writing():
+            if self.active:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._writing() as able:

@@ -106,7 +106,7 @@ class Watch:
         except RuntimeError as error:
             if not comm.is_lost(error):
                 raise
-            self._leave(f"lost the connection to other ranks ({str(error).splitlines()[0]})")
+            self._leave(f"lost the connection to other ranks ({str(error).splitlines()[0][:200]})")
 
     def _run(self) -> None:
         beat = asked = 0.0

@@ -112,7 +112,7 @@ class Running:
 @contextmanager
 def running(job: Job, ranks: int) -> Iterator[Running]:
     """``train``, to be disturbed: whatever is left of it at the end of the block is killed."""
-    printed = job.output.with_suffix(".printed.txt")
+    printed = job.config.with_name(f"{job.output.name}.printed.txt")
     printed.parent.mkdir(parents=True, exist_ok=True)
     with printed.open("w") as file:
         process = _launch(_train_arguments(job), ranks, file)

@@ -14,9 +14,9 @@ from tests.launching import Job, deepspeed, log
 
 RUN = """
 output: unused
-model: {name: sws_vit, schedule: [2, 2], kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
+model: MODEL
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
-optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}
+optim: {lr: 3e-3, lr_batch: null, ema_decay: DECAY}
 train: {epochs: 2, global_batch: 16, log_every: 1, skip_nonfinite: 2}
 checkpoint: {keep_last: 10}
 """
@@ -26,8 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     for name, extra in (("", {}), ("_bf16", {"bf16": {"enabled": True}}))
     for stage in range(4)
 } | {"accumulated": {"zero_optimization": {"stage": 0}, "gradient_accumulation_steps": 2}}
-BATCHNORM = {"model.name": "resnet10t", "model.schedule": None, "model.kwargs": {}, "optim.ema_decay": None}
 KINDS["batchnorm"] = {"zero_optimization": {"stage": 1}}
+OURS = "{name: sws_vit, schedule: [2, 2], kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}"
 
 
 def run(jobs: list[tuple[Job, list[int]]], folder: Path) -> Any:
@@ -50,13 +50,14 @@ def run(jobs: list[tuple[Job, list[int]]], folder: Path) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     """Of every kind: steps 3, 4 and 6 of 6 are poisoned; a checkpoint after steps 2, 4, 5 and 6."""
     folder = tmp_path_factory.mktemp("nonfinite")
-    file = folder / "run.yaml"
-    file.write_text(RUN.replace("ROOT", str(few_digits)))
+    text = RUN.replace("ROOT", str(few_digits))
+    (folder / "run.yaml").write_text(text.replace("MODEL", OURS).replace("DECAY", "0.9"))
+    (folder / "batchnorm.yaml").write_text(text.replace("MODEL", "{name: resnet10t}").replace("DECAY", "null"))
     jobs = []
     for kind, ds in KINDS.items():
         for steps in (2, 4, 6):  # the checkpoint after step 5 is the epoch's
-            sets = {"train.max_steps": steps} | (BATCHNORM if kind == "batchnorm" else {})
-            job = Job(file, folder / kind, ds, sets, resume="auto")
+            file = folder / ("batchnorm.yaml" if kind == "batchnorm" else "run.yaml")
+            job = Job(file, folder / kind, ds, {"train.max_steps": steps}, resume="auto")
             jobs.append((job, POISONED))
     done = run(jobs, folder)
     assert done.returncode == 0, done.stdout[-6000:]
