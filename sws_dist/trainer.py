@@ -56,7 +56,8 @@ class Trainer:
             self.ds = ds_config.resolve(ds_path, config, world.size)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
-        self.watch = Watch(self.output / "heartbeats", world, config.train.timeout_s)
+        with comm.together("prepare the heartbeats"):
+            self.watch = Watch(self.output / "heartbeats", world, config.train.timeout_s)
         self.notes: list[str] = []
         """What the first lines of the log should say of the resume."""
         found = assemble.find_checkpoint(self.output, resume, world, self.notes)
@@ -113,14 +114,12 @@ class Trainer:
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
         """
-        with signals.deferred(), self.watch.explaining():
+        with signals.deferred(), self.watch.watching():
             try:
-                self.watch.start()
                 introduce(self)
                 self._fit()
             finally:
                 self.recorder.close()
-                self.watch.close()
 
     def _fit(self) -> None:
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from sws_dist import comm
 from sws_dist.comm import World
+from sws_dist.errors import Stopped
 
 DATA, LOG = "waiting for data", "writing the log"
 _STEP = "taking a step"
@@ -54,22 +55,12 @@ class Watch:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._lap = time.monotonic()
         self._beats = 0
-        self._end = threading.Event()
+        self._end, self._leaving = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         if world.is_main:
             folder.mkdir(exist_ok=True)
             for old in folder.glob("*.json"):  # of a run with more ranks
                 old.unlink(missing_ok=True)
-
-    def start(self) -> None:
-        self.moved()
-        self._thread.start()
-
-    def close(self) -> None:
-        """This rank is done: its silence means nothing from now on."""
-        self._end.set()
-        self._thread.join(timeout=5)  # not for ever: the disk may hang
-        self._file(self._world.rank).unlink(missing_ok=True)
 
     # ---- what this rank does -------------------------------------------------------------------------------------
 
@@ -99,14 +90,28 @@ class Watch:
     # ---- the others ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """A lost connection inside the block ends the process with a message that names who is missing."""
+    def watching(self) -> Iterator[None]:
+        """Watch the run inside the block. A lost connection ends the process and says who is missing.
+
+        A run that fails leaves its heartbeats behind: they say where it was.
+        """
+        self.moved()
+        self._thread.start()
         try:
             yield
+        except Stopped:
+            self._close()
+            raise
         except RuntimeError as error:
             if not comm.is_lost(error):
                 raise
             self._leave(f"lost the connection to other ranks ({str(error).splitlines()[0][:200]})")
+        self._close()
+
+    def _close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=5)  # not for ever: the disk may hang
+        self._file(self._world.rank).unlink(missing_ok=True)
 
     def _run(self) -> None:
         beat = asked = 0.0
@@ -125,6 +130,7 @@ class Watch:
                     print(f"no progress for {idle:.0f} s: {account}", flush=True)
 
     def _leave(self, why: str) -> None:
+        self._leaving.acquire()  # the other thread may come here too, when a rank that has said it is gone
         account = self._account()
         if account is None:
             time.sleep(4 * _TICK_S)  # so that the rank that knows can say so first
