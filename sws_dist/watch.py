@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -105,7 +106,9 @@ class Watch:
         except RuntimeError as error:
             if not comm.is_lost(error):
                 raise
-            self._leave(f"lost the connection to other ranks ({str(error).splitlines()[0][:200]})")
+            # gloo: [file:line] what happened. Advice
+            what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+            self._leave(f"lost the connection to other ranks ({what})")
         self._close()
 
     def _close(self) -> None:

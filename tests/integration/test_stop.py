@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -84,6 +85,9 @@ def test_stopped_three_times_and_resumed_equals_undisturbed(folder: Path) -> Non
         gone(ranks)
         assert re.search(r"told to stop \((SIGINT|SIGTERM) on rank 0\)", run.said())
     assert saved(job)[-1] >= 100
+
+    scored = json.loads((job.output / "checkpoints" / f"step-{EPOCH:08d}" / "state.json").read_text())
+    assert scored["top1"] == scored["history"][-1]["val/top1"]
 
     done = train(job, ranks=2)
     assert done.returncode == 0, done.stdout
