@@ -25,11 +25,13 @@ start again with --resume auto. A second Ctrl-C stops at once.
 import argparse
 from pathlib import Path
 
-from sws_dist import cli, config, signals
+from sws_dist import cli, signals
 
 
 def main() -> None:
-    signals.listen()
+    signals.listen()  # before the imports that take seconds
+    from sws_dist import config
+
     parser = cli.parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="what to train (YAML, see configs/runs)")
     parser.add_argument(
