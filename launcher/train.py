@@ -17,15 +17,21 @@ examples:
 The run's folder (config key `output`) receives config.yaml, deepspeed.json, log.jsonl, tensorboard/, checkpoints/,
 and at the end metrics.json with learngene.safetensors (auxiliary models) or model.safetensors (all others).
 Every config key stands, explained, in sws_dist/config.py.
+
+SIGTERM, SIGUSR1 and Ctrl-C finish the step under way and save; every rank then leaves with exit code 75, which means:
+start again with --resume auto. A second Ctrl-C stops at once.
 """
 
 import argparse
 from pathlib import Path
 
-from sws_dist import cli, config
+from sws_dist import cli, signals
 
 
 def main() -> None:
+    signals.listen()  # before the imports that take seconds
+    from sws_dist import config
+
     parser = cli.parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="what to train (YAML, see configs/runs)")
     parser.add_argument(

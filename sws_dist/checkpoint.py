@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,12 @@ def save(
     """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}"
-    if comm.from_main(final.exists()):  # a run that stops where it began: what a step leaves is always the same
+    if comm.from_main(final.exists()):  # what a step leaves is always the same, but for scores that a stop put off
+        with comm.together("complete a checkpoint"):
+            if world.is_main and state["top1"] is not None:
+                scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
+                scored = replace(read_state(final), model=asdict(info), **scores)
+                write_json(final / "state.json", asdict(scored))
         return final
     with comm.together("prepare a checkpoint"):
         if world.is_main:

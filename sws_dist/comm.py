@@ -22,6 +22,8 @@ from torch import Tensor
 
 from sws_dist.errors import RunError
 
+_GRACE_S = 30
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,11 +78,18 @@ def init(timeout_s: int) -> World:
 
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
+        # Later than the watch (watch.py) of each rank, which has more to say than the backend.
+        timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
         auto_mpi_discovery=False,
         verbose=False,
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank did not take part."""
+    # gloo's errors have no type of their own, but the place in its sources that they come from.
+    return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
 
 
 def close() -> None:
@@ -140,13 +149,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def gather_rows(row: Tensor) -> Tensor:
+    """[n] on each rank -> [world, n] on every rank."""
+    if not dist.is_initialized():
+        return row[None]
+    out = torch.empty(dist.get_world_size(), len(row), dtype=row.dtype, device=row.device)
+    dist.all_gather(list(out), row)
+    return out
+
+
 def gather_scalars(value: Tensor) -> Tensor:
     """[] on each rank -> [world] on every rank."""
-    if not dist.is_initialized():
-        return value.reshape(1)
-    out = torch.empty(dist.get_world_size(), dtype=value.dtype, device=value.device)
-    dist.all_gather(list(out.split(1)), value.reshape(1))
-    return out
+    return gather_rows(value.reshape(1))[:, 0]
 
 
 def seed_everything(*numbers: int) -> None:

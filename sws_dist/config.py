@@ -197,7 +197,10 @@ class TrainConfig:
     log_every: int = Field(default=50, ge=1)
     """Steps between two lines of the log."""
     timeout_s: int = Field(default=1800, ge=1)
-    """How long a collective may take before the run is stopped."""
+    """Seconds without progress after which every rank ends, with a message that names who is missing."""
+    skip_nonfinite: int = Field(default=0, ge=0)
+    """How many steps in a row may be skipped, with weights and averages untouched, because their loss or gradient is
+    infinite or NaN; one more stops the run."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -8,9 +8,10 @@ shard of them (stages 1, 2, 3). The names below are those of DeepSpeed 0.19.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -195,16 +196,31 @@ def publish(engine: Any) -> None:
             low.data.copy_(master)
 
 
-def grad_norm_before_step(engine: Any) -> float | None:
-    """The gradient's norm where DeepSpeed does not take it: at stage 0 in fp32, where each rank has all of it.
+class Taken(NamedTuple):
+    """What became of a step: whether the weights were updated, and the gradient's norm before clipping."""
 
-    None elsewhere, and between the micro-batches of a step; ``engine.get_global_grad_norm()`` has it after the step.
+    applied: bool
+    grad_norm: Tensor | float | None
+
+
+def step(engine: Any) -> Taken | None:
+    """The optimizer's step, unless the gradient is not finite; None between the micro-batches of a step.
+
+    DeepSpeed leaves such a step out by itself, on all ranks alike, but at stage 0 in fp32. There each rank has the
+    whole gradient, and parameters without one are not touched.
     """
-    if engine.zero_optimization_stage() or ds_config.precision(engine.config) != "fp32":
-        return None
     if not engine.is_gradient_accumulation_boundary():
+        engine.step()
         return None
-    return float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if engine.zero_optimization_stage() or ds_config.precision(engine.config) != "fp32":
+        engine.step()
+        return Taken(engine.was_step_applied(), engine.get_global_grad_norm())
+    norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    applied = math.isfinite(norm)
+    if not applied:
+        engine.module.zero_grad(set_to_none=True)
+    engine.step()
+    return Taken(applied, norm)
 
 
 def all_finite(engine: Any) -> bool:

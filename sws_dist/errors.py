@@ -1,5 +1,8 @@
 """Errors that a user can mend. Their messages say which value is wrong, where it came from, what would be right."""
 
+EXIT_AGAIN = 75
+"""The exit code of a run that was told to stop: saved, start again with ``--resume auto``. sysexits' EX_TEMPFAIL."""
+
 
 class ConfigError(ValueError):
     """A value in a config file or on the command line."""
@@ -7,3 +10,7 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A failure that all ranks know of: rank 0 reports it, the others leave silently."""
+
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved: every rank leaves with ``EXIT_AGAIN``."""

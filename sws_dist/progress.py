@@ -1,16 +1,52 @@
-"""One line of the log: losses, speed and time to finish, averaged since the line before."""
+"""What is told of a run's progress: a line of the log every so many steps, and steps that take far too long."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sws_dist import comm
+from sws_dist import assemble, checkpoint, comm
+from sws_dist.data.loader import Batch
+from sws_dist.data.mixing import denormalise
 from sws_dist.distillation import LossParts
-from sws_dist.metrics import duration, memory_gib
+from sws_dist.metrics import duration, labelled_grid, memory_gib
+from sws_dist.rollcall import Answers
+
+
+class Pace:
+    """Tells of steps that take far longer than the others, and of where the time went.
+
+    Args:
+        say: told, on rank 0.
+    """
+
+    TIMES, LEAST_S, KNOWN = 5, 1.0, 10  # so many medians, at least so many seconds more, once so many steps are known
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._steps: deque[float] = deque(maxlen=101)
+
+    def judge(self, answers: Answers) -> None:
+        took = max(lap.seconds for lap in answers.laps)
+        usual = statistics.median(self._steps) if len(self._steps) >= self.KNOWN else math.inf
+        self._steps.append(took)
+        if took < max(self.TIMES * usual, usual + self.LEAST_S):
+            return
+        data, rank = max((lap.data, rank) for rank, lap in enumerate(answers.laps))
+        log = answers.laps[0].log
+        if max(data, log) < took / 2:
+            where = "computing, and exchanging gradients"
+        else:
+            late = f"rank {rank} waited {data:.1f} s for data", f"rank 0 wrote the log for {log:.1f} s"
+            where = late[data < log]
+        self._say(f"step {answers.step} took {took:.1f} s instead of {usual:.2f} s: {where}")
 
 
 class Window:
@@ -57,3 +93,37 @@ class Window:
             f"waiting for data {100 * self.waited / took:.0f} %  {duration(left)} left"
         )
         self._reset()
+
+
+def show_batch(trainer: Any, images: Tensor, batch: Batch, teacher_logits: Tensor | None) -> None:
+    """The first batch as the model sees it, with its labels and the teacher's guess, for TensorBoard."""
+    if not trainer.world.is_main:
+        return
+    count = min(32, len(images))
+    pixels = denormalise(images[:count], trainer.config.data.mean, trainer.config.data.std)
+    names = trainer.train_set.classes
+    captions = [names[label] for label in batch.labels[:count].tolist()]
+    if teacher_logits is not None:
+        guesses = teacher_logits[:count].argmax(dim=1).tolist()
+        captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
+    trainer.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), trainer.step)
+
+
+def introduce(trainer: Any) -> None:
+    """The first lines of the log, and the resolved configs beside the run."""
+    t = trainer
+    if t.world.is_main:
+        for note in t.notes:
+            t.recorder.say(note)
+        for name, text in assemble.write_configs(t.config, t.ds, t.output).items():
+            t.recorder.text(name, text)
+    teacher = f", taught by {t.config.distill.teacher}" if t.teacher is not None else ""
+    start = f"from step {t.step}, " if t.step else ""
+    layout = checkpoint.describe_layout(t.engine, t.world)
+    t.recorder.say(
+        f"{t.output}: {t.config.model.name}, {t.parameters / 1e6:.2f} M parameters{teacher}\n"
+        + "".join(f"{line}\n" for line in assemble.tell_of_data(t.train_set, t.val_set))
+        + f"{start}{t.total_steps} steps of {t.config.train.global_batch} images, "
+        f"{t.world.size} rank(s), {t.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
+        f"{t.kernels}"
+    )

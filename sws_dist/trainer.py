@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
+from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance, signals
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
-from sws_dist.data.mixing import Mixing, denormalise, erase
+from sws_dist.data.mixing import Mixing, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, LossParts
 from sws_dist.ema import ShardedEMA
-from sws_dist.errors import RunError
+from sws_dist.errors import RunError, Stopped
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.flops import TRAIN_FACTOR
-from sws_dist.metrics import Recorder, labelled_grid
+from sws_dist.metrics import Recorder
+from sws_dist.nonfinite import NonFinite
 from sws_dist.optim import Schedule
-from sws_dist.progress import Window
+from sws_dist.progress import Pace, Window, introduce, show_batch
+from sws_dist.rollcall import Answers, RollCall, Until
+from sws_dist.watch import DATA, LOG, Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +56,8 @@ class Trainer:
             self.ds = ds_config.resolve(ds_path, config, world.size)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
+        with comm.together("prepare the heartbeats"):
+            self.watch = Watch(self.output / "heartbeats", world, config.train.timeout_s)
         self.notes: list[str] = []
         """What the first lines of the log should say of the resume."""
         found = assemble.find_checkpoint(self.output, resume, world, self.notes)
@@ -90,7 +94,7 @@ class Trainer:
 
         self.engine = ds_engine.build(self.model, self.ds, config.optim)
         self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
-        self._grad_norm: float | None = None
+        self._taken = ds_engine.Taken(applied=False, grad_norm=None)
         self._checkpoint: Path | None = None
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
@@ -98,40 +102,48 @@ class Trainer:
         self._resume(found)
         self._clock = time.perf_counter()
         self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
+        with comm.together("prepare to skip steps"):
+            limit = config.train.skip_nonfinite
+            self.nonfinite = NonFinite(limit, self.ds, self.output, self.train_set, self.recorder)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end (or ``train.max_steps``), then write the run's results."""
-        try:
-            self._introduce()
-            self._fit()
-        finally:
-            self.recorder.close()
+        """Train to the end (or ``train.max_steps``), then write the run's results.
+
+        Raises:
+            Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
+        """
+        with signals.deferred(), self.watch.watching():
+            try:
+                introduce(self)
+                self._fit()
+            finally:
+                self.recorder.close()
 
     def _fit(self) -> None:
-        if self.step == 0 and self.config.train.eval_at_start:
-            self._evaluate(epoch=0)
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
-        window = Window(self)
         self._loader = self._batches(last_step)
-        batches = iter(self._loader)
-        suspect: Tensor | None = None
+        batches, window = iter(self._loader), Window(self)
+        ranks = RollCall([self._require_sound, self.nonfinite.judge, Pace(self.recorder.say).judge])
+        self._catch_up()
+        self.watch.lap()
         while self.step < last_step:
-            losses, waited = self._train_step(batches)
-            # Looked at one step late: by then the values have arrived without making the device wait.
-            self._require_finite(suspect, self.step - 1)
-            suspect = comm.gather_scalars(losses.total)
-            self.step += 1
-            window.add(losses, waited)
+            losses = self._train_step(batches)
+            told = ranks.read()
+            self.watch.step = self.step = self.step + 1
+            lap, failed = self.watch.lap(), self._failure() is not None
+            ranks.call(self.step, losses.total, lap, applied=self._taken.applied, failed=failed)
+            window.add(losses, lap.data)
             self.recorder.advance()
             if self.step % self.config.train.log_every == 0 or self.step == last_step:
-                window.log()
-            epoch = self._epochs_done(self.step)
-            if epoch > self._epochs_done(self.step - 1) or self.step == last_step:
-                self._require_finite(suspect, self.step)
-                self._end_of_epoch(epoch)
+                with self.watch.doing(LOG):
+                    window.log()
+            if told or self._ends_epoch() or self.step == last_step:
+                told = ranks.read() or told
+                self._pause(told)
                 window = Window(self)
+                self.watch.lap()
         if self.step == self.total_steps:
             self._finish()
         else:
@@ -139,16 +151,17 @@ class Trainer:
                 f"stopped at step {self.step} of {self.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[pipeline.Batch]) -> tuple[LossParts, float]:
-        """One optimizer step; the losses' means over this rank's micro-batches, and the seconds without data."""
-        waited = 0.0
+    def _train_step(self, batches: Iterator[pipeline.Batch]) -> LossParts:
+        """One optimizer step; the losses' means over this rank's micro-batches."""
         parts: list[LossParts] = []
+        seen = []
+        self.nonfinite.begin(self.engine.module)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.schedule(self.step)
         for _ in range(self.engine.gradient_accumulation_steps()):
-            start = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - start
+            with self.watch.doing(DATA):
+                batch = next(batches)
+            seen.append(batch.indices)
             comm.seed_everything(self.config.train.seed, batch.position)
             images = batch.images
             if batch.erase is not None:
@@ -157,35 +170,56 @@ class Trainer:
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
             if self.step == 0 and not parts:
-                self._show(images, batch, teacher_logits)
+                show_batch(self, images, batch, teacher_logits)
             parts.append(self.loss(self.engine(images), targets, teacher_logits))
             self.engine.backward(parts[-1].total)
-            self._grad_norm = ds_engine.grad_norm_before_step(self.engine)
-            self.engine.step()
-        if self.ema is not None:
+            self._taken = ds_engine.step(self.engine) or self._taken
+        if self.ema is not None and self._taken.applied:
             self.ema.update()
+        self.nonfinite.end(self.step + 1, seen, self._taken.applied)
         means = [torch.stack([p[i].detach().float() for p in parts]).mean() for i in range(len(LossParts._fields))]
-        return LossParts(*means), waited
+        return LossParts(*means)
 
-    def _end_of_epoch(self, epoch: int) -> None:
-        """Evaluate and save where an epoch has ended; a run that stops in the middle of one is only saved."""
-        last = self.step == self.total_steps
-        ended = epoch > self._epochs_done(self.step - 1)
-        top1 = self._evaluate(epoch) if last or (ended and epoch % self.config.train.eval_every == 0) else None
-        stopping = self.step == self.config.train.max_steps
-        if last or stopping or (ended and epoch % self.config.checkpoint.every == 0):
+    def _catch_up(self) -> None:
+        """The evaluation before the first step, or one that a stop has put off."""
+        evaluated = bool(self.history) and self.history[-1]["step"] == self.step
+        if self.step == 0 and self.config.train.eval_at_start:
+            if self._evaluate() is None:
+                raise Stopped("told to stop before the first step: there is nothing to save")
+        elif self._evaluation_due() and not evaluated:
+            self._pause(None)
+
+    def _pause(self, told: str | None) -> None:
+        """Evaluate and save where that is due. Told to stop, only save: an evaluation is whole, or after the resume.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        top1 = None
+        if told is None and self._evaluation_due():
+            top1 = self._evaluate()
+            told = "during the evaluation" if top1 is None else None
+        last = self.step in (self.total_steps, self.config.train.max_steps)
+        epoch = self._epochs_done(self.step)
+        if told or last or (self._ends_epoch() and epoch % self.config.checkpoint.every == 0):
             self._save(epoch, top1)
+        if told:
+            raise Stopped(f"told to stop ({told}): saved at step {self.step} of {self.total_steps}")
 
-    def _evaluate(self, epoch: int) -> float:
-        """Score the weights, and their average where one is kept. Returns the weights' top-1."""
+    def _evaluate(self) -> float | None:
+        """Score the weights, and their average where one is kept. Returns the weights' top-1; None: told to stop."""
         assemble.average_buffers(self.engine.module)
-        scores = {"val": self._score()}
-        if self.ema is not None:
+        found = {"val": self._score()}
+        if self.ema is not None and found["val"] is not None:
             with self.ema.applied():
-                scores["val_ema"] = self._score()
+                found["val_ema"] = self._score()
+        scores = {group: s for group, s in found.items() if s is not None}
+        if len(scores) < len(found):
+            return None
         values = {
             f"{group}/{name}": getattr(s, name) for group, s in scores.items() for name in ("top1", "top5", "loss")
         }
+        epoch = self._epochs_done(self.step)
         self.recorder.scalars(self.step, values)
         self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed(), **values})
         top1 = scores["val"].top1
@@ -197,13 +231,15 @@ class Trainer:
         )
         return top1
 
-    def _score(self) -> Scores:
+    def _score(self) -> Scores | None:
         self.engine.eval()
         self.bad_val.clear()
-        scores = evaluate(self.engine, self._val_loader, self.dtype)
+        batches = Until(self._val_loader, self.world.device, self.watch.moved)
+        with self.watch.doing("evaluating"):
+            scores = evaluate(self.engine, batches, self.dtype)
         self._tell_of(self.bad_val, 0, len(self.val_set))
         self.engine.train()
-        return scores
+        return None if batches.told else scores
 
     def _save(self, epoch: int, top1: float | None) -> None:
         state = {
@@ -222,7 +258,8 @@ class Trainer:
         assemble.average_buffers(self.engine.module)
         folder, keep = self.output / "checkpoints", self.config.checkpoint
         info = self._described()
-        self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
+        with self.watch.doing("saving"):
+            self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
         if self.world.is_main:
             try:
                 checkpoint.prune(folder, keep.keep_last, keep.keep_best)
@@ -298,6 +335,13 @@ class Trainer:
         for line in bad.exchange(self.world.device, epoch, epoch_size, self.config.data.max_bad_share):
             self.recorder.say(line)
 
+    def _ends_epoch(self) -> bool:
+        return self.step > 0 and self._epochs_done(self.step) > self._epochs_done(self.step - 1)
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.train.eval_every
+        return self.step == self.total_steps or (self._ends_epoch() and self._epochs_done(self.step) % every == 0)
+
     def _epochs_done(self, step: int) -> int:
         if step == self.total_steps:  # what is left of the last epoch is less than a batch
             return self.config.train.epochs
@@ -322,23 +366,18 @@ class Trainer:
 
     def grad_norm(self) -> float:
         """Of the latest step's gradient, before clipping."""
-        norm = self.engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
+        norm = self._taken.grad_norm
         return math.nan if norm is None else float(norm)
 
-    def _require_finite(self, losses: Tensor | None, step: int) -> None:
-        """losses [world]: every rank's loss of that step. All ranks see the same numbers, so all of them stop."""
-        if losses is None:
-            return
-        if not losses.isfinite().all():
-            with comm.together("read the images"):
-                if self._loader.failure is not None:
-                    raise self._loader.failure
-        for rank, value in enumerate(losses.tolist()):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the loss is {value} at step {step} on rank {rank}; the last checkpoint is untouched. "
-                    "A lower optim.lr, more warm-up or gradient_clipping usually helps"
-                )
+    def _failure(self) -> Exception | None:
+        """Why this rank cannot go on, if so."""
+        return self._loader.failure or self.recorder.failure
+
+    def _require_sound(self, answers: Answers) -> None:
+        if answers.failed:
+            with comm.together(f"take step {answers.step}"):
+                if (failure := self._failure()) is not None:
+                    raise failure
 
     def _resume(self, found: Path | None) -> None:
         self._checkpoint = found
@@ -352,35 +391,3 @@ class Trainer:
             self.notes.append(f"set aside as {aside}: it is later than the checkpoint that this run goes on from")
         self.step, self.seconds = state.step, state.seconds
         self.best_top1, self.history = state.best_top1, list(state.history)
-
-    def _introduce(self) -> None:
-        """The first lines of the log, and the resolved configs beside the run."""
-        if self.world.is_main:
-            for note in self.notes:
-                self.recorder.say(note)
-            texts = assemble.write_configs(self.config, self.ds, self.output)
-            for name, text in texts.items():
-                self.recorder.text(name, text)
-        teacher = f", taught by {self.config.distill.teacher}" if self.teacher is not None else ""
-        start = f"from step {self.step}, " if self.step else ""
-        layout = checkpoint.describe_layout(self.engine, self.world)
-        self.recorder.say(
-            f"{self.output}: {self.config.model.name}, {self.parameters / 1e6:.2f} M parameters{teacher}\n"
-            + "".join(f"{line}\n" for line in assemble.tell_of_data(self.train_set, self.val_set))
-            + f"{start}{self.total_steps} steps of {self.config.train.global_batch} images, "
-            f"{self.world.size} rank(s), {self.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
-            f"{self.kernels}"
-        )
-
-    def _show(self, images: Tensor, batch: pipeline.Batch, teacher_logits: Tensor | None) -> None:
-        """The first batch as the model sees it, with its labels and the teacher's guess, for TensorBoard."""
-        if not self.world.is_main:
-            return
-        count = min(32, len(images))
-        pixels = denormalise(images[:count], self.config.data.mean, self.config.data.std)
-        names = self.train_set.classes
-        captions = [names[label] for label in batch.labels[:count].tolist()]
-        if teacher_logits is not None:
-            guesses = teacher_logits[:count].argmax(dim=1).tolist()
-            captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
-        self.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), self.step)

@@ -8,9 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -45,34 +50,89 @@ def free_port() -> int:
 
 def deepspeed(*arguments: str, ranks: int, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """``deepspeed --num_accelerators <ranks> <arguments>``; past the limit all its processes are killed."""
-    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
-    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    # One environment, one cache of compiled operators: the common one is compiled anew for each other's sources.
-    environment["TORCH_EXTENSIONS_DIR"] = str(BIN.parent / "torch_extensions")
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    process = _launch(arguments, ranks, subprocess.PIPE)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout_s} s: {command}\n{output[-6000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output)
+        raise AssertionError(f"still running after {timeout_s} s: {process.args}\n{output[-6000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def _launch(arguments: Sequence[str], ranks: int, stdout: Any) -> subprocess.Popen[str]:
+    """In a process group of its own, as a shell starts it."""
+    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # One environment, one cache of compiled operators: the common one is compiled anew for each other's sources.
+    environment["TORCH_EXTENSIONS_DIR"] = str(BIN.parent / "torch_extensions")
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@dataclass
+class Running:
+    """A run under way: the launcher's process, and the file that it prints to."""
+
+    job: Job
+    process: subprocess.Popen[str]
+    printed: Path
+
+    def said(self) -> str:
+        return self.printed.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """The launchers' and the ranks'."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """In the order of their ranks."""
+        found = [p for p in self.processes() if any(a.startswith("--local_rank=") for a in p.cmdline())]
+        return sorted((p for p in found if "deepspeed.launcher.launch" not in p.cmdline()), key=psutil.Process.cmdline)
+
+    def wait_for(self, what: Callable[[], object], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert self.process.poll() is None, f"ended before it came to that: {self.said()[-6000:]}"
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {self.said()[-6000:]}"
+            time.sleep(0.01)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: any(entry["step"] >= step for entry in log(self.job.output)))
+
+
+@contextmanager
+def running(job: Job, ranks: int) -> Iterator[Running]:
+    """``train``, to be disturbed: whatever is left of it at the end of the block is killed."""
+    printed = job.config.with_name(f"{job.output.name}.printed.txt")
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    with printed.open("w") as file:
+        process = _launch(_train_arguments(job), ranks, file)
+    try:
+        yield Running(job, process, printed)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def train(job: Job, ranks: int, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """One run as a user starts it: ``deepspeed launcher/train.py ...``."""
+    return deepspeed(*_train_arguments(job), ranks=ranks, timeout_s=timeout_s)
+
+
+def _train_arguments(job: Job) -> list[str]:
     arguments = ["launcher/train.py", "--config", str(job.config), "--deepspeed_config", str(job.ds_file())]
     arguments += [part for override in job.overrides() for part in ("--set", override)]
-    arguments += ["--resume", job.resume] if job.resume else []
-    return deepspeed(*arguments, ranks=ranks, timeout_s=timeout_s)
+    return arguments + (["--resume", job.resume] if job.resume else [])
 
 
 def train_all(
@@ -95,8 +155,10 @@ def train_all(
 
 
 def log(output: Path) -> list[dict[str, float]]:
-    """A run's ``log.jsonl``."""
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    """A run's ``log.jsonl``, as far as its lines are whole; empty before there is one."""
+    file = output / "log.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def losses(output: Path) -> list[float]:

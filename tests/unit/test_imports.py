@@ -14,14 +14,20 @@ ROOT = Path(__file__).parents[2]
 # From the top down; a module may import from the lines below its own, not from its own line or above.
 LAYERS = (
     ("sws_dist.trainer",),
-    ("sws_dist.assemble", "sws_dist.progress"),
+    ("sws_dist.progress",),
+    ("sws_dist.assemble",),
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
+    ("sws_dist.shards",),
+    ("sws_dist.ema",),
     ("sws_dist.engine", "sws_dist.expansion"),
-    ("sws_dist.learngene", "sws_dist.distillation"),
-    ("sws_dist.model_file",),
+    ("sws_dist.learngene", "sws_dist.distillation", "sws_dist.nonfinite"),
+    ("sws_dist.model_file", "sws_dist.rollcall"),
+    ("sws_dist.watch",),
     ("sws_dist.models", "sws_dist.data", "sws_dist.metrics", "sws_dist.optim", "sws_dist.flops"),
     ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_kernels"),
-    ("sws_dist.config", "sws_dist.files", "sws_dist.cli"),
+    ("sws_dist.tensor_file",),
+    ("sws_dist.config", "sws_dist.files", "sws_dist.signals"),
+    ("sws_dist.cli",),
     ("sws_dist.errors",),
 )
 LAUNCHER = "launcher"

@@ -1,0 +1,82 @@
+"""Being told to stop: SIGUSR1 and SIGTERM (SLURM, launchers) and Ctrl-C let a run finish its step and save.
+
+A thread acts on the signals, not their handlers: Python runs a handler only when the main thread comes back from
+what it does, and that may be a collective with a rank that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sws_dist import cli
+from sws_dist.errors import EXIT_AGAIN
+
+_EXIT_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+_TWICE_S = 1.0  # one Ctrl-C may arrive twice, from the terminal and from the launcher
+
+_asked = 0
+_deferred = False
+
+
+def listen() -> None:
+    """From now on a signal ends this process with ``EXIT_AGAIN``, and inside ``deferred()`` it only sets ``asked()``.
+
+    Called once, from the main thread. A Ctrl-C that is ignored (a shell's background job) stays so.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # Python has written the number to the pipe
+            signal.siginterrupt(number, False)
+    threading.Thread(target=_act, args=(reader,), name="signals", daemon=True).start()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside the block, and after it if one came, a signal waits to be asked for."""
+    global _deferred
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = bool(_asked)
+
+
+def asked() -> int:
+    """The first signal that told this process to stop, or 0."""
+    return _asked
+
+
+def name(number: float) -> str:
+    return signal.Signals(int(number)).name
+
+
+def _act(reader: int) -> None:
+    global _asked
+    first = -_TWICE_S
+    while True:
+        number = os.read(reader, 1)[0]
+        if not _deferred:
+            _leave(
+                f"{name(number)}: stopped at once, no step was under way; start again with --resume auto", EXIT_AGAIN
+            )
+        if number == signal.SIGINT and _asked and time.monotonic() - first > _TWICE_S:
+            _leave(f"{name(number)} again: stopped at once, without saving", _EXIT_INTERRUPTED)
+        if not _asked:
+            _asked, first = number, time.monotonic()
+            hint = "; once more: stop at once" if number == signal.SIGINT else ""
+            cli.say(f"{name(number)}: the step under way is finished, then the run is saved{hint}")
+
+
+def _leave(message: str, code: int) -> None:
+    cli.say(message)
+    sys.stderr.flush()
+    os._exit(code)
