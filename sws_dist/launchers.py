@@ -111,30 +111,54 @@ def tasks_per_node(text: str) -> list[int]:
 
 def name_gloo_interface(env: MutableMapping[str, str]) -> str | None:
     """Gloo announces the address of the machine's own name. Where that is loopback (Debian writes ``127.0.1.1 NAME``
-    into /etc/hosts), no other node can reach it: name the interface that leads to rank 0 instead.
+    into /etc/hosts) or nothing, no other node can reach it: name the interface that leads to rank 0 instead.
 
     Returns:
         What was done, for the user to read; None where nothing was to be done.
+
+    Raises:
+        ConfigError: on rank 0's own node, if there is more than one to choose from.
     """
-    if "GLOO_SOCKET_IFNAME" in env or _is_loopback(env["MASTER_ADDR"]):
-        return None
     host = socket.gethostname()
-    try:
-        if not socket.gethostbyname(host).startswith("127."):
-            return None
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((env["MASTER_ADDR"], int(env["MASTER_PORT"])))  # asks the routing table; sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
+    one_node = env["LOCAL_SIZE"] == env["WORLD_SIZE"]
+    if one_node or "GLOO_SOCKET_IFNAME" in env or not _address(host).startswith("127."):
         return None
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(address.address == own for address in addresses):
-            env["GLOO_SOCKET_IFNAME"] = interface
-            return (
-                f"{host} is a loopback address in /etc/hosts, which other nodes cannot reach: gloo uses {interface} "
-                f"({own}). Set GLOO_SOCKET_IFNAME to choose another interface"
-            )
-    return None
+    interfaces = {
+        name: address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    }
+    own = _own_address_towards(env["MASTER_ADDR"])
+    chosen = [name for name, address in interfaces.items() if address == own] or list(interfaces)
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"{host}: its name leads to loopback in /etc/hosts, which other nodes cannot reach. Set GLOO_SOCKET_IFNAME "
+            f"to the interface that they can reach; there are {', '.join(f'{n} ({a})' for n, a in interfaces.items())}"
+        )
+    env["GLOO_SOCKET_IFNAME"] = chosen[0]
+    return (
+        f"{host}: its name leads to loopback in /etc/hosts, which other nodes cannot reach; gloo uses {chosen[0]} "
+        f"({interfaces[chosen[0]]}). GLOO_SOCKET_IFNAME chooses another interface"
+    )
+
+
+def _address(host: str) -> str:
+    """Loopback where the name is unknown, as gloo takes it."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return "127.0.0.1"
+
+
+def _own_address_towards(host: str) -> str:
+    """The address that a packet to ``host`` would leave with; none is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 1))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def _is_task(env: MutableMapping[str, str]) -> bool:
@@ -181,10 +205,6 @@ def _world_info(command: list[str]) -> dict[str, list[int]] | None:
             except (binascii.Error, ValueError):
                 return None
     return None
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.") or address == "::1"
 
 
 def _free_port() -> int:

@@ -9,12 +9,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import require, wait_until
+from tests.cluster.hosts import require, tail, wait_until
 from tests.cluster.slurm import PROGRAMS, Slurm
-from tests.launching import Job, log
+from tests.launching import BIN, Job, log
 
 pytestmark = pytest.mark.slow
 Report = Callable[[str, float], None]
@@ -175,3 +176,28 @@ def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, repo
     for depth, run in runs.items():
         assert json.loads((run.output / "metrics.json").read_text())["depth"] == depth
         assert taken(run) == list(range(1, 161))
+
+
+def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) -> None:
+    """On two nodes of two ranks; and plain python, where SLURM promised more, is refused."""
+    (tmp_path / "hostfile").write_text("h2 slots=2\nh3 slots=2\n")
+    say = "tests/cluster/say_world.py"
+    deepspeed = f"{BIN}/deepspeed --hostfile {tmp_path}/hostfile"
+    torchrun = f"{BIN}/torchrun --nnodes=2 --nproc-per-node=2 --master-addr=h2 --master-port=29510"
+    by_node = "srun --ntasks-per-node=1 --ntasks=2 bash -c"
+    commands = {
+        "srun": f"srun {sys.executable} {say}",
+        "deepspeed slurm": f"{deepspeed} --launcher slurm --no_ssh_check --master_addr h2 --num_nodes 2 {say}",
+        "deepspeed": f"{by_node} '{deepspeed} --no_ssh --node_rank $SLURM_NODEID --master_addr h2 {say}'",
+        "torchrun": f"{by_node} '{torchrun} --node-rank=$SLURM_NODEID {say}'",
+        "python": f"{sys.executable} {say}",
+    }
+    script = tmp_path / "job.sbatch"
+    lines = [f"({command}) >{tmp_path}/{name.replace(' ', '-')}.out 2>&1" for name, command in commands.items()]
+    script.write_text("\n".join(["#!/bin/bash", *lines]))
+    options = ("--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={tmp_path}/job.out")
+    slurm.run("sbatch", "--wait", *options, script, timeout_s=200, check=False)
+    said = {name: tail(tmp_path / f"{name.replace(' ', '-')}.out") for name in commands}
+    for name in ("srun", "deepspeed slurm", "deepspeed", "torchrun"):
+        assert "2 nodes x 2 rank(s): [(0, 0), (1, 1), (2, 0), (3, 1)]" in said[name], f"{name}: {said[name]}"
+    assert "error: this run has 1 node(s) and 1 rank(s), but 2 and 4 were promised by SLURM" in said["python"]

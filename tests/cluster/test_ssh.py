@@ -102,7 +102,7 @@ def test_a_host_crashes(hosts: Hosts, job: Job, report: Callable[[str, float], N
     text = said.read_text()
     assert process.returncode == 0, tail(said)
     assert "3 nodes x 1 rank" in text
-    assert "gloo uses eth0 (10.77.0.2)" in text  # h2 calls itself 127.0.1.1, as Debian does
+    assert "gloo uses eth0 (10.77.0.2)" in text  # h2 knows itself as 127.0.1.1, as Debian has it
     assert json.loads((job.output / "metrics.json").read_text())["world_size"] == 3
     saved = int(text.partition("from step ")[2].partition(",")[0])
     assert 0 < last - saved < 15
