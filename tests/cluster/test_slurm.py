@@ -70,7 +70,7 @@ def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: f
     wait_until(lambda: slurm.state(number) == state, timeout_s, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
 
 
-def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, report: Report) -> None:
+def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Path, report: Report) -> None:
     """It saves, makes room, comes back, and has taken every step once."""
     number = submit(slurm, "auxiliary", job, "--nodes", "2", "--partition", "low")
     wait_for_step(job, 30)
@@ -88,7 +88,14 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, report: Report)
     assert f"from step {stopped}, " in printed(job)
     assert "2 nodes x 1 rank" in printed(job)
     assert taken(job) == list(range(1, 161))
-    assert json.loads((job.output / "metrics.json").read_text())["steps"] == 160
+    results = json.loads((job.output / "metrics.json").read_text())
+    assert results["steps"] == 160
+
+    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
+    learngene = job.output / "learngene.safetensors"
+    command = [sys.executable, "launcher/submit.py", "evaluate", "--checkpoint", learngene, *options]
+    wait_for_state(slurm, slurm.run(*command).strip(), "COMPLETED", job)
+    assert json.loads((job.output / "learngene.scores.json").read_text())["top1"] == results["top1"]
 
 
 def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
@@ -109,7 +116,11 @@ def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
 
 
 def test_a_rank_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
-    number = submit(slurm, "auxiliary", job, "--nodes", "2")
+    """Of a job that was submitted by hand."""
+    (job.output / "jobs" / "0").mkdir(parents=True)
+    options = ["--nodes=2", "--ntasks-per-node=1", "--time=20", f"--output={job.output}/jobs/0/%j.out", "--parsable"]
+    command = ["--config", str(job.config), "--deepspeed_config", str(job.ds_file()), "--set", job.overrides()[0]]
+    number = slurm.run("sbatch", *options, "launcher/slurm/auxiliary.sbatch", *command).strip()
     wait_for_step(job, 30)
     ranks = slurm.hosts.processes("h3", "launcher/train.py")
     begun = time.monotonic()
