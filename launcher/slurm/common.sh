@@ -7,29 +7,31 @@
 CODE=$(realpath "${CODE:-.}")
 PYTHON=${PYTHON:-python}
 RESTARTS=${RESTARTS:-3}
-AGAIN=75 # sws_dist/errors.py: saved, start again with --resume auto
+AGAIN=75 LOST=69 # sws_dist/errors.py: saved, start again with --resume auto; other ranks are gone
 export PYTHONPATH=$CODE${PYTHONPATH:+:$PYTHONPATH}
 [ -z "${SLURM_CPUS_PER_TASK-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over itself
 
 # SLURM sends USR1 to this shell before the time limit (--signal) and, where it is set up so, before a preemption; the
 # shell hands it to srun, and srun to every rank.
-step='' told=''
-trap 'told=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1
-trap 'told=yes' TERM # srun and the ranks get their own; wait for what they do about it
+step='' told='' woken=''
+trap 'told=yes woken=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1
+trap 'woken=yes' TERM # srun and the ranks get their own; wait for what they do about it
 
 # on_every_rank NAME ARGUMENTS...: run launcher/NAME once for every task of the job. Does not return.
 on_every_rank() {
     local code
+    [ -z "$told" ] || start_again "told to stop before it began"
     srun --kill-on-bad-exit=1 $PYTHON -u "$CODE/launcher/$1" "${@:2}" &
     step=$!
     while true; do # a signal ends wait, but not srun
-        told='' code=0
+        woken='' code=0
         wait "$step" || code=$?
-        [ -n "$told" ] || break
+        [ -n "$woken" ] || break
     done
-    if [ "$code" = "$AGAIN" ]; then
-        start_again "the run has saved"
-    elif [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
+    # The first rank that leaves may have srun kill one that is about to, whose code is then the higher one.
+    if [ "$code" = $AGAIN ] || { [ -n "$told" ] && [ "$code" -gt 128 ]; }; then
+        start_again "told to stop (exit code $code)"
+    elif [ "$code" = $LOST ] || [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
         start_again "a rank was lost (exit code $code)"
     fi
     exit "$code"
