@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the batch scripts beside it: how the ranks of a job are started, told to save, and started again.
 #
 #   CODE      whose launcher/ is run: a checkout or a snapshot of one (default: the folder where sbatch was called)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -72,13 +73,14 @@ def test_a_hostfile_that_is_not_there(hosts: Hosts, job: Job) -> None:
 
 
 def test_a_hostfile_that_names_a_host_twice(hosts: Hosts, job: Job) -> None:
-    (hosts.folder / "twice").write_text("h1 slots=1\nh2 slots=1\n10.77.0.2 slots=1\n")
+    (hosts.folder / "twice").write_text("h2 slots=1\n10.77.0.2 slots=1\n")
     message = refused(hosts, job, "twice")
-    assert "this run has 2 node(s) and 3 rank(s), but 3 and 3 were promised by DeepSpeed's launcher" in message
+    assert "this run has 1 node(s) and 2 rank(s), but 2 and 2 were promised by DeepSpeed's launcher" in message
 
 
 def test_an_output_that_the_hosts_do_not_share(hosts: Hosts, job: Job) -> None:
-    message = refused(hosts, Job(job.config, job.output, job.ds, {"output": "/dev/shm/run"}))
+    (hosts.folder / "two").write_text("h2 slots=1\nh3 slots=1\n")
+    message = refused(hosts, Job(job.config, job.output, job.ds, {"output": "/dev/shm/run"}), "two")
     assert "output /dev/shm/run: on h" in message
     assert "all nodes have to share its file system" in message
 
@@ -117,3 +119,18 @@ def test_a_host_falls_silent(hosts: Hosts, job: Job, report: Callable[[str, floa
     assert process.returncode != 0
     wait_until(lambda: not ranks(hosts), 40, lambda: str(ranks(hosts)))
     hosts.plug("h2")
+
+
+def test_ctrl_c(hosts: Hosts, job: Job, report: Callable[[str, float], None]) -> None:
+    """The launcher tells every host's ranks, which save the step under way."""
+    (hosts.folder / "two").write_text("h2 slots=1\nh3 slots=1\n")
+    process, said = start(hosts, job, "two")
+    wait_for_step(job, 20, said)
+    begun = time.monotonic()
+    launcher = min(hosts.processes("h1", "launcher/train.py"), key=lambda p: p.create_time())
+    launcher.send_signal(signal.SIGINT)
+    ended(process, said, 60)
+    wait_until(lambda: not ranks(hosts), 60, lambda: str(ranks(hosts)))
+    report("Ctrl-C to the launcher over two hosts: all ranks ended", time.monotonic() - begun)
+    saved = sorted(path.name for path in (job.output / "checkpoints").glob("step-*"))
+    assert saved[-1] == f"step-{int(log(job.output)[-1]['step']):08d}", f"{saved} {tail(said)}"
