@@ -24,6 +24,7 @@ setup(
         "ninja",
         "numpy",
         "pillow",
+        "psutil",
         "pydantic>=2",
         "pyyaml",
         "tqdm",

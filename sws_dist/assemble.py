@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +31,12 @@ from sws_dist.learngene import describe as describe_ours
 from sws_dist.model_file import ModelInfo
 from sws_dist.models import SWSVisionTransformer, create_model, fused, geometry
 
+_APPEARS_S = 15.0
+"""What one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
+
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
-    """Create the run's folder, refusing to mix two runs in one. A collective."""
+    """Create the run's folder, which all nodes have to see, refusing to mix two runs in one. A collective."""
     output = Path(config.output)
     with comm.together("prepare the output folder"):
         if world.is_main:
@@ -41,7 +47,31 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
                 raise ConfigError(
                     f"output {output}: already holds a run; go on with --resume auto, or --set output=ANOTHER"
                 )
+    _require_shared(output, world)
     return output
+
+
+def _require_shared(output: Path, world: World) -> None:
+    """Stop all ranks if what rank 0 writes into the run's folder is not there for every one of them. A collective."""
+    if world.nodes == 1:
+        return
+    token = output / comm.from_main(f".seen-by-all-{uuid.uuid4().hex}")
+    try:
+        with comm.together("write into the output folder"):
+            if world.is_main:
+                token.touch()
+        with comm.together("find there what rank 0 wrote"):
+            deadline = time.monotonic() + _APPEARS_S
+            while not token.exists():
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"output {output}: on {socket.gethostname()} it is another folder than on rank 0's node; "
+                        "all nodes have to share its file system"
+                    )
+                time.sleep(0.1)
+    finally:
+        if world.is_main:
+            token.unlink(missing_ok=True)
 
 
 def find_checkpoint(output: Path, resume: str | None, world: World, notes: list[str]) -> Path | None:

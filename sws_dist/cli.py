@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from sws_dist.errors import EXIT_AGAIN, ConfigError, RunError, Stopped
+from sws_dist.launchers import local_rank, rank
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -46,13 +47,3 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(text, flush=True)
-
-
-def local_rank() -> int:
-    """This process's rank on its node."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-
-
-def rank() -> int:
-    """This process's rank, as its launcher gave it."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

@@ -1,7 +1,7 @@
 """Ranks: who am I, on which device, and do we all agree.
 
-The launcher says who a rank is: DeepSpeed's and torchrun set RANK, WORLD_SIZE, ... themselves; SLURM's variables
-are translated here, since DeepSpeed never reads them; a plain ``python`` is a world of one.
+The launcher says who a rank is (``launchers.py``); here the ranks find each other, and check that they are as many as
+were asked for.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
-import re
-import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sws_dist import launchers
 from sws_dist.errors import RunError
 
 _GRACE_S = 30
@@ -33,6 +33,15 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    nodes: int
+
+    def __str__(self) -> str:
+        """How many there are: ``2 nodes x 8 ranks``."""
+        if self.size == 1:
+            return "1 rank"
+        nodes = f"{self.nodes} node{'s' * (self.nodes > 1)}"
+        even = self.size % self.nodes == 0
+        return f"{nodes} x {self.size // self.nodes} rank(s)" if even else f"{self.size} ranks on {nodes}"
 
     @property
     def is_main(self) -> bool:
@@ -44,17 +53,16 @@ def init(timeout_s: int) -> World:
 
     Args:
         timeout_s: seconds that a collective may take before it is an error.
-    """
-    _environment_from_slurm()
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size)))
-    os.environ["LOCAL_SIZE"] = str(local_size)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port()) if size == 1 else "29500"
 
+    Raises:
+        ConfigError: on every rank; the hostfile that DeepSpeed was given is not there.
+        RunError: on every rank; they are fewer than hostfile or SLURM promised, or on another number of nodes.
+        ValueError: this rank has no GPU.
+    """
+    env = os.environ
+    launchers.complete(env)
+    promises = list(launchers.promises())
+    local_rank, local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
     if torch.cuda.is_available():
         # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.
         index = 0 if len(os.environ.get("CUDA_VISIBLE_DEVICES", "all,of,them").split(",")) == 1 else local_rank
@@ -67,6 +75,8 @@ def init(timeout_s: int) -> World:
         device = torch.device("cuda", index)
     else:
         device = torch.device("cpu")
+        if (note := launchers.name_gloo_interface(env)) and local_rank == 0:
+            print(note, file=sys.stderr, flush=True)
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that share a node share its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
@@ -83,7 +93,15 @@ def init(timeout_s: int) -> World:
         auto_mpi_discovery=False,
         verbose=False,
     )
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, _count_nodes())
+    with together("count the ranks"):
+        for promise in promises:
+            if promise.broken_by(world.nodes, world.size):
+                raise RunError(
+                    f"this run has {world.nodes} node(s) and {world.size} rank(s), but {promise.nodes} and "
+                    f"{promise.ranks} were promised by {promise.by}"
+                )
+    return world
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -179,27 +197,7 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
 
 
-def _environment_from_slurm() -> None:
-    """RANK and its kin for a task that ``srun`` started directly."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
-        return
-    env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = env["SLURM_NTASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env["LOCAL_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
-    assert found is not None, nodelist
-    return f"{found[1]}{found[2] or ''}{found[3]}"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def _count_nodes() -> int:
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, launchers.node_name())
+    return len(set(names))

@@ -2,6 +2,8 @@
 
 EXIT_AGAIN = 75
 """The exit code of a run that was told to stop: saved, start again with ``--resume auto``. sysexits' EX_TEMPFAIL."""
+EXIT_LOST = 69
+"""The exit code of a rank whose peers are gone or stand still: no fault of its own. sysexits' EX_UNAVAILABLE."""
 
 
 class ConfigError(ValueError):

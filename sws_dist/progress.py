@@ -124,6 +124,6 @@ def introduce(trainer: Any) -> None:
         f"{t.output}: {t.config.model.name}, {t.parameters / 1e6:.2f} M parameters{teacher}\n"
         + "".join(f"{line}\n" for line in assemble.tell_of_data(t.train_set, t.val_set))
         + f"{start}{t.total_steps} steps of {t.config.train.global_batch} images, "
-        f"{t.world.size} rank(s), {t.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
+        f"{t.world}, {t.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
         f"{t.kernels}"
     )

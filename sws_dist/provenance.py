@@ -15,7 +15,7 @@ _PACKAGES = ("sws-dist", "torch", "deepspeed", "triton", "timm", "nvidia-dali-cu
 
 def collect() -> dict[str, Any]:
     """JSON-ready: ``commit``, ``versions``, ``hardware``."""
-    return {"commit": _commit(), "versions": _versions(), "hardware": hardware()}
+    return {"commit": commit(), "versions": _versions(), "hardware": hardware()}
 
 
 def hardware() -> str:
@@ -24,9 +24,12 @@ def hardware() -> str:
     return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
 
 
-def _commit() -> str:
-    """The checkout's commit, with ``+`` where files differ from it; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+def commit() -> str:
+    """The checkout's commit, with ``+`` where files differ from it; a snapshot's (``launcher/submit.py``); or empty."""
+    root = Path(__file__).parents[1]
+    if (kept := root / "COMMIT").is_file():
+        return kept.read_text().strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from sws_dist import comm
 from sws_dist.comm import World
-from sws_dist.errors import Stopped
+from sws_dist.errors import EXIT_LOST, Stopped
 
 DATA, LOG = "waiting for data", "writing the log"
 _STEP = "taking a step"
@@ -140,7 +140,7 @@ class Watch:
         else:
             print(f"error: {why}; {account}. The last checkpoint is whole", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(EXIT_LOST)
 
     def _account(self) -> str | None:
         """Who is silent, or what each rank is doing; None where a rank before this one is there to say it."""

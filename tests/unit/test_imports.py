@@ -28,6 +28,7 @@ LAYERS = (
     ("sws_dist.tensor_file",),
     ("sws_dist.config", "sws_dist.files", "sws_dist.signals"),
     ("sws_dist.cli",),
+    ("sws_dist.launchers",),
     ("sws_dist.errors",),
 )
 LAUNCHER = "launcher"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# What both images hold, for a Debian 12: the same environment as `make`, from the same constraints.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+apt-get update -qq
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    ca-certificates g++ git make openssh-client pdsh python3-dev python3-venv
+rm -rf /var/lib/apt/lists/*
+make VENV=/opt/sws-venv /opt/sws-venv/ready
+git describe --always --abbrev=12 --dirty=+ >COMMIT # runs in the image say where they come from

@@ -1,0 +1,214 @@
+"""Jobs of launcher/submit.py on a real SLURM: preempted, out of time, without a rank or a node, waiting for another."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import require, tail, wait_until
+from tests.cluster.slurm import PROGRAMS, Slurm
+from tests.launching import BIN, Job, log
+
+pytestmark = pytest.mark.slow
+Report = Callable[[str, float], None]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    require(*PROGRAMS)
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield slurm
+    finally:
+        slurm.close()
+
+
+@pytest.fixture
+def slurm(cluster: Slurm) -> Iterator[Slurm]:
+    yield cluster
+    cluster.cancel_all()
+
+
+def submit(slurm: Slurm, kind: str, job: Job, *options: str) -> str:
+    """The job's number."""
+    command = [sys.executable, "launcher/submit.py", kind, "--config", job.config, "--time", "20", "--parsable"]
+    command += ["--deepspeed_config", job.ds_file(), "--cpus-per-task", "1", *options]
+    command += [part for override in job.overrides() for part in ("--set", override)]
+    return slurm.run(*command).strip()
+
+
+def printed(job: Job) -> str:
+    """What the job has written so far."""
+    return "".join(path.read_text() for path in sorted(job.output.glob("jobs/*/*.out")))
+
+
+def wait_for(job: Job, pattern: str, timeout_s: float = 150) -> float:
+    """Until the job has printed that."""
+    return wait_until(
+        lambda: re.search(pattern, printed(job)), timeout_s, lambda: f"no {pattern}: {printed(job)[-4000:]}"
+    )
+
+
+def wait_for_step(job: Job, step: int) -> None:
+    wait_until(lambda: taken(job)[-1:] >= [step], 150, lambda: printed(job)[-4000:])
+
+
+def taken(job: Job) -> list[int]:
+    """The steps that were logged, in order."""
+    return [int(entry["step"]) for entry in log(job.output) if "train/loss" in entry]
+
+
+def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: float = 150) -> None:
+    wait_until(lambda: slurm.state(number) == state, timeout_s, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
+
+
+def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Path, report: Report) -> None:
+    """It saves, makes room, comes back, and has taken every step once."""
+    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--partition", "low")
+    wait_for_step(job, 30)
+    urgent = job.output.parent / "urgent.out"
+    begun = time.monotonic()
+    slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--output={urgent}", "--wrap=srun hostname")
+    wait_for(job, "goes back into the queue")
+    report("preempted: saved, and back in the queue", time.monotonic() - begun)
+    wait_until(lambda: urgent.is_file() and len(urgent.read_text().split()) == 2, 60, lambda: slurm.run("squeue"))
+    stopped = taken(job)[-1]
+    wait_for_step(job, stopped + 1)
+    report("preempted: training again", time.monotonic() - begun)
+    wait_for_state(slurm, number, "COMPLETED", job)
+    assert slurm.show(number)["Restarts"] == "1"
+    assert f"from step {stopped}, " in printed(job)
+    assert "2 nodes x 1 rank" in printed(job)
+    assert taken(job) == list(range(1, 161))
+    results = json.loads((job.output / "metrics.json").read_text())
+    assert results["steps"] == 160
+
+    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
+    learngene = job.output / "learngene.safetensors"
+    command = [sys.executable, "launcher/submit.py", "evaluate", "--checkpoint", learngene, *options]
+    wait_for_state(slurm, slurm.run(*command).strip(), "COMPLETED", job)
+    assert json.loads((job.output / "learngene.scores.json").read_text())["top1"] == results["top1"]
+
+
+def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
+    """A run that is longer than its time limit is told before it, and goes on in a next turn."""
+    job = Job(job.config, job.output, job.ds, {"train.epochs": 4000})
+    number = submit(slurm, "auxiliary", job, "--time", "1", "--sbatch=--signal=B:USR1@10")
+    begun = time.monotonic()
+    wait_for(job, "goes back into the queue")
+    stopped = taken(job)[-1]
+    wait_for(job, f"from step {stopped}, ")
+    wait_for_step(job, stopped + 1)
+    report("time limit of 1 minute: first start to first step of the second turn", time.monotonic() - begun)
+    assert taken(job)[: stopped + 1] == list(range(1, stopped + 2))
+    slurm.run("scancel", number)
+    wait_for_state(slurm, number, "CANCELLED", job)
+    time.sleep(3)
+    assert slurm.state(number) == "CANCELLED"  # the ranks were told to stop and have saved; nobody wants them again
+
+
+def test_a_rank_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
+    """Of a job that was submitted by hand."""
+    (job.output / "jobs" / "0").mkdir(parents=True)
+    options = ["--nodes=2", "--ntasks-per-node=1", "--time=20", f"--output={job.output}/jobs/0/%j.out", "--parsable"]
+    command = ["--config", str(job.config), "--deepspeed_config", str(job.ds_file()), "--set", job.overrides()[0]]
+    number = slurm.run("sbatch", *options, "launcher/slurm/auxiliary.sbatch", *command).strip()
+    wait_for_step(job, 30)
+    ranks = slurm.hosts.processes("h3", "launcher/train.py")
+    begun = time.monotonic()
+    os.kill(min(ranks, key=lambda p: p.create_time()).pid, signal.SIGKILL)
+    wait_for(job, "a rank was lost .*goes back into the queue")
+    report("a rank killed: job back in the queue", time.monotonic() - begun)
+    lost = taken(job)[-1]
+    wait_for(job, r"from step \d+, ")
+    report("a rank killed: resumed", time.monotonic() - begun)
+    wait_for_state(slurm, number, "COMPLETED", job)
+    check_resumed(job, lost)
+
+
+def test_a_node_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
+    """SLURM finds out, and runs the job again when it has two nodes."""
+    number = submit(slurm, "auxiliary", job, "--nodes", "2")
+    wait_for_step(job, 30)
+    begun = time.monotonic()
+    slurm.hosts.crash("h3")
+    wait_until(lambda: slurm.state(number) == "PENDING", 90, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
+    report("a node killed: job back in the queue", time.monotonic() - begun)
+    lost = taken(job)[-1]
+    slurm.hosts.boot("h3")
+    slurm.start_daemons("h3")
+    begun = time.monotonic()
+    wait_for(job, r"from step \d+, ")
+    report("a node killed: resumed, counted from the node's return", time.monotonic() - begun)
+    wait_for_state(slurm, number, "COMPLETED", job)
+    check_resumed(job, lost)
+
+
+def check_resumed(job: Job, lost: int) -> None:
+    """At most the steps since the last save were taken again."""
+    saved = int(re.findall(r"from step (\d+), ", printed(job))[-1])
+    assert 0 <= lost - saved < 15
+    assert taken(job)[-1] == 160
+    assert (job.output / "metrics.json").is_file()
+
+
+def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, report: Report) -> None:
+    """And one of them, told to stop, starts again alone."""
+    first = Job(job.config, job.output / "auxiliary", job.ds, {"train.epochs": 6})
+    config = job.config.with_name("descendant.yaml")
+    config.write_text(f"base: {job.config.name}\nmodel: {{schedule: null, depth: 2}}\n")
+    others = Job(config, job.output / "descendants", job.ds)
+    auxiliary = submit(slurm, "auxiliary", first)
+    learngene = first.output / "learngene.safetensors"
+    options = ["--learngene", str(learngene), "--depths", "2,3,4", "--after", auxiliary]
+    array = submit(slurm, "descendants", others, *options)
+    wait_for_step(first, 1)
+    assert slurm.show(array)["Reason"] == "Dependency"
+    begun = time.monotonic()
+    elements = {depth: f"{array}_{depth}" for depth in (2, 3, 4)}
+    runs = {depth: Job(config, others.output / f"depth{depth}", job.ds) for depth in elements}
+    for run in runs.values():
+        wait_for_step(run, 1)
+    assert learngene.is_file()
+    wait_for_step(runs[3], 5)
+    slurm.run("scancel", "--batch", "--signal=USR1", elements[3])
+    for element in elements.values():
+        wait_for_state(slurm, element, "COMPLETED", others, 200)
+    report("three descendants, one of them stopped once: all done", time.monotonic() - begun)
+    assert [slurm.show(element)["Restarts"] for element in elements.values()] == ["0", "1", "0"]
+    for depth, run in runs.items():
+        assert json.loads((run.output / "metrics.json").read_text())["depth"] == depth
+        assert taken(run) == list(range(1, 161))
+
+
+def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) -> None:
+    """On two nodes of two ranks; and plain python, where SLURM promised more, is refused."""
+    (tmp_path / "hostfile").write_text("h2 slots=2\nh3 slots=2\n")
+    say = "tests/cluster/say_world.py"
+    deepspeed = f"{BIN}/deepspeed --hostfile {tmp_path}/hostfile"
+    torchrun = f"{BIN}/torchrun --nnodes=2 --nproc-per-node=2 --master-addr=h2 --master-port=29510"
+    by_node = "srun --ntasks-per-node=1 --ntasks=2 bash -c"
+    commands = {
+        "srun": f"srun {sys.executable} {say}",
+        "deepspeed slurm": f"{deepspeed} --launcher slurm --no_ssh_check --master_addr h2 --num_nodes 2 {say}",
+        "deepspeed": f"{by_node} '{deepspeed} --no_ssh --node_rank $SLURM_NODEID --master_addr h2 {say}'",
+        "torchrun": f"{by_node} '{torchrun} --node-rank=$SLURM_NODEID {say}'",
+        "python": f"{sys.executable} {say}",
+    }
+    script = tmp_path / "job.sbatch"
+    lines = [f"({command}) >{tmp_path}/{name.replace(' ', '-')}.out 2>&1" for name, command in commands.items()]
+    script.write_text("\n".join(["#!/bin/bash", *lines]))
+    options = ("--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={tmp_path}/job.out")
+    slurm.run("sbatch", "--wait", *options, script, timeout_s=200, check=False)
+    said = {name: tail(tmp_path / f"{name.replace(' ', '-')}.out") for name in commands}
+    for name in ("srun", "deepspeed slurm", "deepspeed", "torchrun"):
+        assert "2 nodes x 2 rank(s): [(0, 0), (1, 1), (2, 0), (3, 1)]" in said[name], f"{name}: {said[name]}"
+    assert "error: this run has 1 node(s) and 1 rank(s), but 2 and 4 were promised by SLURM" in said["python"]

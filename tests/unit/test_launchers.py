@@ -1,0 +1,138 @@
+"""Who a rank is, and what was promised, from each launcher's environment and command line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sws_dist import launchers
+from sws_dist.errors import ConfigError
+from sws_dist.launchers import Promise
+
+STEP = {
+    "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "12", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_TASKS_PER_NODE": "8,4",
+    "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+}  # fmt: skip
+BATCH = {key: value for key, value in STEP.items() if "STEP" not in key} | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("gpu[7]", "gpu7"),
+        ("rack[1-2]-ib,x", "rack1-ib"),
+        ("a-b-[001-128]", "a-b-001"),
+    ],
+)
+def test_first_host(nodelist: str, host: str) -> None:
+    assert launchers.first_host(nodelist) == host
+
+
+def test_tasks_per_node() -> None:
+    assert launchers.tasks_per_node("8") == [8]
+    assert launchers.tasks_per_node("8(x2),4") == [8, 8, 4]
+
+
+def test_srun() -> None:
+    env = dict(STEP)
+    launchers.complete(env)
+    assert (env["RANK"], env["WORLD_SIZE"]) == ("9", "12")
+    assert (env["LOCAL_RANK"], env["LOCAL_SIZE"]) == ("1", "4")
+    assert env["MASTER_ADDR"] == "gpu03"
+    assert 10_000 <= int(env["MASTER_PORT"]) < 30_000
+
+
+def test_ranks_of_two_steps_do_not_meet() -> None:
+    ports = set()
+    for step in range(5):
+        env = STEP | {"SLURM_STEP_ID": str(step)}
+        launchers.complete(env)
+        ports.add(env["MASTER_PORT"])
+    assert len(ports) == 5
+
+
+def test_an_address_that_is_set_stays() -> None:
+    env = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}  # deepspeed --launcher slurm --master_addr ...
+    launchers.complete(env)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["RANK"]) == ("10.0.0.1", "4000", "9")
+
+
+def test_a_launcher_below_srun_knows_better() -> None:
+    """One task a node starts torchrun or DeepSpeed, which starts the ranks."""
+    torchrun = {"RANK": "17", "WORLD_SIZE": "24", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "12"}
+    env = STEP | torchrun | {"MASTER_ADDR": "gpu03", "MASTER_PORT": "29400"}
+    launchers.complete(env)
+    assert torchrun.items() <= env.items()
+    assert env["LOCAL_SIZE"] == "12"
+
+
+@pytest.mark.parametrize("env", [{}, BATCH], ids=["alone", "batch script"])
+def test_python_is_a_world_of_one(env: dict[str, str]) -> None:
+    env = dict(env)
+    launchers.complete(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "1", "127.0.0.1")
+
+
+def promised(env: dict[str, str]) -> list[Promise]:
+    env = dict(env)
+    launchers.complete(env)
+    return list(launchers._slurm(env))
+
+
+def test_what_slurm_promises() -> None:
+    (step,) = promised(STEP)
+    assert not step.broken_by(nodes=2, ranks=12)
+    assert not step.broken_by(nodes=2, ranks=96)  # a launcher in every task
+    assert step.broken_by(nodes=1, ranks=12)
+    assert step.broken_by(nodes=2, ranks=1)  # RANK and WORLD_SIZE left over in the environment
+    (job,) = promised(BATCH)
+    assert job.broken_by(nodes=1, ranks=1)  # srun forgotten
+    one_node = BATCH | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "8"}
+    (job,) = promised(one_node | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})  # torchrun in the batch script
+    assert not job.broken_by(nodes=1, ranks=4)
+    assert promised({}) == []
+
+
+def below(command: list[str], folder: Path) -> str:
+    """What a process says of its promises whose grandparent runs ``command``, a script that starts the rest of it."""
+    script = folder / command[0]
+    script.write_text(
+        "import subprocess, sys; sys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1:]).returncode)"
+    )
+    asks = "import os; from sws_dist import launchers as l; l.complete(os.environ); print(*l.promises())"
+    full = [sys.executable, str(script), *command[1:], "--", sys.executable, "-c", asks]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    done = subprocess.run(full, capture_output=True, text=True, timeout=60, env=env)
+    return done.stdout + done.stderr
+
+
+def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
+    there = tmp_path / "hosts"
+    there.write_text("node1 slots=8\n")
+    assert "Error" not in below(["deepspeed", "--hostfile", str(there)], tmp_path)
+    for option in (["--hostfile", f"{there}x"], [f"--hostfile={there}x"], ["-H", f"{there}x"]):
+        said = below(["deepspeed", "--num_nodes", "2", *option], tmp_path)
+        assert f"{ConfigError.__name__}: --hostfile {there}x: there is no such file" in said
+
+
+def test_deepspeeds_promise(tmp_path: Path) -> None:
+    world = base64.urlsafe_b64encode(json.dumps({"a": [0, 1], "b": [0]}).encode()).decode()
+    said = below(["launch.py", f"--world_info={world}", "--node_rank=0"], tmp_path)
+    assert "Promise(nodes=2, ranks=3" in said
+    assert "a with 2, b with 1" in said
+
+
+def test_gloo_needs_no_help_on_one_node_nor_where_it_is_told() -> None:
+    env = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    assert launchers.name_gloo_interface(env) is None
+    assert launchers.name_gloo_interface(env | {"WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "x"}) is None
