@@ -63,6 +63,7 @@ class Trainer:
             self.model, self.teacher, self.kernels = assemble.models(
                 config, self.train_set.classes, world.device, self.dtype
             )
+        expansion = None if found else assemble.plan_expansion(config, self.model)
         self.flops = assemble.count_flops(config, len(self.train_set.classes))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if self.teacher is not None:
@@ -88,7 +89,8 @@ class Trainer:
         self.loss = DistillationLoss(config.distill)
         self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
 
-        self.engine = ds_engine.build(self.model, self.ds, config.optim)
+        self.engine, beginning = assemble.start(config, self.model, self.ds, expansion, world, self.dtype)
+        self.notes += beginning
         self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
         self._grad_norm: float | None = None
         self._checkpoint: Path | None = None

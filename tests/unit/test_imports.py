@@ -16,17 +16,18 @@ LAYERS = (
     ("sws_dist.trainer",),
     ("sws_dist.assemble", "sws_dist.progress"),
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
+    ("sws_dist.filling",),
     ("sws_dist.engine", "sws_dist.expansion"),
     ("sws_dist.learngene", "sws_dist.distillation"),
     ("sws_dist.model_file",),
     ("sws_dist.models", "sws_dist.data", "sws_dist.metrics", "sws_dist.optim", "sws_dist.flops"),
-    ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_kernels"),
+    ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_dist.traffic", "sws_kernels"),
     ("sws_dist.config", "sws_dist.files", "sws_dist.cli"),
     ("sws_dist.errors",),
 )
 LAUNCHER = "launcher"
 HOMES = {  # heavy packages, and the only places that may import them
-    "deepspeed": {"sws_dist.comm", "sws_dist.engine", "sws_dist.trainer", "sws_dist.checkpoint", "sws_dist.expansion"},
+    "deepspeed": {"sws_dist.comm", "sws_dist.engine", "sws_dist.trainer", "sws_dist.checkpoint", "sws_dist.filling"},
     "nvidia": {"sws_dist.data"},
     "sklearn": {"sws_dist.data"},
     "matplotlib": {LAUNCHER},
