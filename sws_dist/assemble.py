@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sws_dist import checkpoint, comm, expansion, files, model_file, provenance
+from sws_dist import checkpoint, comm, expansion, files, filling, model_file, provenance
 from sws_dist import config as run_config
 from sws_dist import engine as ds_engine
 from sws_dist.comm import World
@@ -216,7 +216,7 @@ def start(
     path, header, way, design = found
     fresh = expansion.fresh_head(model, config.train.seed) if design.fresh else {}
     masters = filling.own_masters(engine)
-    with counted() as filling:
+    with counted() as moving:
         if way == "read":
             filled = filling.read_into(model, path, header, design, fresh, masters)
         else:
@@ -227,7 +227,7 @@ def start(
     if design.fresh:
         lines.append(f"the head is new: {model.num_classes} classes, the learngene knows {header.info.num_classes}")
     how = "read by this rank" if way == "read" else "broadcast by rank 0"
-    lines.append(f"{in_units(filled.num_bytes)} of the learngene {how}; collectives: {filling}")
+    lines.append(f"{in_units(filled.num_bytes)} of the learngene {how}; collectives: {moving}")
     if filled.gathered:
         lines.append(f"{len(filled.gathered)} parameters, on NVMe or quantised, were gathered, written and cut again")
     lines.append(
