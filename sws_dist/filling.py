@@ -130,15 +130,16 @@ def broadcast_into(
     parameters, filled = dict(model.named_parameters()), Filled()
     sizes = {name: _numel(parameters[targets[0]]) for name, targets in to.copies.items() if targets}
     is_main = dist.get_rank() == 0
-    file: Any = safe_open(path, framework="pt") if is_main else None
     needed = torch.float32 if masters else next(model.parameters()).dtype
     wire = min(header.dtype, needed, key=lambda dtype: dtype.itemsize)
     for names in _buckets(sizes):
         bucket = torch.empty(sum(sizes[name] for name in names), dtype=wire, device=device)
         parts = dict(zip(names, bucket.split([sizes[name] for name in names]), strict=True))
         if is_main:
-            for name, part in parts.items():
-                part.copy_(to.adapt(name, file.get_tensor(name)).reshape(-1))
+            # Opened anew for each bucket: the pages of an open file stay in memory.
+            with safe_open(path, framework="pt") as file:
+                for name, part in parts.items():
+                    part.copy_(to.adapt(name, file.get_tensor(name)).reshape(-1))
         dist.broadcast(bucket, src=0)
         filled.num_bytes += bucket.numel() * bucket.element_size()
         for name, part in parts.items():
@@ -157,10 +158,9 @@ def read_into(
 ) -> Filled:
     """Fill ``model`` from a file that every rank sees: each reads the rows of its own slices, nothing is moved."""
     parameters, filled = dict(model.named_parameters()), Filled()
-    with safe_open(path, framework="pt") as file:
-        for name, targets in to.copies.items():
-            if targets:
-                _fill(targets, _reader(file, name, header.shapes[name], to, filled), parameters, masters, filled)
+    for name, targets in to.copies.items():
+        if targets:
+            _fill(targets, _reader(path, name, header.shapes[name], to, filled), parameters, masters, filled)
     _fill_fresh(fresh, parameters, masters, filled)
     return filled
 
@@ -215,10 +215,11 @@ def _cutter(flat: Tensor) -> Fetch:
     return lambda start, stop: flat[start:stop]
 
 
-def _reader(file: Any, name: str, shape: tuple[int, ...], to: Design, filled: Filled) -> Fetch:
+def _reader(path: str | Path, name: str, shape: tuple[int, ...], to: Design, filled: Filled) -> Fetch:
     """Reads only the rows in question; copies of a tensor ask for the same range, which is read once."""
     if name == "pos_embed" and to.grid is not None:
-        whole = to.adapt(name, file.get_tensor(name)).reshape(-1)
+        with safe_open(path, framework="pt") as file:
+            whole = to.adapt(name, file.get_tensor(name)).reshape(-1)
         filled.num_bytes += whole.numel() * whole.element_size()
         return _cutter(whole)
     row = torch.Size(shape[1:]).numel()
@@ -228,7 +229,8 @@ def _reader(file: Any, name: str, shape: tuple[int, ...], to: Design, filled: Fi
         if start == stop:  # a rank whose shard is all padding
             return torch.empty(0)
         first, last = start // row, -(-stop // row)
-        rows = file.get_slice(name)[first:last].reshape(-1)
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_slice(name)[first:last].reshape(-1)
         filled.num_bytes += rows.numel() * rows.element_size()
         return rows[start - first * row : stop - first * row]
 
