@@ -1,6 +1,6 @@
 """Measures how a learngene becomes a sharded descendant: memory of each rank, and what goes over the wire.
 
-    python benchmarks/expansion.py [--ranks 4] [--out results.json]
+    python benchmarks/expansion.py [--ranks 4] [--only CASE] [--out results.json]
 
 `memory`: a descendant of 1 billion parameters (width 2048, 20 layers, bf16) under ZeRO-3, up to its weights being in
 their shards, by each way in processes of its own. Each rank's figure is its peak (VmHWM) from birth to end; beside it
@@ -35,44 +35,43 @@ from sws_dist.traffic import Traffic, counted
 SCHEDULE = (3, 3, 4, 3, 3)
 BASE = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "num_heads": 12, "num_classes": 1000}
 WIDE = {"img_size": 224, "patch_size": 14, "embed_dim": 2048, "num_heads": 32, "num_classes": 1000}
-MEMORY = (("read", 20), ("broadcast", 20), ("read", 5), ("broadcast", 5), ("usual", 5))  # way, layers
+CASES: dict[str, tuple[str | None, int]] = {"traffic": (None, 12)} | {
+    f"memory: {way}, {layers} layers": (way, layers)
+    for way, layers in (("read", 20), ("broadcast", 20), ("read", 5), ("broadcast", 5), ("usual", 5))
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--only", choices=("memory", "traffic"), help="one of the two")
-    parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--rank-of", nargs=4, help=argparse.SUPPRESS)  # what the parent asks of its ranks
+    parser.add_argument("--only", choices=CASES, action="append", help="one case; repeatable (default: all)")
+    parser.add_argument("--out", type=Path, help="write the results here as JSON; cases that it has stay as they are")
+    parser.add_argument("--rank-of", nargs=2, help=argparse.SUPPRESS)  # what the parent asks of its ranks
     args = parser.parse_args()
     if args.rank_of:
-        what, way, layers, folder = args.rank_of
-        result = memory(way, int(layers), Path(folder)) if what == "memory" else traffic(Path(folder))
+        name, folder = args.rank_of
+        way, layers = CASES[name]
+        result = traffic(Path(folder)) if way is None else memory(way, layers, Path(folder))
         if dist.get_rank() == 0:
             (Path(folder) / "result.json").write_text(json.dumps(result))
         comm.close()
         return
-    results: dict[str, Any] = provenance.collect() | {"ranks": args.ranks, "memory": [], "traffic": None}
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        if args.only != "traffic":
-            write_learngene(folder, WIDE, torch.bfloat16)
-            for way, layers in MEMORY:
-                results["memory"].append(on_ranks(args.ranks, "memory", way, str(layers), str(folder)))
-                print(json.dumps(results["memory"][-1]))
-        if args.only != "memory":
-            write_learngene(folder, BASE, torch.float32)
-            results["traffic"] = on_ranks(args.ranks, "traffic", "", "0", str(folder))
-            print(json.dumps(results["traffic"]))
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
+    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    for name in args.only or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_learngene(Path(folder), *((BASE, torch.float32) if name == "traffic" else (WIDE, torch.bfloat16)))
+            found = on_ranks(args.ranks, name, folder)
+        print(name, json.dumps(found))
+        results[name] = provenance.collect() | {"ranks": args.ranks} | found
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def on_ranks(ranks: int, *arguments: str) -> dict[str, Any]:
+def on_ranks(ranks: int, name: str, folder: str) -> dict[str, Any]:
     """Run this file as ``ranks`` processes; what rank 0 found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
-    subprocess.run([*command, "--rank-of", *arguments], check=True)
-    return json.loads((Path(arguments[-1]) / "result.json").read_text())
+    subprocess.run([*command, "--rank-of", name, folder], check=True)
+    return json.loads((Path(folder) / "result.json").read_text())
 
 
 def write_learngene(folder: Path, geometry: dict[str, Any], dtype: torch.dtype) -> None:
