@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from timm.layers import use_reentrant_ckpt
 from torch import nn
 
-from sws_dist import checkpoint, comm, expansion, files, filling, model_file, provenance
+from sws_dist import checkpoint, comm, ds_config, expansion, files, filling, model_file, provenance
 from sws_dist import config as run_config
 from sws_dist import engine as ds_engine
 from sws_dist.comm import World
@@ -130,6 +131,11 @@ def models(
         )
     kernels = fused.choose(config.model.kernels, model, device, dtype)
     if config.model.grad_checkpointing:
+        if use_reentrant_ckpt():
+            raise ValueError(
+                "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
+                "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
+            )
         model.set_grad_checkpointing(True)
     if config.model.compile:
         model.compile()
@@ -204,6 +210,8 @@ def start(
 
     A student on the meta device without ``found`` gets zeros: a checkpoint will be loaded.
     """
+    if ds["zero_optimization"]["stage"] == 3 and isinstance(model, SWSVisionTransformer):
+        ds_config.lean(ds["zero_optimization"], sum(p.numel() for p in model.blocks[0].parameters()))
     if not next(model.parameters()).is_meta:
         return ds_engine.build(model, ds, config.optim), []
     num_bytes = dtype.itemsize * sum(p.numel() for p in model.parameters())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance
+from sws_dist import assemble, checkpoint, comm, ds_config, ds_schema, files, provenance
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
@@ -52,6 +52,7 @@ class Trainer:
         self.world = world = comm.init(config.train.timeout_s)
         with comm.together("read the DeepSpeed config"):
             self.ds = ds_config.resolve(ds_path, config, world.size)
+            ds_schema.check(self.ds, ds_path, world.device)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
         self.notes: list[str] = []

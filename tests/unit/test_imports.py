@@ -16,7 +16,7 @@ LAYERS = (
     ("sws_dist.trainer",),
     ("sws_dist.assemble", "sws_dist.progress"),
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
-    ("sws_dist.filling",),
+    ("sws_dist.filling", "sws_dist.ds_schema"),
     ("sws_dist.engine", "sws_dist.expansion"),
     ("sws_dist.learngene", "sws_dist.distillation"),
     ("sws_dist.model_file",),
@@ -27,7 +27,14 @@ LAYERS = (
 )
 LAUNCHER = "launcher"
 HOMES = {  # heavy packages, and the only places that may import them
-    "deepspeed": {"sws_dist.comm", "sws_dist.engine", "sws_dist.trainer", "sws_dist.checkpoint", "sws_dist.filling"},
+    "deepspeed": {
+        "sws_dist.comm",
+        "sws_dist.engine",
+        "sws_dist.trainer",
+        "sws_dist.checkpoint",
+        "sws_dist.filling",
+        "sws_dist.ds_schema",
+    },
     "nvidia": {"sws_dist.data"},
     "sklearn": {"sws_dist.data"},
     "matplotlib": {LAUNCHER},
