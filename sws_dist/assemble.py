@@ -8,15 +8,18 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from timm.layers import use_reentrant_ckpt
 from torch import nn
 
-from sws_dist import checkpoint, comm, files, model_file, provenance
+from sws_dist import checkpoint, comm, ds_config, expansion, files, filling, model_file, provenance
 from sws_dist import config as run_config
+from sws_dist import engine as ds_engine
 from sws_dist.comm import World
 from sws_dist.config import DataConfig, RunConfig
 from sws_dist.data import manifest
@@ -27,9 +30,11 @@ from sws_dist.data.sources import read_classes
 from sws_dist.distillation import Teacher, load_teacher
 from sws_dist.errors import ConfigError
 from sws_dist.flops import forward_flops
+from sws_dist.learngene import Header
 from sws_dist.learngene import describe as describe_ours
 from sws_dist.model_file import ModelInfo
 from sws_dist.models import SWSVisionTransformer, create_model, fused, geometry
+from sws_dist.traffic import counted, in_units
 
 _APPEARS_S = 15.0
 """What one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
@@ -136,6 +141,8 @@ def models(
 ) -> tuple[Any, Teacher | None, str]:
     """The student with its initial weights, the teacher if there is one, and who runs the student's stages.
 
+    A student that starts from a learngene is on the meta device; ``start`` fills it.
+
     Args:
         device, dtype: where and in what the student will run; nothing is moved there yet.
 
@@ -143,7 +150,8 @@ def models(
         ValueError: an unknown model or argument, weights that do not fit, kernels that cannot run.
     """
     data = config.data
-    model = build_model(config, len(classes))
+    with torch.device("meta") if config.model.initial_learngene else nullcontext():
+        model = build_model(config, len(classes))
     if config.model.initial_checkpoint:
         _initialise(model, config.model.initial_checkpoint)
     if config.optim.ema_decay and any(b.is_floating_point() for b in model.buffers()):
@@ -153,6 +161,11 @@ def models(
         )
     kernels = fused.choose(config.model.kernels, model, device, dtype)
     if config.model.grad_checkpointing:
+        if use_reentrant_ckpt():
+            raise ValueError(
+                "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
+                "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
+            )
         model.set_grad_checkpointing(True)
     if config.model.compile:
         model.compile()
@@ -188,6 +201,78 @@ def _initialise(model: nn.Module, path: str) -> None:
     else:
         weights = model_file.load_foreign(path)
     model_file.load_into(model, weights, path)
+
+
+class Expansion(NamedTuple):
+    """A learngene that the run starts from, and how it becomes the student."""
+
+    path: str
+    header: Header
+    way: filling.Way
+    design: expansion.Design
+
+
+def plan_expansion(config: RunConfig, model: Any) -> Expansion | None:
+    """What ``model.initial_learngene`` asks for, checked against the student before anything is filled. A collective.
+
+    Raises:
+        RunError: a file that is no learngene or of another geometry, a plan that does not fit.
+    """
+    path = config.model.initial_learngene
+    if path is None:
+        return None
+    header, way = filling.choose(path, config.model.expand)
+    with comm.together("plan the expansion"):
+        if not isinstance(model, SWSVisionTransformer):
+            raise ValueError(f"model.initial_learngene: {config.model.name} is not one of our models (sws_...)")
+        layers = expansion.plan(header.info.kwargs["schedule"], len(model.blocks), config.model.plan)
+        try:
+            design = expansion.design(header.info, header.shapes, model, layers)
+        except ValueError as error:
+            raise ValueError(f"model.initial_learngene {path}: {error}") from None
+    return Expansion(path, header, way, design)
+
+
+def start(
+    config: RunConfig, model: Any, ds: dict[str, Any], found: Expansion | None, world: World, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """The DeepSpeed engine around the student with its initial weights, and what there is to say of them. A collective.
+
+    A student on the meta device without ``found`` gets zeros: a checkpoint will be loaded.
+    """
+    if ds["zero_optimization"]["stage"] == 3 and isinstance(model, SWSVisionTransformer):
+        ds_config.lean(ds["zero_optimization"], sum(p.numel() for p in model.blocks[0].parameters()))
+    if not next(model.parameters()).is_meta:
+        return ds_engine.build(model, ds, config.optim), []
+    num_bytes = dtype.itemsize * sum(p.numel() for p in model.parameters())
+    with counted() as allocating:
+        filling.allocate(model, ds, world.device, dtype)
+    with counted() as initialising:
+        engine = ds_engine.build(model, ds, config.optim)
+    if found is None:
+        return engine, []
+    path, header, way, design = found
+    fresh = expansion.fresh_head(model, config.train.seed) if design.fresh else {}
+    masters = filling.own_masters(engine)
+    with counted() as moving:
+        if way == "read":
+            filled = filling.read_into(model, path, header, design, fresh, masters)
+        else:
+            filled = filling.broadcast_into(model, path, header, design, fresh, masters, world.device)
+    lines = [f"{len(design.layers)} layers from stages {','.join(map(str, design.layers))} of {path}"]
+    if design.dropped:
+        lines.append(f"warning: stages {design.dropped} are dropped, their layers are not used")
+    if design.fresh:
+        lines.append(f"the head is new: {model.num_classes} classes, the learngene knows {header.info.num_classes}")
+    how = "read by this rank" if way == "read" else "broadcast by rank 0"
+    lines.append(f"{in_units(filled.num_bytes)} of the learngene {how}; collectives: {moving}")
+    if filled.gathered:
+        lines.append(f"{len(filled.gathered)} parameters, on NVMe or quantised, were gathered, written and cut again")
+    lines.append(
+        f"before that: zero.Init {allocating}, deepspeed.initialize {initialising}; "
+        f"to gather and broadcast every parameter would have been {in_units(2 * num_bytes)}"
+    )
+    return engine, lines
 
 
 class Flops(NamedTuple):
@@ -226,6 +311,7 @@ def describe(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> Mod
         "seed": config.train.seed,
         "teacher": config.distill.teacher,
         "initial_checkpoint": config.model.initial_checkpoint,
+        "initial_learngene": config.model.initial_learngene,
         **provenance.collect(),
     }
     if isinstance(model, SWSVisionTransformer):

@@ -51,6 +51,14 @@ class ModelConfig:
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None
     """A ``.safetensors`` file of weights to start from: a descendant written by ``launcher/expand.py``."""
+    initial_learngene: str | None = None
+    """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
+    for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
+    plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
+    """With ``initial_learngene``: the layers of each stage, as ``launcher/expand.py --plan`` has them."""
+    expand: Literal["auto", "read", "broadcast"] = "auto"
+    """How the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it (``broadcast``);
+    ``auto`` reads if all of them see the same file."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the timm constructor: ``patch_size``, ``embed_dim``, ``num_heads``, ..."""
 
@@ -245,11 +253,29 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value, sources, source)
+    _check_start(values, sources, path)
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses and lists for tuples only from there.
         return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, sources, str(path)) for e in error.errors())) from None
+
+
+def _check_start(values: dict[str, Any], sources: dict[str, str], path: str | Path) -> None:
+    """A model starts from one thing; and what describes an expansion needs a learngene."""
+    model = values.get("model")
+    given = {key for key, value in model.items() if value is not None} if isinstance(model, dict) else set()
+    if {"initial_learngene", "initial_checkpoint"} <= given:
+        raise ConfigError(
+            f"{sources.get('model.initial_learngene', path)}: model.initial_learngene and model.initial_checkpoint are "
+            "both given; a run starts from one of them: set the other to null"
+        )
+    for key in sorted({"plan", "expand"} & given):
+        if "initial_learngene" not in given and model and model[key] != getattr(ModelConfig, key):
+            raise ConfigError(
+                f"{sources.get(f'model.{key}', path)}: model.{key} says how a learngene is expanded, but there is no "
+                "model.initial_learngene"
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

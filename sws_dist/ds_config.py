@@ -25,7 +25,6 @@ HONOURED = {
     "communication_data_type",
     "comms_logger",
     "wall_clock_breakdown",
-    "aio",
 }
 
 REFUSED = {
@@ -36,10 +35,39 @@ REFUSED = {
     "activation_checkpointing": "set model.grad_checkpointing in the run config",
     "elasticity": "DeepSpeed 0.19 has no elastic mode any more",
     "steps_per_print": "set train.log_every in the run config",
+    "aio": "offloading to NVMe is not supported; offload to the cpu",
     "flops_profiler": "metrics.json holds the FLOPs; DeepSpeed's profiler is wrong under ZeRO-3",
 }
 
+_OUR_LEAVES = "the trainer marks its own stages as leaf modules; a block marked so asserts, or gives wrong gradients"
+_OUR_CHECKPOINTS = "checkpoints are the trainer's own and fit any world size and ZeRO stage"
+_OLD = "use zero_optimization.offload_param and zero_optimization.offload_optimizer"
+_MASTERS = "the trainer keeps fp32 masters (moving average, checkpoints, exact expansion)"
+
+REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be right here
+    "zero_optimization": {
+        "leaf_module": _OUR_LEAVES,
+        "module_granularity_threshold": f"{_OUR_LEAVES}; on a CPU it crashes",
+        "elastic_checkpoint": _OUR_CHECKPOINTS,
+        "load_from_fp32_weights": _OUR_CHECKPOINTS,
+        "pipeline_loading_checkpoint": _OUR_CHECKPOINTS,
+        "gather_16bit_weights_on_model_save": "launcher/convert.py writes a checkpoint's weights",
+        "gather_fp16_weights_on_model_save": "launcher/convert.py writes a checkpoint's weights",
+        "legacy_stage1": "that implementation is gone",
+        "cpu_offload": _OLD,
+        "cpu_offload_param": _OLD,
+        "cpu_offload_use_pin_memory": _OLD,
+        "zenflow": f"it updates weights behind the optimizer's back; {_MASTERS}",
+    },
+    "zero_optimization.offload_optimizer": {
+        "super_offload": f"it keeps the masters in a process of its own; {_MASTERS}",
+    },
+    "bf16": {"bf16_master_weights_and_grads": _MASTERS, "bf16_optimizer_states": _MASTERS},
+    "fp16": {"fp16_master_weights_and_grads": _MASTERS},
+}
+
 STAGES = (0, 1, 2, 3)
+ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it
 
 
 def resolve(path: str | Path, config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -55,6 +83,7 @@ def resolve(path: str | Path, config: RunConfig, world_size: int) -> dict[str, A
     zero = ds["zero_optimization"]
     if config.model.compile and zero["stage"] == 3:
         raise ConfigError(f"{path}: model.compile does not work under ZeRO-3; use stage 0, 1 or 2, or leave it off")
+    _check_zero3_only(zero, path, world_size)
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and config.optim.name != "cpu_adam":
         raise ConfigError(
@@ -91,9 +120,62 @@ def load(path: str | Path) -> dict[str, Any]:
     zero = ds.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.setdefault("stage", 0) not in STAGES:
         raise ConfigError(f"{path}: zero_optimization.stage must be one of {STAGES}, not {zero!r}")
+    for group, refused in REFUSED_INSIDE.items():
+        for key in _group(ds, group, path):
+            if (reason := refused.get(key.removeprefix(ZERO3_PREFIX))) is not None:
+                raise ConfigError(f"{path}: {group}.{key}: not here: {reason}")
+    for key in ("offload_param", "offload_optimizer"):
+        if _group(zero, key, path).get("device") == "nvme":
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}.device: nvme is not supported: moving average, checkpoints and "
+                "expansion need the masters in memory; offload to the cpu"
+            )
     if all(ds.get(p, {}).get("enabled") for p in ("bf16", "fp16")):
         raise ConfigError(f"{path}: bf16 and fp16 are both enabled; choose one")
     return ds
+
+
+def lean(zero: dict[str, Any], stage_numel: int) -> None:
+    """Complete a ZeRO-3 group from the size of one stage of shared layers, so that few stages are whole at a time.
+
+    DeepSpeed's own defaults keep a model of up to a billion parameters whole on every rank. What the user gives stays.
+    """
+    settings = {
+        "param_persistence_threshold": 0,  # a leaf module's parameters are gathered in one call: no small ones to save
+        "max_reuse_distance": 2 * stage_numel,  # where forward turns into backward, the last stage stays
+        "max_live_parameters": 3 * stage_numel,
+        "prefetch_bucket_size": stage_numel,  # the next stage while one computes
+    }
+    for key, value in settings.items():
+        if key not in zero:
+            zero.setdefault(ZERO3_PREFIX + key, value)
+
+
+def _check_zero3_only(zero: dict[str, Any], path: str | Path, world_size: int) -> None:
+    """What DeepSpeed ignores below stage 3, and what has to divide the world."""
+    group = zero.get("zero_hpz_partition_size", 1)
+    quantised = any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"))
+    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    if zero["stage"] < 3 and (quantised or offloaded or group != 1):
+        raise ConfigError(
+            f"{path}: offload_param, zero_hpz_partition_size and zero_quantized_*weights do nothing at stage "
+            f"{zero['stage']}; they need zero_optimization.stage 3"
+        )
+    if type(group) is int and (group < 1 or world_size % group):
+        raise ConfigError(
+            f"{path}: zero_optimization.zero_hpz_partition_size {group} does not divide the {world_size} ranks; it is "
+            "usually the number of GPUs in a node"
+        )
+
+
+def _group(ds: dict[str, Any], dotted: str, path: str | Path) -> dict[str, Any]:
+    """The JSON object under a dotted key; empty where there is none."""
+    found: Any = ds
+    for key in dotted.split("."):
+        found = found.get(key, {})
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: {dotted}: expected a JSON object, found {found!r}")
+    return found
 
 
 def precision(ds: dict[str, Any]) -> str:

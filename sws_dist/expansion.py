@@ -1,22 +1,30 @@
 """From a learngene to a descendant: which stage's layer goes where, and the copying.
 
-``plan`` is pure and checked before anything is loaded; ``expand`` makes a state dict under timm's names.
+``plan`` is pure and checked before anything is loaded; ``design`` says where each weight of a descendant comes from;
+``expand`` makes a state dict under timm's names. ``filling.py`` fills models by the same design whose weights lie
+spread over many ranks.
 Source: SWS (IJCAI 2024), section 3.3 and the one published map (12 layers: 0,0,0,1,1,1,2,2,3,3,4,4).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from timm.models.vision_transformer import get_init_weights_vit
+from torch import Tensor, nn
 
-from sws_dist import model_file
 from sws_dist.learngene import BLOCK, describe
 from sws_dist.model_file import ModelInfo
-from sws_dist.models import SWSVisionTransformer
+from sws_dist.models import SWSVisionTransformer, geometry
+
+HEAD = ("head.weight", "head.bias")
 
 
 def plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
@@ -55,6 +63,106 @@ def parse_plan(text: str) -> str | tuple[int, ...]:
         raise ValueError(f"plan {text!r}: expected even, proportional, or stage numbers such as 0,0,1,2,3,4") from None
 
 
+@dataclass(frozen=True)
+class Design:
+    """Where a descendant's weights come from.
+
+    ``copies``: for each tensor of the learngene, in the learngene's order, the descendant's that are copies of it;
+    none where its stage is dropped. ``fresh``: the head's names where the learngene's head is of other labels.
+    ``grid``: rows and columns of patches that the position embedding is resampled to, or None.
+    """
+
+    layers: tuple[int, ...]
+    copies: dict[str, tuple[str, ...]]
+    fresh: tuple[str, ...]
+    grid: tuple[int, int] | None
+    prefix_tokens: int
+
+    def adapt(self, name: str, tensor: Tensor) -> Tensor:
+        """The learngene's tensor ``name`` as the descendant has it: itself, or the resampled position embedding."""
+        if name != "pos_embed" or self.grid is None:
+            return tensor
+        return resample_abs_pos_embed(tensor, new_size=list(self.grid), num_prefix_tokens=self.prefix_tokens)
+
+    @property
+    def dropped(self) -> list[int]:
+        """Stages of the learngene that no layer is copied from."""
+        stages = {int(match[1]) for name in self.copies if (match := BLOCK.match(name))}
+        return sorted(stages - set(self.layers))
+
+
+def design(
+    info: ModelInfo, shapes: Mapping[str, Sequence[int]], model: SWSVisionTransformer, layers: Sequence[int]
+) -> Design:
+    """How ``model`` gets its weights from a learngene; nothing is read or copied yet.
+
+    Args:
+        info, shapes: the learngene's metadata, and the shape of each of its tensors.
+        model: the descendant, on any device: only names and shapes are looked at (``meta`` will do).
+        layers: the expansion plan.
+
+    Raises:
+        ValueError: a geometry that would not compute what the learngene does, or tensors that do not fit.
+    """
+    ours, theirs = geometry(model), info.kwargs
+    fixed = ("patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "class_token", "global_pool", "norm_eps")
+    differ = [
+        f"{key}: {theirs[key]} there, {ours[key]} here" for key in fixed if key in theirs and ours[key] != theirs[key]
+    ]
+    if len(layers) != len(model.blocks):
+        differ.append(f"{len(layers)} layers in the plan, {len(model.blocks)} in the model")
+    if model.is_shared:
+        differ.append(f"schedule {ours['schedule']}: a descendant's layers do not repeat")
+    if differ:
+        raise ValueError(f"the learngene is of another model: {'; '.join(differ)}")
+    targets: dict[str, list[str]] = {name: [] for name in shapes}
+    fresh = HEAD if info.num_classes != model.num_classes else ()
+    resampled = ours["img_size"] != theirs["img_size"]
+    problems = []
+    for name, parameter in model.named_parameters():
+        match = BLOCK.match(name)
+        source = f"blocks.{layers[int(match[1])]}.{match[2]}" if match else name
+        if name in fresh:
+            continue
+        if source not in shapes:
+            problems.append(f"{source}: missing in the learngene")
+        elif not (resampled and name == "pos_embed") and tuple(shapes[source]) != tuple(parameter.shape):
+            problems.append(f"{name}: {tuple(shapes[source])} in the learngene, {tuple(parameter.shape)} in the model")
+        else:
+            targets[source].append(name)
+    problems += [
+        f"{name}: not in the model"
+        for name, to in targets.items()
+        if not to and not BLOCK.match(name) and name not in fresh
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("the learngene does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+    return Design(
+        layers=tuple(layers),
+        copies={name: tuple(to) for name, to in targets.items()},
+        fresh=fresh,
+        grid=tuple(model.patch_embed.grid_size) if resampled else None,
+        prefix_tokens=model.num_prefix_tokens,
+    )
+
+
+def fresh_head(model: SWSVisionTransformer, seed: int) -> dict[str, Tensor]:
+    """A new classifier in fp32 on the CPU, as timm would initialise it.
+
+    The draws depend on ``seed`` and the layer's name alone: every rank of any world draws the same.
+    """
+    layer = nn.Linear(model.head.in_features, model.head.out_features, bias=model.head.bias is not None, device="meta")
+    layer = layer.to_empty(device="cpu")
+    mode = model.weight_init_mode
+    initialise = get_init_weights_vit(mode, head_bias=-math.log(model.num_classes) if "nlhb" in mode else 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(sha256(f"{seed} head".encode()).digest()[:7], "big"))
+        layer.reset_parameters()
+        initialise(layer, "head")
+    return {f"head.{name}": tensor.detach() for name, tensor in layer.named_parameters()}
+
+
 def expand(
     info: ModelInfo,
     learngene: Mapping[str, Tensor],
@@ -72,41 +180,31 @@ def expand(
         num_classes: another count than the learngene's gives a fresh head, drawn from ``seed``.
         image_size: another size than the learngene's resamples the position embedding as timm does.
     """
-    num_classes = info.num_classes if num_classes is None else num_classes
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
-    kwargs = info.kwargs | {"schedule": [1] * len(layers), "img_size": size}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SWSVisionTransformer(**kwargs, num_classes=num_classes)
-    dropped = sorted(set(range(len(info.kwargs["schedule"]))) - set(layers))
-    if dropped:
-        warnings.warn(f"a depth of {len(layers)} drops stages {dropped}: their layers are not used", stacklevel=2)
-
-    weights = {name: tensor for name, tensor in learngene.items() if not BLOCK.match(name)}
-    for layer, stage in enumerate(layers):
-        prefix = f"blocks.{stage}."
-        for name, tensor in learngene.items():
-            if name.startswith(prefix):
-                weights[f"blocks.{layer}.{name.removeprefix(prefix)}"] = tensor.clone()
-    if size != info.kwargs["img_size"]:
-        weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"],
-            new_size=list(model.patch_embed.grid_size),
-            num_prefix_tokens=model.num_prefix_tokens,
+    changed: dict[str, Any] = {"schedule": [1] * len(layers), "img_size": size}
+    with torch.device("meta"):
+        model = SWSVisionTransformer(
+            **(info.kwargs | changed), num_classes=info.num_classes if num_classes is None else num_classes
         )
-    fresh_head = num_classes != info.num_classes
-    if fresh_head:
-        weights |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-    model_file.load_into(model, weights, "the learngene")
-    provenance = {"plan": list(layers), "fresh_head": fresh_head, "learngene": info.provenance}
+    to = design(info, {name: tensor.shape for name, tensor in learngene.items()}, model, layers)
+    warn_of_dropped(to)
+    weights = fresh_head(model, seed) if to.fresh else {}
+    for source, targets in to.copies.items():
+        adapted = to.adapt(source, learngene[source])
+        weights |= {name: adapted.clone() for name in targets}
     described = describe(
         model,
         "model",
         pixels=info.pixels | {"image_size": size[0]},
-        classes=[] if fresh_head else info.classes,
-        provenance=provenance,
+        classes=[] if to.fresh else info.classes,
+        provenance={"plan": list(layers), "fresh_head": bool(to.fresh), "learngene": info.provenance},
     )
-    return described, weights
+    return described, {name: weights[name] for name, _ in model.named_parameters()}
+
+
+def warn_of_dropped(to: Design) -> None:
+    if to.dropped:
+        warnings.warn(f"a depth of {len(to.layers)} drops stages {to.dropped}: their layers are not used", stacklevel=3)
 
 
 def _even(stages: int, depth: int) -> list[int]:

@@ -6,11 +6,16 @@ One ``.safetensors`` file (see ``model_file.py``) of kind ``learngene``. Its ten
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sws_dist import model_file
@@ -18,6 +23,7 @@ from sws_dist.config import IMAGENET_MEAN, IMAGENET_STD
 from sws_dist.model_file import ModelInfo
 from sws_dist.models import SWSVisionTransformer, geometry
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -43,13 +49,50 @@ def load(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
         ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
     """
     info, weights = read_info(path), model_file.load_tensors(path)
-    stages = {int(match[1]) for name in weights if (match := BLOCK.match(name))}
+    _check_stages(path, info, weights)
+    return info, weights
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that a learngene's file says before its numbers.
+
+    ``fingerprint`` is equal where two ranks see the same file: a checksum over its header, its size and its last MiB.
+    """
+
+    info: ModelInfo
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    """The widest of its tensors'."""
+    fingerprint: str
+
+
+def read_header(path: str | Path) -> Header:
+    """Read no more than a learngene's header and its last MiB. Raises ``ValueError`` as ``load`` does."""
+    info = read_info(path)
+    with Path(path).open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2**20))
+        checksum = hashlib.sha256(header + file.read() + str(size).encode()).hexdigest()
+    about = json.loads(header)
+    del about["__metadata__"]
+    unknown = sorted({tensor["dtype"] for tensor in about.values()} - set(DTYPES))
+    if unknown:
+        raise ValueError(f"{path}: holds tensors of {', '.join(unknown)}; a learngene's are {', '.join(DTYPES)}")
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in about.items()}
+    _check_stages(path, info, shapes)
+    dtype = max((DTYPES[tensor["dtype"]] for tensor in about.values()), key=lambda dtype: dtype.itemsize)
+    return Header(info, shapes, dtype, checksum)
+
+
+def _check_stages(path: str | Path, info: ModelInfo, names: Mapping[str, Any]) -> None:
+    stages = {int(match[1]) for name in names if (match := BLOCK.match(name))}
     schedule = info.kwargs["schedule"]
     if stages != set(range(len(schedule))):
         raise ValueError(
             f"{path}: layers for stages {sorted(stages)}, but its schedule {schedule} needs {len(schedule)}"
         )
-    return info, weights
 
 
 def from_released(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sws_dist import assemble, checkpoint, comm, ds_config, files, provenance, signals
+from sws_dist import assemble, checkpoint, comm, ds_config, ds_schema, files, provenance, signals
 from sws_dist import engine as ds_engine
 from sws_dist.config import RunConfig
 from sws_dist.data import pipeline, sampler
@@ -54,6 +54,7 @@ class Trainer:
         self.world = world = comm.init(config.train.timeout_s)
         with comm.together("read the DeepSpeed config"):
             self.ds = ds_config.resolve(ds_path, config, world.size)
+            ds_schema.check(self.ds, ds_path, world.device)
         self.dtype = DTYPES[ds_config.precision(self.ds)]
         self.output = assemble.prepare_output(config, resume, world)
         with comm.together("prepare the heartbeats"):
@@ -67,6 +68,7 @@ class Trainer:
             self.model, self.teacher, self.kernels = assemble.models(
                 config, self.train_set.classes, world.device, self.dtype
             )
+        expansion = None if found else assemble.plan_expansion(config, self.model)
         self.flops = assemble.count_flops(config, len(self.train_set.classes))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if self.teacher is not None:
@@ -92,7 +94,8 @@ class Trainer:
         self.loss = DistillationLoss(config.distill)
         self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
 
-        self.engine = ds_engine.build(self.model, self.ds, config.optim)
+        self.engine, beginning = assemble.start(config, self.model, self.ds, expansion, world, self.dtype)
+        self.notes += beginning
         self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
         self._taken = ds_engine.Taken(applied=False, grad_norm=None)
         self._checkpoint: Path | None = None

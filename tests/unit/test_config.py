@@ -157,3 +157,15 @@ def test_the_page_of_keys_is_up_to_date() -> None:
     for key in config.valid_keys():
         if key not in {"model", "data", "augment", "distill", "optim", "train", "checkpoint"}:
             assert f"`{key}`" in page(), key
+
+
+def test_a_run_starts_from_one_thing(file: Path) -> None:
+    """A learngene or a checkpoint; and the keys of an expansion need a learngene."""
+    gene, checkpoint = "model.initial_learngene=a.safetensors", "model.initial_checkpoint=b.safetensors"
+    assert "both given" in refused(file, gene, checkpoint)
+    assert config.load(file, [gene, checkpoint, "model.initial_checkpoint=null"]).model.initial_learngene
+    assert "no model.initial_learngene" in refused(file, "model.plan=proportional")
+    assert "no model.initial_learngene" in refused(file, "model.expand=read", checkpoint)
+    assert config.load(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
+    assert "model.plan" in refused(file, gene, "model.plan=odd")
+    assert "model.expand" in refused(file, gene, "model.expand=gather")

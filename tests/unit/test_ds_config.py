@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sws_dist import config, ds_config
+from sws_dist import config, ds_config, ds_schema
 from sws_dist.errors import ConfigError
 
 
@@ -61,6 +62,21 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: config.RunCo
         ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
         ({"zero_optimization": {"stage": 4}}, "must be one of (0, 1, 2, 3)"),
         ({"optimizer": {"type": "Adam"}}, "set optim.* in the run config"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "set model.grad_checkpointing"),
+        ({"aio": {"block_size": 1}}, "NVMe is not supported"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Block"]}}}, "gives wrong gradients"),
+        ({"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}}, "on a CPU it crashes"),
+        ({"zero_optimization": {"stage": 3, "elastic_checkpoint": True}}, "fit any world size"),
+        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "fit any world size"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "use zero_optimization.offload_param"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "behind the optimizer's back"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "offload_optimizer.super_offload"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "do nothing at stage 2"),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "do nothing at stage 2"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "4 does not divide the 2 ranks"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "expected a JSON object, found 'cpu'"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "keeps fp32 masters"),
         ({"train_batch_size": 48}, "set train.global_batch"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "optim.name=cpu_adam"),
@@ -85,3 +101,51 @@ def test_precision() -> None:
     assert ds_config.precision({}) == "fp32"
     assert ds_config.precision({"bf16": {"enabled": True}}) == "bf16"
     assert ds_config.precision({"fp16": {"enabled": False}}) == "fp32"
+
+
+# ---- what DeepSpeed itself knows ----
+
+
+@pytest.mark.parametrize(
+    ("ds", "said"),
+    [
+        ({"zero_optimization": {"reduce_buket_size": 5}}, "did you mean reduce_bucket_size?"),
+        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}}, "did you mean stage3_prefetch_bucket_size?"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "none"}}}, "did you mean device?"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "zero_optimization.reduce_bucket_size = 'many'"),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "greater than 0"),
+        ({"bf16": {"enable": True}}, "did you mean enabled?"),
+        ({"comms_logger": {"enabled": True, "verbos": True}}, "did you mean verbose?"),
+        ({"fp16": {"enabled": True}}, "fp16 needs a GPU"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "quantises with CUDA kernels"),
+    ],
+)
+def test_keys_and_values_that_deepspeed_does_not_take(
+    tmp_path: Path, run: config.RunConfig, ds: Any, said: str
+) -> None:
+    resolved = resolve(tmp_path, run, ds)
+    with pytest.raises(ConfigError) as caught:
+        ds_schema.check(resolved, tmp_path / "ds.json", torch.device("cpu"))
+    assert said in str(caught.value)
+    assert "ds.json" in str(caught.value)
+
+
+def test_every_config_that_ships_passes(run: config.RunConfig) -> None:
+    for file in Path("configs/deepspeed").glob("*.json"):
+        device = torch.device("cuda" if "fp16" in file.name else "cpu")
+        ds_schema.check(ds_config.load(file), file, device)
+
+
+# ---- lean ZeRO-3 ----
+
+
+def test_lean_settings_follow_the_stage_and_leave_what_is_given() -> None:
+    zero = {"stage": 3, "stage3_max_live_parameters": 7, "prefetch_bucket_size": 8}
+    ds_config.lean(zero, 100)
+    assert zero == {
+        "stage": 3,
+        "stage3_max_live_parameters": 7,
+        "prefetch_bucket_size": 8,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 200,
+    }

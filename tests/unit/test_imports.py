@@ -18,13 +18,13 @@ LAYERS = (
     ("sws_dist.assemble",),
     ("sws_dist.checkpoint", "sws_dist.evaluate"),
     ("sws_dist.shards",),
-    ("sws_dist.ema",),
+    ("sws_dist.ema", "sws_dist.filling", "sws_dist.ds_schema"),
     ("sws_dist.engine", "sws_dist.expansion"),
     ("sws_dist.learngene", "sws_dist.distillation", "sws_dist.nonfinite"),
     ("sws_dist.model_file", "sws_dist.rollcall"),
     ("sws_dist.watch",),
     ("sws_dist.models", "sws_dist.data", "sws_dist.metrics", "sws_dist.optim", "sws_dist.flops"),
-    ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_kernels"),
+    ("sws_dist.comm", "sws_dist.ds_config", "sws_dist.provenance", "sws_dist.traffic", "sws_kernels"),
     ("sws_dist.tensor_file",),
     ("sws_dist.config", "sws_dist.files", "sws_dist.signals"),
     ("sws_dist.cli",),
@@ -33,7 +33,14 @@ LAYERS = (
 )
 LAUNCHER = "launcher"
 HOMES = {  # heavy packages, and the only places that may import them
-    "deepspeed": {"sws_dist.comm", "sws_dist.engine", "sws_dist.trainer", "sws_dist.checkpoint", "sws_dist.expansion"},
+    "deepspeed": {
+        "sws_dist.comm",
+        "sws_dist.engine",
+        "sws_dist.trainer",
+        "sws_dist.checkpoint",
+        "sws_dist.filling",
+        "sws_dist.ds_schema",
+    },
     "nvidia": {"sws_dist.data"},
     "sklearn": {"sws_dist.data"},
     "matplotlib": {LAUNCHER},

@@ -1,0 +1,103 @@
+"""Count the collectives of a training step at every ZeRO stage.
+
+deepspeed --num_accelerators 2 --module tests.distributed.traffic_worker found.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from sws_dist import cli, comm, ds_config, engine
+from sws_dist.comm import World
+from sws_dist.config import OptimConfig
+from sws_dist.models import create_model
+from sws_dist.traffic import Traffic, counted
+
+GEOMETRY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+AUXILIARY, DESCENDANT = {"schedule": (3, 3, 4, 3, 3)}, {"depth": 12}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{f"auxiliary, ZeRO-{stage}": (AUXILIARY, {"stage": stage}) for stage in range(4)},
+    **{f"auxiliary, ZeRO-{stage}, two micro-batches": (AUXILIARY, {"stage": stage, "micros": 2}) for stage in range(4)},
+    "auxiliary, ZeRO-3, checkpointing": (AUXILIARY, {"stage": 3, "checkpointing": True}),
+    "auxiliary, ZeRO-3, no leaves": (AUXILIARY, {"stage": 3, "leaves": False}),
+    "auxiliary, ZeRO-3, DeepSpeed's defaults": (AUXILIARY, {"stage": 3, "lean": False}),
+    "descendant, ZeRO-3": (DESCENDANT, {"stage": 3}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--local_rank", type=int, default=0)
+    args = parser.parse_args()
+    world = comm.init(120)
+    found: dict[str, Any] = {"known": known(world)}
+    found |= {name: step(world, model, **how) for name, (model, how) in CASES.items()}
+    if world.is_main:
+        args.out.write_text(json.dumps(found))
+    comm.close()
+
+
+def known(world: World) -> dict[str, Any]:
+    """Collectives whose sizes are plain to see."""
+    with counted() as outer:
+        dist.all_reduce(torch.ones(10))
+        with counted() as inner:
+            dist.broadcast(torch.ones(3, dtype=torch.bfloat16), src=0)
+            dist.all_gather([torch.empty(4) for _ in range(world.size)], torch.ones(4))
+        dist.barrier()
+    dist.all_reduce(torch.ones(10))  # outside: not counted
+    return {"outer": as_json(outer), "inner": as_json(inner)}
+
+
+def step(
+    world: World,
+    model: dict[str, Any],
+    stage: int,
+    micros: int = 1,
+    checkpointing: bool = False,
+    leaves: bool = True,
+    lean: bool = True,
+) -> dict[str, Any]:
+    """The third step: the first ones record which parameters are fetched when."""
+    student = create_model("sws_vit", **model, **GEOMETRY)
+    student.set_grad_checkpointing(checkpointing)
+    num_bytes = 4 * sum(p.numel() for p in student.parameters())
+    ds: dict[str, Any] = {
+        "train_batch_size": 4 * micros * world.size,
+        "gradient_accumulation_steps": micros,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    if stage == 3 and lean:
+        ds_config.lean(ds["zero_optimization"], sum(p.numel() for p in student.blocks[0].parameters()))
+    with mock.patch.object(engine, "Stage", engine.Stage if leaves else type(None)):
+        built = engine.build(student, ds, OptimConfig())
+    for _ in range(3):
+        passes: dict[str, list[Traffic]] = {"forward": [], "backward": [], "step": []}
+        for _ in range(micros):
+            with counted() as forward:
+                out = built(torch.randn(4, 3, 32, 32))
+            with counted() as backward:
+                built.backward(out.square().mean())
+            with counted() as update:
+                built.step()
+            for name, moved in zip(passes, (forward, backward, update), strict=True):
+                passes[name].append(moved)
+    return {"model_bytes": num_bytes, **{name: [as_json(m) for m in moved] for name, moved in passes.items()}}
+
+
+def as_json(moved: Traffic) -> dict[str, Any]:
+    return {"calls": dict(moved.calls), "bytes": dict(moved.bytes)}
+
+
+if __name__ == "__main__":
+    cli.run(main)
