@@ -5,7 +5,7 @@ anywhere; asking for Triton where it cannot run is an error, never a fallback.
 """
 
 from sws_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from sws_kernels.linear_gelu import mlp, mlp_reference
+from sws_kernels.mlp import mlp, mlp_reference
 from sws_kernels.packed_attention import packed_attention, packed_attention_reference
 from sws_kernels.stage import StageWeights, stage, stage_reference
 

@@ -30,14 +30,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from sws_kernels.common import Backend, check_triton, contiguous, is_triton
+from sws_kernels.common import Backend, check_triton, contiguous, is_triton, num_multiprocessors
 
 WIDTH_MULTIPLE = 32  # keeps every row 16-byte aligned in every dtype; also what the matrix products take
 MAX_WIDTH = 3072  # three chunks of 1024: beyond it the backward would no longer fit in registers
 BACKWARD_PROGRAMS_PER_SM = 2  # two resident programs hide each other's loads; a guess until measured on a GPU
 # What that leaves a thread: 65,536 / (2 * 128), less one. Without a figure ptxas may settle for 128 and spill.
 MAX_BACKWARD_REGISTERS = 255
-INTERPRETED_PROGRAMS = 2  # enough to test that programs loop over tiles *and* that their partials are added
 
 
 # ----------------------------------------------------------------------------------------- helpers in kernels
@@ -222,10 +221,7 @@ def tile_shape(width: int) -> dict[str, int]:
 
 def _num_backward_programs(num_tiles: int, device: torch.device) -> int:
     """P. It fixes the order in which dgamma and dbeta are summed: equal shapes, equal GPUs, equal bits."""
-    if device.type != "cuda":
-        return min(num_tiles, INTERPRETED_PROGRAMS)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles, BACKWARD_PROGRAMS_PER_SM * num_sms)
+    return min(num_tiles, BACKWARD_PROGRAMS_PER_SM * num_multiprocessors(device))
 
 
 @torch.library.custom_op("sws_kernels::add_layer_norm", mutates_args=())

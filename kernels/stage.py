@@ -38,7 +38,7 @@ from sws_kernels.add_layer_norm import MAX_WIDTH, _branch_gradient_differs, add_
 from sws_kernels.add_layer_norm import _backward as add_layer_norm_backward
 from sws_kernels.add_layer_norm import _forward as add_layer_norm_forward
 from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
-from sws_kernels.linear_gelu import check_mlp, mlp_backward, mlp_forward, mlp_reference
+from sws_kernels.mlp import check_mlp, mlp_backward, mlp_forward, mlp_reference
 from sws_kernels.packed_attention import HEAD_DIMS, packed_attention_reference
 from sws_kernels.packed_attention import _backward as packed_attention_backward
 from sws_kernels.packed_attention import _forward as packed_attention_forward

@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
     # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from sws_kernels.linear_gelu import _backward, _forward
+from sws_kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
 from tests.kernels.mlp_checks import check_accuracy, check_bitwise_repeatable, check_compiled, make_inputs, run
 from tests.kernels.numerics import poisoned_memory
 
@@ -36,8 +36,8 @@ def test_accuracy(shape, dtype):
 def test_backward_repeats_the_forward(dtype):
     """h is not kept: the backward's must be the forward's to the bit."""
     inputs = make_inputs((64, 196), 384, 1536, dtype, DEVICE)
-    h, z = _forward(inputs["x"], inputs["w1"], inputs["b1"], True)
-    assert torch.equal(h.view_as(z), _backward(inputs["dy"], inputs["w2"], z)[1])
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    assert torch.equal(h.view_as(z), linear_gelu_backward(inputs["dy"], inputs["w2"], z)[1])
 
 
 def test_bitwise_repeatable():
@@ -74,11 +74,11 @@ def test_offsets_past_int32():
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     inputs = make_inputs((num_rows,), width, hidden, torch.bfloat16, DEVICE)
-    h, z = _forward(inputs["x"], inputs["w1"], inputs["b1"], True)
-    wanted_h, wanted_z = _forward(inputs["x"][-last:], inputs["w1"], inputs["b1"], True)
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    wanted_h, wanted_z = linear_gelu_forward(inputs["x"][-last:], inputs["w1"], inputs["b1"], True)
     assert torch.equal(h[-last:], wanted_h)
     assert torch.equal(z[-last:], wanted_z)
-    dz, h, _ = _backward(inputs["dy"], inputs["w2"], z)
-    wanted_dz, wanted_h, _ = _backward(inputs["dy"][-last:], inputs["w2"], wanted_z)
+    dz, h, _ = linear_gelu_backward(inputs["dy"], inputs["w2"], z)
+    wanted_dz, wanted_h, _ = linear_gelu_backward(inputs["dy"][-last:], inputs["w2"], wanted_z)
     assert torch.equal(h[-last:], wanted_h)
     assert torch.equal(dz[-last:], wanted_dz)
