@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ import torch
 import triton.testing
 
 Row = dict[str, Any]
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Machine:
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
+    rounds: int = 3
 
     def compile(self, function: Callable, *, cuda_graphs: bool = False) -> Callable:
         """torch.compile at its best; on a CPU the same tracing without a code generator."""
@@ -69,9 +69,9 @@ class Machine:
         return self.wall_ms(run, calls=1)
 
     def wall_ms(self, run: Callable[[], Any], calls: int = 30) -> float:
-        """The clock's time of one call in a row of them, launches included; the median of `ROUNDS` rows."""
+        """The clock's time of one call in a row of them, launches included; the median of ``rounds`` rows."""
         times = []
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             self.synchronize()
             start = time.perf_counter()
             for _ in range(calls):
@@ -90,9 +90,19 @@ class Machine:
         run()
         return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
-    def fresh(self) -> None:
-        """No provider may find another's compiled code (torch.compile keeps it by source, not by call) or memory."""
-        torch.compiler.reset()
+    def reserved_bytes(self, *, peak: bool = False) -> int:
+        """What this process holds of the device's memory, or has held at most since `fresh`."""
+        if self.device != "cuda":
+            return 0
+        return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
+
+    def fresh(self, *, keep_code: bool = False) -> None:
+        """Give back unused memory, and the compiled code, which torch.compile would find again by its source alone.
+
+        It does not see that attention's backend has changed: without this, flash's code would run as cuDNN's.
+        """
+        if not keep_code:
+            torch.compiler.reset()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -140,10 +150,10 @@ class Case(Protocol):
     def measure(self, provider: str, machine: Machine, ceilings: Ceilings) -> list[Row]: ...
 
 
-def rows_of(case: Case, machine: Machine, ceilings: Ceilings) -> list[Row]:
-    """Every provider's rows. One that fails, or is wrong, has a row that says so, and the others go on."""
+def rows_of(case: Case, machine: Machine, ceilings: Ceilings, providers: Iterable[str] | None = None) -> list[Row]:
+    """The rows of every provider, or of some. One that fails, or is wrong, has a row that says so; the others go on."""
     rows = []
-    for provider in case.providers:
+    for provider in case.providers if providers is None else providers:
         machine.fresh()
         head = {"operator": case.operator, "case": case.label, "provider": provider}
         try:
