@@ -6,7 +6,7 @@ them at once. Both graphs are captured at the first call, whose shape they keep,
 What that asks of the caller, and how it is kept:
 
     weights stay where they are     a replay reads the captured addresses; a weight found elsewhere is an error.
-                                    An optimizer that updates in place (all do, and ZeRO-1 and 2) is right; ZeRO-3 is not
+                                    Optimizers update in place, also under ZeRO-1 and 2; ZeRO-3 moves weights
     one backward a forward          what the forward kept is overwritten by the next; an error where it would matter
     one order                       the stages of a model share one pool of memory: forward from the first to the
                                     last, backward from the last to the first
@@ -136,7 +136,7 @@ class _Graphs:
     def forward(self, x: Tensor, scales: Tensor | None) -> tuple[Tensor, object]:
         """(y, what `backward` will ask for)."""
         self._x.copy_(x)
-        if scales is not None:
+        if scales is not None and self._scales is not None:
             self._scales.copy_(scales)
         self._token = object()
         self._replay_forward()

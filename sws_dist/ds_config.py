@@ -61,7 +61,9 @@ def resolve(path: str | Path, config: RunConfig, world_size: int) -> dict[str, A
             "finds by their address; use stage 0, 1 or 2, or leave it off"
         )
     if config.model.cuda_graphs and config.model.compile:
-        raise ConfigError("model.cuda_graphs and model.compile exclude each other: torch.compile cannot follow a graph")
+        raise ConfigError(
+            "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to false"
+        )
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and config.optim.name != "cpu_adam":
         raise ConfigError(
