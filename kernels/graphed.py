@@ -1,6 +1,6 @@
 """`stage` as two CUDA graphs, forward and backward, for training at one shape: a small model is bound by launches.
 
-A stage of a ViT-Ti launches some 30 kernels a repeat, each shorter than its launch takes. A graph launches all of
+A stage of a ViT-Ti launches some 40 kernels a repeat, most shorter than their launch takes. A graph launches all of
 them at once. Both graphs are captured at the first call, whose shape they keep, and replayed at every further one.
 
 What that asks of the caller, and how it is kept:

@@ -62,7 +62,7 @@ def _launch_linear_gelu(kernel: str, persistent: bool = False) -> Callable[[int,
 
 # With a scale, with z stored: the variants that hold and write the most.
 STATISTICS = ("mean_ptr", "rstd_ptr", "partials_ptr", "eps")
-PERSISTENT = {("bf16", 90), ("fp16", 90), ("fp32", 90)}
+PERSISTENT = {("bf16", 90), ("fp16", 90)}
 KERNELS = {
     "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _launch_layer_norm, STATISTICS),
     "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _launch_layer_norm_backward, STATISTICS),
