@@ -56,11 +56,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter has one, so that its programs go over many tiles each."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def contiguous(x: Tensor | None) -> Tensor | None:
     """The kernels know one layout; a sliced input or an expanded gradient is copied here."""
     return None if x is None else x.contiguous()

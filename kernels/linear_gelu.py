@@ -30,10 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sws_kernels.common import num_multiprocessors
+from sws_kernels import tiles
 
 WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
-ROW_TILES_A_GROUP = 8  # programs side by side share both operands' tiles in the L2 cache
 
 
 # --------------------------------------------------------------------------------------------- GELU in kernels
@@ -247,41 +246,9 @@ def _backward_kernel(
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def launches(inner: int, hidden: int, dtype: torch.dtype, *, hopper: bool, persistent: bool = False) -> dict[str, dict]:
-    """Launch constants of each kernel: inner dimension ``inner``, ``hidden`` columns.
-
-    The inner dimension is short (3 to 12 steps of 64), so a tile's epilogue is a large part of its time. Two
-    programs of 8 warps are meant to fit on a multiprocessor (96 KiB of shared memory and at most 128 registers
-    each), so that one multiplies while the other is in its epilogue. The backward must be told of the 128 on
-    Hopper; on A100 it needs 166 and would spill: one program there.
-
-    ``persistent``, for Hopper only (on A100 it spills), is the other way to hide the epilogue: one program a
-    multiprocessor, which loads the next tile meanwhile. It has 255 registers to spend, in the forward on tiles
-    twice as wide. Which is faster is for benchmarks/kernels to say.
-
-    fp32 has no tensor cores at its own accuracy: small tiles, plain arithmetic. All are guesses until measured.
-    """
-    if dtype == torch.float32:
-        tile = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
-    else:
-        tile = {"BM": 128, "BN": 128, "BK": 64 if inner % 64 == 0 else 32, "num_warps": 8, "num_stages": 3}
-    common = {"K": inner, "F": hidden, "GROUP": ROW_TILES_A_GROUP, "PERSISTENT": persistent, **tile}
-    wide = {"BN": 2 * tile["BN"]} if persistent and dtype != torch.float32 else {}
-    registers = 128 if hopper and not persistent else None
-    return {"forward": common | wide, "backward": common | {"maxnreg": registers}}
-
-
-def _launches(inner: int, hidden: int, x: Tensor, persistent: bool) -> dict[str, dict]:
-    """Those of x's dtype and device; the interpreter, which has no registers, takes Hopper's."""
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9
-    if persistent and not hopper:
-        raise ValueError("linear_gelu: persistent=True is for Hopper, where its tiles fit in registers")
-    return launches(inner, hidden, x.dtype, hopper=hopper, persistent=persistent)
-
-
-def _grid(num_rows: int, launch: dict[str, int], device: torch.device) -> tuple[int]:
+def _grid(num_rows: int, launch: tiles.Launch, device: torch.device) -> tuple[int]:
     num_tiles = triton.cdiv(num_rows, launch["BM"]) * triton.cdiv(launch["F"], launch["BN"])
-    return (min(num_tiles, num_multiprocessors(device)) if launch["PERSISTENT"] else num_tiles,)
+    return (min(num_tiles, tiles.num_multiprocessors(device)) if launch["PERSISTENT"] else num_tiles,)
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu", mutates_args=())
@@ -294,7 +261,8 @@ def linear_gelu_forward(
     num_rows = rows.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
     z = x.new_empty((num_rows, hidden) if save else (0,))
-    launch = _launches(inner, hidden, x, persistent)["forward"]
+    hopper = tiles.is_hopper(x.device)
+    launch = tiles.linear_gelu(inner, hidden, x.dtype, hopper=hopper, persistent=persistent)["forward"]
     if num_rows:
         with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[_grid(num_rows, launch, x.device)](
@@ -320,7 +288,8 @@ def linear_gelu_backward(
     inner, hidden = weight.shape
     num_rows = z.shape[0]
     dz, h = torch.empty_like(z), torch.empty_like(z)
-    launch = _launches(inner, hidden, z, persistent)["backward"]
+    hopper = tiles.is_hopper(z.device)
+    launch = tiles.linear_gelu(inner, hidden, z.dtype, hopper=hopper, persistent=persistent)["backward"]
     partials = z.new_empty((triton.cdiv(num_rows, launch["BM"]), hidden), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(z):

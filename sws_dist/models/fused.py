@@ -115,9 +115,10 @@ def forward(stage: Any, x: Tensor) -> Tensor:
 
 def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:
     """[positions, 2, batch]: 0 or 1/keep, drawn number by number as timm's ``drop_path`` draws them."""
-    scales = []
-    for rate in rates:
-        for _ in range(2):
-            scale = x.new_ones((x.shape[0], 1, 1))
-            scales.append(scale.bernoulli_(1 - rate).div_(1 - rate) if rate else scale)
-    return torch.stack(scales).view(len(rates), 2, x.shape[0])
+    scales = x.new_ones(len(rates), 2, x.shape[0])
+    for scale, rate in zip(scales, rates, strict=True):
+        if rate:
+            for branch in scale:  # two draws, as timm makes them: the attention's, then the MLP's
+                branch.bernoulli_(1 - rate)
+            scale.div_(1 - rate)
+    return scales

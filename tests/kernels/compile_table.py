@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from sws_kernels import tiles
 from sws_kernels.common import INTERPRETED
 from tests.kernels import packed_attention_compile
 from tests.kernels.machine_code import compile_for
@@ -44,18 +45,14 @@ class Kernel:
     only: Collection[tuple[str, int]] | None = None  # dtypes and architectures, where not all
 
 
-def _launch_layer_norm(width: int, dtype: str, arch: int) -> dict:
-    return add_layer_norm.tile_shape(width)
+def _layer_norm(kernel: str) -> Callable[[int, str, int], dict]:
+    return lambda width, dtype, arch: tiles.add_layer_norm(width)[kernel]
 
 
-def _launch_layer_norm_backward(width: int, dtype: str, arch: int) -> dict:
-    return add_layer_norm.tile_shape(width) | {"maxnreg": add_layer_norm.MAX_BACKWARD_REGISTERS}
-
-
-def _launch_linear_gelu(kernel: str, persistent: bool = False) -> Callable[[int, str, int], dict]:
+def _linear_gelu(kernel: str, persistent: bool = False) -> Callable[[int, str, int], dict]:
     def launch(width: int, dtype: str, arch: int) -> dict:
-        launches = linear_gelu.launches(width, 4 * width, DTYPES[dtype], hopper=arch == 90, persistent=persistent)
-        return launches[kernel]
+        options = {"hopper": arch == 90, "persistent": persistent}
+        return tiles.linear_gelu(width, 4 * width, DTYPES[dtype], **options)[kernel]
 
     return launch
 
@@ -64,15 +61,15 @@ def _launch_linear_gelu(kernel: str, persistent: bool = False) -> Callable[[int,
 STATISTICS = ("mean_ptr", "rstd_ptr", "partials_ptr", "eps")
 PERSISTENT = {("bf16", 90), ("fp16", 90)}
 KERNELS = {
-    "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _launch_layer_norm, STATISTICS),
-    "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _launch_layer_norm_backward, STATISTICS),
-    "linear_gelu_forward": Kernel(linear_gelu._forward_kernel, _launch_linear_gelu("forward")),
-    "linear_gelu_backward": Kernel(linear_gelu._backward_kernel, _launch_linear_gelu("backward"), ("partials_ptr",)),
+    "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _layer_norm("forward"), STATISTICS),
+    "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _layer_norm("backward"), STATISTICS),
+    "linear_gelu_forward": Kernel(linear_gelu._forward_kernel, _linear_gelu("forward")),
+    "linear_gelu_backward": Kernel(linear_gelu._backward_kernel, _linear_gelu("backward"), ("partials_ptr",)),
     "linear_gelu_forward_persistent": Kernel(
-        linear_gelu._forward_kernel, _launch_linear_gelu("forward", persistent=True), only=PERSISTENT
+        linear_gelu._forward_kernel, _linear_gelu("forward", persistent=True), only=PERSISTENT
     ),
     "linear_gelu_backward_persistent": Kernel(
-        linear_gelu._backward_kernel, _launch_linear_gelu("backward", persistent=True), ("partials_ptr",), PERSISTENT
+        linear_gelu._backward_kernel, _linear_gelu("backward", persistent=True), ("partials_ptr",), PERSISTENT
     ),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sws_kernels.add_layer_norm import BACKWARD_PROGRAMS_PER_SM
+from sws_kernels.tiles import BACKWARD_PROGRAMS_PER_SM
 
 REGISTERS_PER_SM = 65_536
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}  # bytes a program may have; Triton's compiler does not check
