@@ -30,8 +30,8 @@ lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 	$(BIN)/mypy
 
 bench: $(VENV)/ready  ## Measure the input and, on a GPU, the kernels against their alternatives
-	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json --chart benchmarks/results/kernels.png
 
 docs: $(VENV)/ready  ## Rewrite the pages that are made from the code
 	$(BIN)/python docs/make.py

@@ -5,11 +5,14 @@ anywhere; asking for Triton where it cannot run is an error, never a fallback.
 """
 
 from sws_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from sws_kernels.linear_gelu import mlp, mlp_reference
+from sws_kernels.graphed import GraphedStage, GraphPool
+from sws_kernels.mlp import mlp, mlp_reference
 from sws_kernels.packed_attention import packed_attention, packed_attention_reference
 from sws_kernels.stage import StageWeights, stage, stage_reference
 
 __all__ = [
+    "GraphPool",  # what the graphs of one model's stages share
+    "GraphedStage",  # `stage` captured as CUDA graphs at its first training call, and replayed
     "StageWeights",
     "add_layer_norm",  # residual add (with drop-path's per-sample scale) + LayerNorm; returns both streams
     "add_layer_norm_reference",  # the same in plain PyTorch: the tests' oracle, the path without a GPU

@@ -30,14 +30,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from sws_kernels import tiles
 from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 
 WIDTH_MULTIPLE = 32  # keeps every row 16-byte aligned in every dtype; also what the matrix products take
 MAX_WIDTH = 3072  # three chunks of 1024: beyond it the backward would no longer fit in registers
-BACKWARD_PROGRAMS_PER_SM = 2  # two resident programs hide each other's loads; a guess until measured on a GPU
-# What that leaves a thread: 65,536 / (2 * 128), less one. Without a figure ptxas may settle for 128 and spill.
-MAX_BACKWARD_REGISTERS = 255
-INTERPRETED_PROGRAMS = 2  # enough to test that programs loop over tiles *and* that their partials are added
 
 
 # ----------------------------------------------------------------------------------------- helpers in kernels
@@ -210,22 +207,9 @@ def _backward_kernel(
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def tile_shape(width: int) -> dict[str, int]:
-    """Launch constants of a width: the constexprs D, W, R, and num_warps.
-
-    R * W = 1024 elements a chunk on 128 threads: 8 consecutive ones a thread, one 16-byte access in half
-    precision, and up to W = 256 (width 768) the sums along a row stay inside a warp.
-    """
-    chunk = triton.next_power_of_2(triton.cdiv(width, 3))
-    return {"D": width, "W": chunk, "R": max(1, 1024 // chunk), "num_warps": 4}
-
-
 def _num_backward_programs(num_tiles: int, device: torch.device) -> int:
     """P. It fixes the order in which dgamma and dbeta are summed: equal shapes, equal GPUs, equal bits."""
-    if device.type != "cuda":
-        return min(num_tiles, INTERPRETED_PROGRAMS)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_tiles, BACKWARD_PROGRAMS_PER_SM * num_sms)
+    return min(num_tiles, tiles.BACKWARD_PROGRAMS_PER_SM * tiles.num_multiprocessors(device))
 
 
 @torch.library.custom_op("sws_kernels::add_layer_norm", mutates_args=())
@@ -243,7 +227,7 @@ def _forward(
     normed = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     mean = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
-    tile = tile_shape(width)
+    tile = tiles.add_layer_norm(width)["forward"]
     grid = (triton.cdiv(num_rows, tile["R"]),)
     if num_rows:
         with torch.cuda.device_of(residual):  # Triton launches on the current device, not on the tensors'
@@ -274,7 +258,7 @@ def _backward(
     """
     num_samples, tokens, width = new_residual.shape
     num_rows = num_samples * tokens
-    tile = tile_shape(width)
+    tile = tiles.add_layer_norm(width)["backward"]
     num_programs = _num_backward_programs(triton.cdiv(num_rows, tile["R"]), new_residual.device)
     d_residual = torch.empty(new_residual.shape, dtype=new_residual.dtype, device=new_residual.device)
     separate = _branch_gradient_differs(d_normed, new_residual, scale)
@@ -285,7 +269,7 @@ def _backward(
             _backward_kernel[(num_programs,)](
                 contiguous(d_new_residual), contiguous(d_normed), new_residual, contiguous(scale),
                 contiguous(gamma), mean, rstd, d_residual, d_branch if separate else None, partials,
-                num_rows, tokens, **tile, maxnreg=MAX_BACKWARD_REGISTERS,
+                num_rows, tokens, **tile,
             )  # fmt: skip
     # The second stage of the reduction: a fixed number of rows in a fixed order, no atomics.
     return d_residual, d_branch, partials.sum(dim=1)

@@ -1,23 +1,20 @@
-"""A transformer's MLP, y = GELU(x W1^T + b1) W2^T + b2, with everything elementwise inside a matrix product.
+"""Matrix products with GELU in their epilogue: the first half of an MLP, and its backward.
 
-    forward     z  = x W1^T + b1,  h = GELU(z)                    one kernel (ours)
-                y  = h W2^T + b2                                  cuBLAS
-    backward    dz = (dy W2) * GELU'(z),  db1 = sum(dz),  h again  one kernel (ours)
-                dx = dz W1,  dW1 = dz^T x,  dW2 = dy^T h,  db2    cuBLAS
+    forward     z  = x W^T + b,  h = GELU(z)                        one kernel
+    backward    dz = (dy V) * GELU'(z),  db = sum(dz),  h again     one kernel; V is the layer's that follows
 
-Shapes. N rows (batch x tokens), D width, F hidden width (4 D in a ViT); a program makes one tile of BM rows and
-BN columns of an [N, F] matrix, BK of the inner dimension at a time.
+Shapes. N rows (batch x tokens), K width, F hidden width; a program makes tiles of BM rows and BN columns of an
+[N, F] matrix, BK of the inner dimension at a time.
 
-    x, y, dx, dy              [..., D]   one dtype for all tensors: fp32, fp16 or bf16
-    w1, b1                    [F, D], [F]
-    w2, b2                    [D, F], [D]
-    z, h, dz                  [N, F]     that dtype too
-    partials                  [N / BM, F]  fp32, each row tile's share of db1
+    x                         [..., K]     one dtype for all tensors: fp32, fp16 or bf16
+    weight, bias              [F, K], [F]
+    dy, weight (backward)     [..., K], [K, F]
+    z, h, dz                  [N, F]       that dtype too
+    partials                  [N / BM, F]  fp32, each row tile's share of db
 
-Kept for the backward: z alone, in the input's dtype. GELU is not monotonic, so z cannot be had from h; h can be
-had from z for one multiplication, since the backward needs Phi(z) anyway: it writes h once more for dW2, and
-between forward and backward an [N, F] tensor less is alive. The forward takes GELU of z *as rounded and stored*,
-so that the h of the backward is the very h of the forward, bit for bit.
+GELU is not monotonic, so z cannot be had from h; h can be had from z for one multiplication, since the backward
+needs Phi(z) anyway: it writes h once more for the next layer's weight gradient. The forward takes GELU of z *as
+rounded and stored*, so that the h of the backward is the very h of the forward, bit for bit.
 
 GELU(z) = z Phi(z), GELU'(z) = Phi(z) + z phi(z), Phi the normal distribution function: the exact definition, not
 the tanh approximation. In fp32 Phi goes through tl.erf. In fp16 and bf16 it is an odd polynomial of degree 13,
@@ -32,12 +29,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
+from sws_kernels import tiles
 
 WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
-ROW_TILES_A_GROUP = 8  # programs side by side share both operands' tiles in the L2 cache
 
 
 # --------------------------------------------------------------------------------------------- GELU in kernels
@@ -81,13 +76,12 @@ def normal_pdf(z):
 
 
 @triton.jit
-def _tile_of_program(num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
-    """Programs go down GROUP row tiles before the next column: a group's operands stay in L2."""
-    program = tl.program_id(0)
+def _place(tile, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile): down GROUP row tiles before the next column, so a group's operands stay in L2."""
     in_group = GROUP * num_col_tiles
-    first = program // in_group * GROUP
+    first = tile // in_group * GROUP
     height = tl.minimum(num_row_tiles - first, GROUP)
-    return first + program % in_group % height, program % in_group // height
+    return first + tile % in_group % height, tile % in_group // height
 
 
 @triton.jit
@@ -134,21 +128,10 @@ def _exists(rows, cols, num_rows, F: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr,  # [N, K]
-    weight_ptr,  # [F, K]
-    bias_ptr,  # [F]
-    h_ptr,  # [N, F] out
-    z_ptr,  # [N, F] out, or None: not wanted
-    num_rows,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    row_tile, col_tile = _tile_of_program(tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+def _forward_tile(
+    x_ptr, weight_ptr, bias_ptr, h_ptr, z_ptr, num_rows, row_tile, col_tile,
+    K: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     rows = row_tile * BM + tl.arange(0, BM)
     cols = col_tile * BN + tl.arange(0, BN)
     acc = _product(x_ptr, weight_ptr, rows, cols, num_rows, K, F, True, BM, BN, BK)
@@ -162,6 +145,33 @@ def _forward_kernel(
         tl.store(z_ptr + at, z, mask=mask)
     z = z.to(tl.float32)
     tl.store(h_ptr + at, (z * normal_cdf(z, dtype == tl.float32)).to(dtype), mask=mask)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [N, K]
+    weight_ptr,  # [F, K]
+    bias_ptr,  # [F]
+    h_ptr,  # [N, F] out
+    z_ptr,  # [N, F] out, or None: not wanted
+    num_rows,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # a program goes over many tiles, the next one's loads beside this one's epilogue
+):
+    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BM), tl.cdiv(F, BN)
+    pointers = x_ptr, weight_ptr, bias_ptr, h_ptr, z_ptr
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), num_row_tiles * num_col_tiles, tl.num_programs(0), flatten=True):
+            row_tile, col_tile = _place(tile, num_row_tiles, num_col_tiles, GROUP)
+            _forward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
+    else:
+        row_tile, col_tile = _place(tl.program_id(0), num_row_tiles, num_col_tiles, GROUP)
+        _forward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
 
 
 # -------------------------------------------------------------------------------------------- backward kernel
@@ -186,22 +196,10 @@ def _differentiate_half(
 
 
 @triton.jit
-def _backward_kernel(
-    dy_ptr,  # [N, K]
-    weight_ptr,  # [K, F], of the linear layer that follows
-    z_ptr,  # [N, F]
-    dz_ptr,  # [N, F] out
-    h_ptr,  # [N, F] out
-    partials_ptr,  # [row tiles, F] fp32 out
-    num_rows,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    row_tile, col_tile = _tile_of_program(tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+def _backward_tile(
+    dy_ptr, weight_ptr, z_ptr, dz_ptr, h_ptr, partials_ptr, num_rows, row_tile, col_tile,
+    K: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     rows = row_tile * BM + tl.arange(0, BM)
     cols = col_tile * BN + tl.arange(0, BN)
     dh = _product(dy_ptr, weight_ptr, rows, cols, num_rows, K, F, False, BM, BN, BK)
@@ -217,182 +215,91 @@ def _backward_kernel(
     _differentiate_half(right, *pointers, num_rows_left, col_tile * BN + BN // 2, F, BM, BN)
 
 
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # [N, K]
+    weight_ptr,  # [K, F], of the linear layer that follows
+    z_ptr,  # [N, F]
+    dz_ptr,  # [N, F] out
+    h_ptr,  # [N, F] out
+    partials_ptr,  # [row tiles, F] fp32 out
+    num_rows,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BM), tl.cdiv(F, BN)
+    pointers = dy_ptr, weight_ptr, z_ptr, dz_ptr, h_ptr, partials_ptr
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), num_row_tiles * num_col_tiles, tl.num_programs(0), flatten=True):
+            row_tile, col_tile = _place(tile, num_row_tiles, num_col_tiles, GROUP)
+            _backward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
+    else:
+        row_tile, col_tile = _place(tl.program_id(0), num_row_tiles, num_col_tiles, GROUP)
+        _backward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
+
+
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def tile_shape(inner: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch constants of a product with inner dimension ``inner`` and ``hidden`` columns.
-
-    The inner dimension is short (3 to 12 steps of 64), so a tile's epilogue is a large part of its time: two
-    programs of 8 warps are meant to fit on a multiprocessor (96 KiB of shared memory and at most 128 registers
-    each), so that one multiplies while the other is in its epilogue. fp32 has no tensor cores at its own
-    accuracy: small tiles, plain arithmetic. Guesses until measured on a GPU.
-    """
-    if dtype == torch.float32:
-        tile = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
-    else:
-        tile = {"BM": 128, "BN": 128, "BK": 64 if inner % 64 == 0 else 32, "num_warps": 8, "num_stages": 3}
-    return {"K": inner, "F": hidden, "GROUP": ROW_TILES_A_GROUP, **tile}
-
-
-def max_backward_registers(capability: tuple[int, int]) -> int | None:
-    """On Hopper two backward programs fit on a multiprocessor with 128 registers a thread, and without a spill.
-
-    On A100 the compiler needs 168 (docs/kernels.md) and would spill: one program there.
-    """
-    return 128 if capability >= (9, 0) else None
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-
-
-def _grid(num_rows: int, tile: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(num_rows, tile["BM"]) * triton.cdiv(tile["F"], tile["BN"]),)
+def _grid(num_rows: int, launch: tiles.Launch, device: torch.device) -> tuple[int]:
+    num_tiles = triton.cdiv(num_rows, launch["BM"]) * triton.cdiv(launch["F"], launch["BN"])
+    return (min(num_tiles, tiles.num_multiprocessors(device)) if launch["PERSISTENT"] else num_tiles,)
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+def linear_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, save: bool, persistent: bool = False
+) -> tuple[Tensor, Tensor]:
     """(h, z): GELU(x weight^T + bias) [..., F], and what GELU was taken of [N, F], empty unless ``save``."""
     hidden, inner = weight.shape
     rows = x.reshape(-1, inner).contiguous()
     num_rows = rows.shape[0]
     h = x.new_empty((*x.shape[:-1], hidden))
     z = x.new_empty((num_rows, hidden) if save else (0,))
-    tile = tile_shape(inner, hidden, x.dtype)
+    hopper = tiles.is_hopper(x.device)
+    launch = tiles.linear_gelu(inner, hidden, x.dtype, hopper=hopper, persistent=persistent)["forward"]
     if num_rows:
         with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
-            _forward_kernel[_grid(num_rows, tile)](
-                rows, weight.contiguous(), bias.contiguous(), h, z if save else None, num_rows, **tile
+            _forward_kernel[_grid(num_rows, launch, x.device)](
+                rows, weight.contiguous(), bias.contiguous(), h, z if save else None, num_rows, **launch
             )
     return h, z
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+@linear_gelu_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool, persistent: bool = False) -> tuple[Tensor, Tensor]:
     h = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return h, x.new_empty((h.numel() // weight.shape[0], weight.shape[0]) if save else (0,))
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu_backward", mutates_args=())
-def _backward(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_backward(
+    dy: Tensor, weight: Tensor, z: Tensor, persistent: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, h, d_bias): [N, F] twice and fp32 [F], from the gradient [..., K] of h weight^T, weight [K, F].
 
-    h is what `_forward` returned for this z, to the bit.
+    h is what `linear_gelu_forward` returned for this z, to the bit.
     """
     inner, hidden = weight.shape
     num_rows = z.shape[0]
     dz, h = torch.empty_like(z), torch.empty_like(z)
-    tile = tile_shape(inner, hidden, z.dtype)
-    partials = z.new_empty((triton.cdiv(num_rows, tile["BM"]), hidden), dtype=torch.float32)
+    hopper = tiles.is_hopper(z.device)
+    launch = tiles.linear_gelu(inner, hidden, z.dtype, hopper=hopper, persistent=persistent)["backward"]
+    partials = z.new_empty((triton.cdiv(num_rows, launch["BM"]), hidden), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(z):
-            _backward_kernel[_grid(num_rows, tile)](
-                dy.reshape(-1, inner).contiguous(), weight.contiguous(), z, dz, h, partials, num_rows, **tile,
-                maxnreg=max_backward_registers(_capability(z)),
-            )  # fmt: skip
+            _backward_kernel[_grid(num_rows, launch, z.device)](
+                dy.reshape(-1, inner).contiguous(), weight.contiguous(), z, dz, h, partials, num_rows, **launch
+            )
     # The second stage of the reduction, in a fixed order and without atomics: equal bits on equal GPUs.
     return dz, h, partials.sum(dim=0)
 
 
-@_backward.register_fake
-def _(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@linear_gelu_backward.register_fake
+def _(dy: Tensor, weight: Tensor, z: Tensor, persistent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
-
-
-# ------------------------------------------------------------------------------------------- the whole MLP
-
-
-@torch.library.custom_op("sws_kernels::mlp", mutates_args=())
-def mlp_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """(y [..., D], z [N, F] or empty unless ``save``)."""
-    h, z = _forward(x, w1, b1, save)
-    return F.linear(h, w2, b2), z
-
-
-@mlp_forward.register_fake
-def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], w2.shape[0]))
-    return y, x.new_empty((x.numel() // x.shape[-1], w1.shape[0]) if save else (0,))
-
-
-@torch.library.custom_op("sws_kernels::mlp_backward", mutates_args=())
-def mlp_backward(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dw1, db1, dw2, db2); the parameters' gradients in fp32."""
-    dz, h, db1 = _backward(dy, w2, z)
-    dw2 = weight_gradient(dy, h)
-    del h  # before dx and dw1 ask for memory
-    return (dz @ w1).view(x.shape), weight_gradient(dz, x), db1, dw2, bias_gradient(dy)
-
-
-@mlp_backward.register_fake
-def _(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width, hidden = w2.shape
-    shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
-    dw1, db1, dw2, db2 = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return x.new_empty(x.shape), dw1, db1, dw2, db2
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, w1, _, w2, _, save = inputs
-    if not save:
-        raise RuntimeError("sws_kernels::mlp: called with save=False, but a gradient is needed")
-    ctx.save_for_backward(x, w1, w2, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, dy, _dz):
-    x, w1, w2, z = ctx.saved_tensors
-    dx, *d_parameters = mlp_backward(dy.contiguous(), x, w1, w2, z)
-    return dx, *(d.to(x.dtype) for d in d_parameters), None
-
-
-mlp_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-# -------------------------------------------------------------------------------------------- public function
-
-
-def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, backend: Backend = "reference") -> Tensor:
-    """GELU(x w1^T + b1) w2^T + b2: x [..., D], w1 [F, D], b1 [F], w2 [D, F], b2 [D]. Differentiable once.
-
-    backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
-    TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, and D and F divisible
-    by 32; anything else is a ValueError, never a fallback.
-    """
-    _check_shapes(x, w1, b1, w2, b2)
-    if not is_triton("mlp", backend):
-        return mlp_reference(x, w1, b1, w2, b2)
-    check_mlp(x, w1, b1, w2, b2)
-    tensors = (x, w1, b1, w2, b2)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return mlp_forward(*tensors, needs_gradient)[0]
-
-
-def _check_shapes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
-    width, hidden = x.shape[-1], w1.shape[0]
-    wanted = {"w1": (hidden, width), "b1": (hidden,), "w2": (width, hidden), "b2": (width,)}
-    for (name, shape), tensor in zip(wanted.items(), (w1, b1, w2, b2), strict=True):
-        if tensor.shape != shape:
-            raise ValueError(f"mlp: {name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
-
-
-def check_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
-    """What backend="triton" asks for; also `stage`'s check of its MLP."""
-    check_triton("mlp", {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2})
-    for width in w1.shape:
-        if width % WIDTH_MULTIPLE:
-            raise ValueError(
-                f"mlp: backend='triton' takes widths divisible by {WIDTH_MULTIPLE}, got w1 {list(w1.shape)}; "
-                "choose backend='reference'"
-            )
-
-
-# -------------------------------------------------------------------------------------------------- reference
-
-
-def mlp_reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The same in plain PyTorch: any device, any width, fp64 too."""
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)

@@ -25,7 +25,7 @@ dV and goes over the queries once; a tile of queries meets all keys there, so it
 programs) and its delta is a sum over p * dp already at hand (`out` is not read). **Blocks**, for longer T:
 the forward goes over blocks of keys with a running maximum; the backward takes two passes, dQ by blocks of
 queries (leaving delta), then dK and dV by blocks of keys. That computes the scores twice, the price for sums
-in a fixed order without atomics. `tile_shapes` draws the line, by what registers hold: to 256 tokens at D = 64.
+in a fixed order without atomics. `tiles.py` draws the line, by what registers hold: to 256 tokens at D = 64.
 
 Every d_qkv element is written by one program, and d_bias is summed in two stages of fixed order: equal bits.
 
@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from sws_kernels import tiles
 from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 
 HEAD_DIMS = (32, 64, 128)
@@ -286,42 +287,9 @@ def _backward_queries_kernel(
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def tile_shapes(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool, bias: bool) -> dict[str, dict]:
-    """Launch constants of each kernel; "backward_queries" only where the backward takes two passes.
-
-    What a backward program's registers hold (K and V's gradients and two tiles of scores, fp32) draws the line
-    between whole and blocks. Hopper's matrix products read K and V from shared memory, and a head of 256 x 64
-    fits 256 threads of 255 registers; elsewhere K and V pass through registers too, and 64 x 64 fits. Heads of
-    32 go no further than 128 keys: at 256 the forward spilled in fp16. fp32 uses no tensor cores; its small
-    tiles are there to be right. Found by compiling without spills (docs/kernels.md), not by timing.
-    """
-    block = max(64, triton.next_power_of_2(tokens))
-    largest = (256 if hopper else 64) * 64
-    whole = dtype != torch.float32 and block <= 4 * head_dim and block * head_dim <= largest
-    if dtype == torch.float32:
-        rows = 32 if head_dim < 128 else 16
-        forward = keys = queries = {"M": rows, "N": rows, "num_warps": 8, "num_stages": 1}
-    elif whole:
-        forward = {"M": 64, "N": block, "num_warps": 4, "num_stages": 2}
-        few = not hopper or (bias and block * head_dim == largest)  # nothing is left for 32 queries and a bias
-        keys = queries = {"M": 16 if few else 32, "N": block, "num_warps": 8, "num_stages": 2}
-    else:
-        large = head_dim == 128
-        rows = 64 if large else 128
-        forward = {"M": 128, "N": 32 if large and not hopper else 64, "num_warps": 8, "num_stages": 2 if large else 3}
-        keys = {"M": 32, "N": rows, "num_warps": 8, "num_stages": 2}
-        queries = {"M": rows, "N": 64, "num_warps": 8, "num_stages": 2}
-    tiles = {"forward": {"D": head_dim, "WHOLE": whole, **forward}}
-    tiles["backward_keys"] = {"D": head_dim, "WHOLE": whole, **keys}
-    if not whole:
-        tiles["backward_queries"] = {"D": head_dim, **queries}
-    return tiles
-
-
-def _tiles(qkv: Tensor, bias: Tensor | None) -> dict[str, dict]:
-    """The tiles of this tensor on its device; the interpreter, which has no registers, takes Hopper's."""
-    hopper = not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device)[0] == 9
-    return tile_shapes(qkv.shape[1], qkv.shape[4], qkv.dtype, hopper=hopper, bias=bias is not None)
+def _launches(qkv: Tensor, bias: Tensor | None) -> dict[str, tiles.Launch]:
+    hopper = tiles.is_hopper(qkv.device)
+    return tiles.packed_attention(qkv.shape[1], qkv.shape[4], qkv.dtype, hopper=hopper, bias=bias is not None)
 
 
 @torch.library.custom_op("sws_kernels::packed_attention", mutates_args=())
@@ -331,7 +299,7 @@ def _forward(qkv: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Te
     out = torch.empty((num_samples, tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((num_samples, heads, tokens), dtype=torch.float32, device=qkv.device)
     if out.numel():
-        tile = _tiles(qkv, bias)["forward"]
+        tile = _launches(qkv, bias)["forward"]
         num_blocks = 1 if tile["WHOLE"] else triton.cdiv(tokens, tile["M"])
         with torch.cuda.device_of(qkv):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[(num_blocks * num_samples * heads,)](
@@ -353,8 +321,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(d_qkv, d_bias): [B, T, 3, H, D] in qkv's dtype, and fp32 [3*H*D], or [0] where there is no bias."""
     num_samples, tokens, _, heads, head_dim = qkv.shape
-    tiles = _tiles(qkv, bias)
-    keys, queries = tiles["backward_keys"], tiles.get("backward_queries")
+    launches = _launches(qkv, bias)
+    keys, queries = launches["backward_keys"], launches.get("backward_queries")
     num_blocks = triton.cdiv(tokens, keys["N"])
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse) if queries else None

@@ -28,6 +28,7 @@ between and gather them again.
 Source: Xia et al. 2024, arXiv 2404.16897 (stages); the block is timm's, without layer scale.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from sws_kernels.add_layer_norm import MAX_WIDTH, _branch_gradient_differs, add_
 from sws_kernels.add_layer_norm import _backward as add_layer_norm_backward
 from sws_kernels.add_layer_norm import _forward as add_layer_norm_forward
 from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
-from sws_kernels.linear_gelu import check_mlp, mlp_backward, mlp_forward, mlp_reference
+from sws_kernels.mlp import check_mlp, mlp_backward, mlp_forward, mlp_reference
 from sws_kernels.packed_attention import HEAD_DIMS, packed_attention_reference
 from sws_kernels.packed_attention import _backward as packed_attention_backward
 from sws_kernels.packed_attention import _forward as packed_attention_forward
@@ -166,6 +167,51 @@ def _added(total: Tensor | None, share: Tensor | None) -> Tensor | None:
     return share if total is None or share is None else total.add_(share)
 
 
+def stage_forward(
+    x: Tensor, w: StageWeights, scales: Tensor | None, repeats: int, num_heads: int, eps: float, recompute: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """(y, what `stage_backward` needs): all that the repeats keep, or with ``recompute`` where each began."""
+    if not recompute:
+        y, kept = _forward(x, w, scales, repeats, num_heads, eps, save=True)
+        return y, [tensor for repeat in kept for tensor in repeat]
+    streams = [x]  # a repeat's other tensors die with it
+    for r in range(repeats):
+        part = None if scales is None else scales[r : r + 1]
+        streams.append(_forward(streams[-1], w, part, 1, num_heads, eps, save=False)[0])
+    return streams[-1], streams[:-1]
+
+
+def stage_backward(
+    dy: Tensor, w: StageWeights, scales: Tensor | None, kept: Sequence[Tensor],
+    repeats: int, num_heads: int, eps: float, recompute: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """(dx, the weights' gradients in their dtype and order, None for what is None); arguments of `stage_forward`."""
+    size = len(kept) // repeats
+    totals: list[Tensor | None] = [None] * len(w)
+    d_x = dy.contiguous()
+    d_branch = _scaled(d_x, _scale(scales, repeats - 1, 1))
+    for r in reversed(range(repeats)):
+        own = kept[r * size : (r + 1) * size]
+        scale = _scale(scales, r, 0)
+        repeat = _run_again(own[0], w, scale, num_heads, eps) if recompute else _Kept(*own)
+        before = _scale(scales, r - 1, 1) if r else None
+        d_x, d_branch, shares = _repeat_backward(d_x, d_branch, repeat, w, scale, before, eps)
+        totals = [_added(total, share) for total, share in zip(totals, shares, strict=True)]
+    d_weights = [
+        None if total is None or weight is None else total.to(weight.dtype)
+        for total, weight in zip(totals, w, strict=True)
+    ]
+    return d_x, d_weights
+
+
+def _run_again(x: Tensor, w: StageWeights, scale: Tensor | None, num_heads: int, eps: float) -> _Kept:
+    normed, mean, rstd = _first_norm(x, w, eps)
+    return _Kept(x, mean, rstd, *_repeat_forward(x, normed, w, scale, num_heads, eps, save=True)[1])
+
+
+# --------------------------------------------------------------------------------------------------- autograd
+
+
 class _Stage(torch.autograd.Function):
     """The stage as one node of the graph. Differentiable once."""
 
@@ -174,19 +220,9 @@ class _Stage(torch.autograd.Function):
         ctx: Any, x: Tensor, scales: Tensor | None, repeats: int, num_heads: int, eps: float, recompute: bool,
         *weights: Any,
     ) -> Tensor:  # fmt: skip
-        w = StageWeights(*weights)
-        if recompute:
-            # Its own forward keeps nothing but the streams; a repeat's other tensors die with it.
-            streams = [x]
-            for r in range(repeats):
-                part = None if scales is None else scales[r : r + 1]
-                streams.append(_forward(streams[-1], w, part, 1, num_heads, eps, save=False)[0])
-            y, kept = streams.pop(), streams
-        else:
-            y, repeats_kept = _forward(x, w, scales, repeats, num_heads, eps, save=True)
-            kept = [tensor for repeat in repeats_kept for tensor in repeat]
+        y, kept = stage_forward(x, StageWeights(*weights), scales, repeats, num_heads, eps, recompute)
         ctx.save_for_backward(scales, *weights, *kept)
-        ctx.repeats, ctx.num_heads, ctx.eps, ctx.recompute = repeats, num_heads, eps, recompute
+        ctx.plan = repeats, num_heads, eps, recompute
         return y
 
     @staticmethod
@@ -194,28 +230,8 @@ class _Stage(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         scales, *rest = ctx.saved_tensors
         count = len(StageWeights._fields)
-        w, kept = StageWeights(*rest[:count]), rest[count:]
-        size = len(kept) // ctx.repeats
-        totals: list[Tensor | None] = [None] * count
-        d_x = dy.contiguous()
-        d_branch = _scaled(d_x, _scale(scales, ctx.repeats - 1, 1))
-        for r in reversed(range(ctx.repeats)):
-            own = kept[r * size : (r + 1) * size]
-            scale = _scale(scales, r, 0)
-            repeat = _run_again(own[0], w, scale, ctx.num_heads, ctx.eps) if ctx.recompute else _Kept(*own)
-            before = _scale(scales, r - 1, 1) if r else None
-            d_x, d_branch, shares = _repeat_backward(d_x, d_branch, repeat, w, scale, before, ctx.eps)
-            totals = [_added(total, share) for total, share in zip(totals, shares, strict=True)]
-        d_weights = [
-            None if total is None or weight is None else total.to(weight.dtype)
-            for total, weight in zip(totals, w, strict=True)
-        ]
+        d_x, d_weights = stage_backward(dy, StageWeights(*rest[:count]), scales, rest[count:], *ctx.plan)
         return d_x, None, None, None, None, None, *d_weights
-
-
-def _run_again(x: Tensor, w: StageWeights, scale: Tensor | None, num_heads: int, eps: float) -> _Kept:
-    normed, mean, rstd = _first_norm(x, w, eps)
-    return _Kept(x, mean, rstd, *_repeat_forward(x, normed, w, scale, num_heads, eps, save=True)[1])
 
 
 # -------------------------------------------------------------------------------------------- public function
@@ -245,6 +261,20 @@ def stage(
     _check_shapes(x, weights, repeats, num_heads, scales)
     if not is_triton("stage", backend):
         return stage_reference(x, weights, repeats, num_heads, eps, scales)
+    _check_triton(x, weights, num_heads)
+    x = x.contiguous()  # it is kept, and the norm's backward reads it as rows
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))):
+        return _forward(x, weights, scales, repeats, num_heads, eps, save=False)[0]
+    return _Stage.apply(x, scales, repeats, num_heads, eps, recompute, *weights)
+
+
+def check_stage(x: Tensor, weights: StageWeights, repeats: int, num_heads: int, scales: Tensor | None) -> None:
+    """All that `stage` with backend="triton" asks of its arguments."""
+    _check_shapes(x, weights, repeats, num_heads, scales)
+    _check_triton(x, weights, num_heads)
+
+
+def _check_triton(x: Tensor, weights: StageWeights, num_heads: int) -> None:
     check_triton("stage", {"x": x, **weights._asdict()})
     check_mlp(x, weights.w1, weights.b1, weights.w2, weights.b2)
     width, head_dim = x.shape[2], x.shape[2] // num_heads
@@ -253,10 +283,6 @@ def stage(
             f"stage: backend='triton' takes widths up to {MAX_WIDTH} and heads of {', '.join(map(str, HEAD_DIMS))}, "
             f"got {width} and {head_dim}; choose backend='reference'"
         )
-    x = x.contiguous()  # it is kept, and the norm's backward reads it as rows
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))):
-        return _forward(x, weights, scales, repeats, num_heads, eps, save=False)[0]
-    return _Stage.apply(x, scales, repeats, num_heads, eps, recompute, *weights)
 
 
 def _check_shapes(x: Tensor, w: StageWeights, repeats: int, num_heads: int, scales: Tensor | None) -> None:

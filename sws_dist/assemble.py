@@ -160,6 +160,8 @@ def models(
             "set optim.ema_decay to null"
         )
     kernels = fused.choose(config.model.kernels, model, device, dtype)
+    if config.model.cuda_graphs:
+        kernels += f", {fused.use_cuda_graphs(model, device)}"
     if config.model.grad_checkpointing:
         if use_reentrant_ckpt():
             raise ValueError(

@@ -47,6 +47,9 @@ class ModelConfig:
     """Who runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton on a
     CUDA device of compute capability 8.0 or more where the model allows it, and says what it took; ``triton`` where
     it cannot run is an error. The kernels have not run on a GPU yet, so they are for you to ask for."""
+    cuda_graphs: bool = False
+    """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
+    nor with ``compile``): for small models, whose kernels are shorter than their launches. Not run on a GPU yet."""
     compile: bool = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None

@@ -84,6 +84,15 @@ def resolve(path: str | Path, config: RunConfig, world_size: int) -> dict[str, A
     if config.model.compile and zero["stage"] == 3:
         raise ConfigError(f"{path}: model.compile does not work under ZeRO-3; use stage 0, 1 or 2, or leave it off")
     _check_zero3_only(zero, path, world_size)
+    if config.model.cuda_graphs and zero["stage"] == 3:
+        raise ConfigError(
+            f"{path}: model.cuda_graphs does not work under ZeRO-3, which frees and gathers the weights that a graph "
+            "finds by their address; use stage 0, 1 or 2, or leave it off"
+        )
+    if config.model.cuda_graphs and config.model.compile:
+        raise ConfigError(
+            "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to false"
+        )
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and config.optim.name != "cpu_adam":
         raise ConfigError(

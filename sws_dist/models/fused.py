@@ -31,6 +31,28 @@ def choose(kernels: Kernels, model: Any, device: torch.device, dtype: torch.dtyp
     return "kernels: Triton's" + (" (model.kernels is auto)" if kernels == "auto" else "")
 
 
+def use_cuda_graphs(model: Any, device: torch.device) -> str:
+    """Let the stages of ``model`` train as CUDA graphs, captured at the first step; the words that say so.
+
+    Raises:
+        ValueError: where they cannot: the stages do not run through the kernels, or not on a GPU.
+    """
+    obstacle = None
+    if not (hasattr(model, "use_kernels") and model.blocks[0].kernels == "triton"):
+        obstacle = "the stages run PyTorch's code, not the kernels (model.kernels)"
+    elif device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    if obstacle is not None:
+        raise ValueError(f"model.cuda_graphs: true was asked for, but {obstacle}; set it to false")
+    from sws_kernels import GraphedStage, GraphPool
+
+    with torch.cuda.device(device):
+        pool = GraphPool()
+    for stage in model.blocks:
+        stage.graphed = GraphedStage(pool)
+    return "each stage's forward and backward a CUDA graph"
+
+
 def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -85,17 +107,18 @@ def forward(stage: Any, x: Tensor) -> Tensor:
         *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
     )
     scales = drop_path_scales(x, stage.drop_rates) if stage.training and any(stage.drop_rates) else None
-    return run(
-        x, weights, len(stage.drop_rates), attn.num_heads, stage.norm1.eps, scales,
-        recompute=stage.recompute, backend="triton",
-    )  # fmt: skip
+    arguments = x, weights, len(stage.drop_rates), attn.num_heads, stage.norm1.eps, scales
+    if stage.training and stage.graphed is not None:
+        return stage.graphed(*arguments, recompute=stage.recompute)
+    return run(*arguments, recompute=stage.recompute, backend="triton")
 
 
 def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:
     """[positions, 2, batch]: 0 or 1/keep, drawn number by number as timm's ``drop_path`` draws them."""
-    scales = []
-    for rate in rates:
-        for _ in range(2):
-            scale = x.new_ones((x.shape[0], 1, 1))
-            scales.append(scale.bernoulli_(1 - rate).div_(1 - rate) if rate else scale)
-    return torch.stack(scales).view(len(rates), 2, x.shape[0])
+    scales = x.new_ones(len(rates), 2, x.shape[0])
+    for scale, rate in zip(scales, rates, strict=True):
+        if rate:
+            for branch in scale:  # two draws, as timm makes them: the attention's, then the MLP's
+                branch.bernoulli_(1 - rate)
+            scale.div_(1 - rate)
+    return scales

@@ -43,6 +43,7 @@ class Stage(Block):
         self.drop_rates: tuple[float, ...] = (drop_path,)
         self.kernels: Literal["reference", "triton"] = "reference"
         self.recompute = False  # the kernels' own activation checkpointing
+        self.graphed: Any = None  # a sws_kernels.GraphedStage: the kernels' calls as CUDA graphs, in training
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: [batch, tokens, width] -> the same shape."""

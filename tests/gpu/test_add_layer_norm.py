@@ -15,7 +15,7 @@ from tests.kernels.add_layer_norm_checks import (
     make_inputs,
     run,
 )
-from tests.kernels.numerics import poisoned_memory
+from tests.kernels.numerics import check_cuda_graph, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -58,21 +58,8 @@ def test_passes_through_inductor():
 
 
 def test_cuda_graph():
-    """Captured once, replayed on new contents of the same buffers."""
     inputs = make_inputs((8, 196, 384), torch.bfloat16, DEVICE, drop_path=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(inputs, "triton")  # compiles, which capture does not allow
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, "triton")
-    for value in (inputs["residual"], inputs["d_normed"]):
-        value.mul_(-0.5)
-    graph.replay()
-    for name, value in run(inputs, "triton").items():
-        assert torch.equal(value, captured[name]), name
+    check_cuda_graph(lambda: run(inputs, "triton"), (inputs["residual"], inputs["d_normed"]))
 
 
 def test_offsets_past_int32():

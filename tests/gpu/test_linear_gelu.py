@@ -7,9 +7,9 @@ if not torch.cuda.is_available():
     # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from sws_kernels.linear_gelu import _backward, _forward
+from sws_kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
 from tests.kernels.mlp_checks import check_accuracy, check_bitwise_repeatable, check_compiled, make_inputs, run
-from tests.kernels.numerics import poisoned_memory
+from tests.kernels.numerics import check_cuda_graph, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -36,8 +36,24 @@ def test_accuracy(shape, dtype):
 def test_backward_repeats_the_forward(dtype):
     """h is not kept: the backward's must be the forward's to the bit."""
     inputs = make_inputs((64, 196), 384, 1536, dtype, DEVICE)
-    h, z = _forward(inputs["x"], inputs["w1"], inputs["b1"], True)
-    assert torch.equal(h.view_as(z), _backward(inputs["dy"], inputs["w2"], z)[1])
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    assert torch.equal(h.view_as(z), linear_gelu_backward(inputs["dy"], inputs["w2"], z)[1])
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="persistent programs are for Hopper")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [192, 384, 768])
+def test_persistent_programs_compute_the_same(width, dtype):
+    """More tiles than multiprocessors, the last ones not full."""
+    inputs = make_inputs((64, 197), width, 4 * width, dtype, DEVICE)
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    results = (h, z), linear_gelu_backward(inputs["dy"], inputs["w2"], z)
+    persistent = (
+        linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True, persistent=True),
+        linear_gelu_backward(inputs["dy"], inputs["w2"], z, persistent=True),
+    )
+    for got, want in zip(sum(persistent, ()), sum(results, ()), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=1e-2, atol=1e-3)
 
 
 def test_bitwise_repeatable():
@@ -49,21 +65,8 @@ def test_passes_through_inductor():
 
 
 def test_cuda_graph():
-    """Captured once, replayed on new contents of the same buffers."""
     inputs = make_inputs((8, 196), 384, 1536, torch.bfloat16, DEVICE)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(inputs, "triton")  # compiles, which capture does not allow
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, "triton")
-    for value in (inputs["x"], inputs["dy"]):
-        value.mul_(-0.5)
-    graph.replay()
-    for name, value in run(inputs, "triton").items():
-        assert torch.equal(value, captured[name]), name
+    check_cuda_graph(lambda: run(inputs, "triton"), (inputs["x"], inputs["dy"]))
 
 
 def test_offsets_past_int32():
@@ -74,11 +77,11 @@ def test_offsets_past_int32():
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     inputs = make_inputs((num_rows,), width, hidden, torch.bfloat16, DEVICE)
-    h, z = _forward(inputs["x"], inputs["w1"], inputs["b1"], True)
-    wanted_h, wanted_z = _forward(inputs["x"][-last:], inputs["w1"], inputs["b1"], True)
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    wanted_h, wanted_z = linear_gelu_forward(inputs["x"][-last:], inputs["w1"], inputs["b1"], True)
     assert torch.equal(h[-last:], wanted_h)
     assert torch.equal(z[-last:], wanted_z)
-    dz, h, _ = _backward(inputs["dy"], inputs["w2"], z)
-    wanted_dz, wanted_h, _ = _backward(inputs["dy"][-last:], inputs["w2"], wanted_z)
+    dz, h, _ = linear_gelu_backward(inputs["dy"], inputs["w2"], z)
+    wanted_dz, wanted_h, _ = linear_gelu_backward(inputs["dy"][-last:], inputs["w2"], wanted_z)
     assert torch.equal(h[-last:], wanted_h)
     assert torch.equal(dz[-last:], wanted_dz)

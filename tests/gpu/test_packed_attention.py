@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from sws_kernels import packed_attention, packed_attention_reference
-from tests.kernels.numerics import poisoned_memory
+from tests.kernels.numerics import check_cuda_graph, poisoned_memory
 from tests.kernels.packed_attention_checks import (
     check_accuracy,
     check_bitwise_repeatable,
@@ -56,21 +56,8 @@ def test_passes_through_inductor():
 
 @pytest.mark.parametrize("tokens", [196, 577])
 def test_cuda_graph(tokens):
-    """Captured once, replayed on new contents of the same buffers."""
     inputs = make_inputs((8, tokens, 6, 64), torch.bfloat16, DEVICE, bias=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(inputs, "triton")  # compiles, which capture does not allow
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, "triton")
-    for value in (inputs["qkv"], inputs["d_out"]):
-        value.mul_(-0.5)
-    graph.replay()
-    for name, value in run(inputs, "triton").items():
-        assert torch.equal(value, captured[name]), name
+    check_cuda_graph(lambda: run(inputs, "triton"), (inputs["qkv"], inputs["d_out"]))
 
 
 def test_offsets_past_int32():

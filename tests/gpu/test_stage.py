@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
     # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from tests.kernels.numerics import poisoned_memory
+from tests.kernels.numerics import check_cuda_graph, poisoned_memory
 from tests.kernels.stage_checks import check_accuracy, check_bitwise_repeatable, check_compiled, make_inputs, run
 
 pytestmark = pytest.mark.gpu
@@ -41,18 +41,5 @@ def test_passes_through_inductor():
 
 
 def test_cuda_graph():
-    """Forward and backward captured once, replayed on new contents of the same buffers."""
     inputs = make_inputs((8, 196, 192), 3, 3, torch.bfloat16, "cuda", drop_path=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(inputs, "triton")  # compiles, which capture does not allow
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, "triton")
-    for value in (inputs.x, inputs.dy):
-        value.mul_(-0.5)
-    graph.replay()
-    for name, value in run(inputs, "triton").items():
-        assert torch.equal(value, captured[name]), name
+    check_cuda_graph(lambda: run(inputs, "triton"), (inputs.x, inputs.dy))

@@ -12,7 +12,7 @@ so this must run without TRITON_INTERPRET.
 import argparse
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from sws_kernels import tiles
 from sws_kernels.common import INTERPRETED
 from tests.kernels import packed_attention_compile
 from tests.kernels.machine_code import compile_for
@@ -41,37 +42,43 @@ class Kernel:
     function: Any
     launch: Callable[[int, str, int], dict]  # from width, dtype, architecture
     fp32: tuple[str, ...] = ()  # arguments that are fp32, or point to it, whatever the dtype
+    only: Collection[tuple[str, int]] | None = None  # dtypes and architectures, where not all
 
 
-def _launch_layer_norm(width: int, dtype: str, arch: int) -> dict:
-    return add_layer_norm.tile_shape(width)
+def _layer_norm(kernel: str) -> Callable[[int, str, int], dict]:
+    return lambda width, dtype, arch: tiles.add_layer_norm(width)[kernel]
 
 
-def _launch_layer_norm_backward(width: int, dtype: str, arch: int) -> dict:
-    return add_layer_norm.tile_shape(width) | {"maxnreg": add_layer_norm.MAX_BACKWARD_REGISTERS}
+def _linear_gelu(kernel: str, persistent: bool = False) -> Callable[[int, str, int], dict]:
+    def launch(width: int, dtype: str, arch: int) -> dict:
+        options = {"hopper": arch == 90, "persistent": persistent}
+        return tiles.linear_gelu(width, 4 * width, DTYPES[dtype], **options)[kernel]
 
-
-def _launch_linear_gelu(width: int, dtype: str, arch: int) -> dict:
-    return linear_gelu.tile_shape(width, 4 * width, DTYPES[dtype])
-
-
-def _launch_linear_gelu_backward(width: int, dtype: str, arch: int) -> dict:
-    registers = linear_gelu.max_backward_registers((arch // 10, arch % 10))
-    return linear_gelu.tile_shape(width, 4 * width, DTYPES[dtype]) | {"maxnreg": registers}
+    return launch
 
 
 # With a scale, with z stored: the variants that hold and write the most.
 STATISTICS = ("mean_ptr", "rstd_ptr", "partials_ptr", "eps")
+PERSISTENT = {("bf16", 90), ("fp16", 90)}
 KERNELS = {
-    "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _launch_layer_norm, STATISTICS),
-    "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _launch_layer_norm_backward, STATISTICS),
-    "linear_gelu_forward": Kernel(linear_gelu._forward_kernel, _launch_linear_gelu),
-    "linear_gelu_backward": Kernel(linear_gelu._backward_kernel, _launch_linear_gelu_backward, ("partials_ptr",)),
+    "add_layer_norm_forward": Kernel(add_layer_norm._forward_kernel, _layer_norm("forward"), STATISTICS),
+    "add_layer_norm_backward": Kernel(add_layer_norm._backward_kernel, _layer_norm("backward"), STATISTICS),
+    "linear_gelu_forward": Kernel(linear_gelu._forward_kernel, _linear_gelu("forward")),
+    "linear_gelu_backward": Kernel(linear_gelu._backward_kernel, _linear_gelu("backward"), ("partials_ptr",)),
+    "linear_gelu_forward_persistent": Kernel(
+        linear_gelu._forward_kernel, _linear_gelu("forward", persistent=True), only=PERSISTENT
+    ),
+    "linear_gelu_backward_persistent": Kernel(
+        linear_gelu._backward_kernel, _linear_gelu("backward", persistent=True), ("partials_ptr",), PERSISTENT
+    ),
 }
 
 
 def cases() -> Iterator[dict]:
     for operator, width, dtype, arch in product(KERNELS, WIDTHS, DTYPES, ARCHITECTURES):
+        only = KERNELS[operator].only
+        if only is not None and (dtype, arch) not in only:
+            continue
         yield {"kernel": operator, "width": width, "dtype": dtype, "arch": arch}
     yield from packed_attention_compile.cases()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sws_kernels.linear_gelu import mlp
+from sws_kernels.mlp import mlp
 from tests.kernels import numerics
 from tests.kernels.numerics import Tensors
 

@@ -1,6 +1,6 @@
 """What "right" means for a kernel. For all operators, on the interpreter and on a GPU; imports no triton."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,3 +65,20 @@ def check_compiled(run: Run, inputs: Tensors, operator: Callable[..., Any], comp
     eager = run(inputs, "triton")
     for name, value in run(inputs, "triton", compiled).items():
         assert torch.equal(value, eager[name]), name
+
+
+def check_cuda_graph(run: Callable[[], Tensors], changed: Iterable[Tensor]) -> None:
+    """Captured once and replayed on new contents of its inputs' memory, ``run`` gives what it gives uncaptured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles, which capture does not allow
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for value in changed:
+        value.mul_(-0.5)
+    graph.replay()
+    for name, value in run().items():
+        assert torch.equal(value, captured[name]), name

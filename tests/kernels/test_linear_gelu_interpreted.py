@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from sws_kernels import common, mlp, mlp_reference
-from sws_kernels.linear_gelu import _backward, _forward, normal_cdf, normal_pdf
+from sws_kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward, normal_cdf, normal_pdf
 from tests.kernels.mlp_checks import LEAVES, check_accuracy, check_bitwise_repeatable, check_compiled, make_inputs, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+HOPPER = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9  # the interpreter plays one
 SHAPES = [  # rows, width, hidden
     ((1, 196), 64, 256),  # the second row tile not full
     ((2, 50), 192, 128),  # three steps of 64
@@ -56,7 +57,7 @@ def test_huge_values_stay_finite():
     weight = torch.zeros(32, 32, dtype=torch.float16, device=DEVICE)
     bias = torch.zeros(32, dtype=torch.float16, device=DEVICE)
     bias[:6] = z
-    h, _ = _forward(x, weight, bias, True)
+    h, _ = linear_gelu_forward(x, weight, bias, True)
     assert torch.equal(h[0, :6], torch.nn.functional.relu(z))
 
 
@@ -70,12 +71,33 @@ def test_accuracy(shape, dtype):
 def test_backward_repeats_the_forward(dtype):
     """h is not kept: the backward's must be the forward's to the bit. And without `save` nothing is kept."""
     inputs = make_inputs((130,), 64, 96, dtype, DEVICE)
-    h, z = _forward(inputs["x"], inputs["w1"], inputs["b1"], True)
-    _, again, _ = _backward(inputs["dy"], inputs["w2"], z)
+    h, z = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True)
+    _, again, _ = linear_gelu_backward(inputs["dy"], inputs["w2"], z)
     assert torch.equal(h, again)
-    unsaved, nothing = _forward(inputs["x"], inputs["w1"], inputs["b1"], False)
+    unsaved, nothing = linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], False)
     assert torch.equal(h, unsaved)
     assert nothing.numel() == 0
+
+
+@pytest.mark.skipif(not HOPPER, reason="persistent programs are for Hopper (and the interpreter)")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_persistent_programs_compute_the_same(shape, dtype):
+    """Tile by tile the same arithmetic: equal bits where no tile is wider, and every tile is done."""
+    inputs = make_inputs(*shape, dtype, DEVICE)
+    for got, want in zip(
+        linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True, persistent=True),
+        linear_gelu_forward(inputs["x"], inputs["w1"], inputs["b1"], True),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+    z = want
+    for got, want in zip(
+        linear_gelu_backward(inputs["dy"], inputs["w2"], z, persistent=True),
+        linear_gelu_backward(inputs["dy"], inputs["w2"], z),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_strided_inputs_and_gradients():

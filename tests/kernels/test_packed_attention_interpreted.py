@@ -1,11 +1,9 @@
 """packed_attention against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
 
-import importlib
-
 import pytest
 import torch
 
-from sws_kernels import common, packed_attention, packed_attention_reference
+from sws_kernels import common, packed_attention, packed_attention_reference, tiles
 from tests.kernels.packed_attention_checks import (
     check_accuracy,
     check_bitwise_repeatable,
@@ -14,7 +12,6 @@ from tests.kernels.packed_attention_checks import (
     run,
 )
 
-module = importlib.import_module("sws_kernels.packed_attention")  # the package's name is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # B, T, H, D
@@ -42,8 +39,8 @@ def test_577_tokens():
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_whole_in_fp32(monkeypatch, bias):
     """The structure that half precision takes, where its own rounding hides nothing."""
-    tiles = module.tile_shapes(50, 32, torch.float16, hopper=True, bias=bias)
-    monkeypatch.setattr(module, "tile_shapes", lambda *_, **__: tiles)
+    launches = tiles.packed_attention(50, 32, torch.float16, hopper=True, bias=bias)
+    monkeypatch.setattr(tiles, "packed_attention", lambda *_, **__: launches)
     check_accuracy(make_inputs((2, 50, 2, 32), torch.float32, DEVICE, bias=bias))
 
 

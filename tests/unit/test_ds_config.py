@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,23 @@ def test_refusals(tmp_path: Path, run: config.RunConfig, ds: Any, said: str) -> 
         resolve(tmp_path, run, ds)
     assert said in str(caught.value)
     assert "ds.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "ds", "said"),
+    [
+        ({"compile": True}, {"zero_optimization": {"stage": 3}}, "model.compile does not work under ZeRO-3"),
+        ({"cuda_graphs": True}, {"zero_optimization": {"stage": 3}}, "model.cuda_graphs does not work under ZeRO-3"),
+        ({"cuda_graphs": True, "compile": True}, {}, "torch.compile (model.compile) cannot see into a CUDA graph"),
+    ],
+)
+def test_models_that_cannot_be_run_so(
+    tmp_path: Path, run: config.RunConfig, model: dict[str, bool], ds: Any, said: str
+) -> None:
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
+    with pytest.raises(ConfigError) as caught:
+        resolve(tmp_path, run, ds)
+    assert said in str(caught.value)
 
 
 def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: config.RunConfig) -> None:

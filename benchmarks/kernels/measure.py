@@ -1,0 +1,175 @@
+"""How a case is made ready, checked, timed and put into rows; what the GPU reaches on a plain task."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+import triton.testing
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's geometry and batch. The defaults are the paper's auxiliary model at the batch of DESIGN's estimates."""
+
+    name: str
+    width: int
+    batch: int = 256
+    image: int = 224
+    patch: int = 16
+    head_dim: int = 64
+    schedule: tuple[int, ...] = (3, 3, 4, 3, 3)
+    num_classes: int = 1000
+    teacher: str = "levit_384"  # random weights: what a teacher knows does not change its time
+
+    @property
+    def tokens(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def stream(self) -> tuple[int, int, int]:
+        return self.batch, self.tokens, self.width
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where cases are made and timed, and in what: a GPU in bf16. The tests take a CPU, tiny sizes and fp32."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    rounds: int = 3
+
+    def compile(self, function: Callable, *, cuda_graphs: bool = False) -> Callable:
+        """torch.compile at its best; on a CPU the same tracing without a code generator."""
+        if self.device != "cuda":
+            return torch.compile(function, backend="aot_eager", dynamic=False)
+        mode = "max-autotune" if cuda_graphs else "max-autotune-no-cudagraphs"
+        return torch.compile(function, mode=mode, dynamic=False)
+
+    def normal(self, *size: int, deviation: float = 1.0) -> torch.Tensor:
+        return torch.randn(size, device=self.device, dtype=self.dtype) * deviation
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def kernel_ms(self, run: Callable[[], Any]) -> float:
+        """The device's time of one call, the cache cleared before each; the median."""
+        if self.device == "cuda":
+            return triton.testing.do_bench(run, return_mode="median")
+        return self.wall_ms(run, calls=1)
+
+    def wall_ms(self, run: Callable[[], Any], calls: int = 30) -> float:
+        """The clock's time of one call in a row of them, launches included; the median of ``rounds`` rows."""
+        times = []
+        for _ in range(self.rounds):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            self.synchronize()
+            times.append(1e3 * (time.perf_counter() - start) / calls)
+        return median(times)
+
+    def peak_allocated(self, run: Callable[[], Any]) -> Row:
+        """The most memory that one call holds beyond what is there before it."""
+        if self.device != "cuda":
+            return {}
+        self.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+    def reserved_bytes(self, *, peak: bool = False) -> int:
+        """What this process holds of the device's memory, or has held at most since `fresh`."""
+        if self.device != "cuda":
+            return 0
+        return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
+
+    def fresh(self, *, keep_code: bool = False) -> None:
+        """Give back unused memory, and the compiled code, which torch.compile would find again by its source alone.
+
+        It does not see that attention's backend has changed: without this, flash's code would run as cuDNN's.
+        """
+        if not keep_code:
+            torch.compiler.reset()
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this GPU reaches on a plain task, the measure of what the operators reach."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+    def rates(self, ms: float, *, num_bytes: int | None = None, num_flops: int | None = None) -> Row:
+        """GB/s and TFLOP/s of the work that must be done, whatever a provider does, and their share of the ceiling."""
+        rates = {}
+        if num_bytes is not None:
+            gb_per_s = num_bytes / ms / 1e6
+            rates |= {"gb_per_s": gb_per_s, "of_copy": gb_per_s / self.copy_gb_per_s}
+        if num_flops is not None:
+            tflop_per_s = num_flops / ms / 1e9
+            rates |= {"tflop_per_s": tflop_per_s, "of_matmul": tflop_per_s / self.matmul_tflop_per_s}
+        return rates
+
+
+def measure_ceilings(machine: Machine, side: int = 8192, copied: int = 2**31) -> Ceilings:
+    """A copy of ``copied`` bytes, read plus write, and a square product of ``side``."""
+    source = torch.empty(copied, dtype=torch.uint8, device=machine.device)
+    target = torch.empty_like(source)
+    copy_ms = machine.kernel_ms(lambda: target.copy_(source))
+    a, b = machine.normal(2, side, side)
+    product_ms = machine.kernel_ms(lambda: a @ b)
+    return Ceilings(2 * copied / copy_ms / 1e6, 2 * side**3 / product_ms / 1e9)
+
+
+class Case(Protocol):
+    """Something to measure: `cases.OperatorCase` or `steps.StepCase`."""
+
+    operator: str
+    label: str
+
+    @property
+    def providers(self) -> dict[str, Any]: ...
+
+    def measure(self, provider: str, machine: Machine, ceilings: Ceilings) -> list[Row]: ...
+
+
+def rows_of(case: Case, machine: Machine, ceilings: Ceilings, providers: Iterable[str] | None = None) -> list[Row]:
+    """The rows of every provider, or of some. One that fails, or is wrong, has a row that says so; the others go on."""
+    rows = []
+    for provider in case.providers if providers is None else providers:
+        machine.fresh()
+        head = {"operator": case.operator, "case": case.label, "provider": provider}
+        try:
+            rows += [head | row for row in case.measure(provider, machine, ceilings)]
+        except Exception as error:  # a backend that this GPU or torch lacks, no memory: whatever the provider meets
+            rows.append(head | {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"})
+    return rows
+
+
+@dataclass
+class Results:
+    """What goes into the JSON: where it was measured, and the rows."""
+
+    provenance: Row
+    ceilings: Ceilings
+    rows: list[Row] = field(default_factory=list)
+
+    def to_dict(self) -> Row:
+        return self.provenance | {"ceilings": vars(self.ceilings), "rows": self.rows}
