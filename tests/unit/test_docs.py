@@ -30,7 +30,7 @@ def commands(path: Path) -> Iterator[list[str]]:
     for line in text.splitlines():
         found = re.search(r"(?:python|deepspeed)\s.*?(launcher/\w+\.py .*)", line)
         if found:
-            yield shlex.split(found[1].split("  #")[0].removesuffix("..."), comments=True)
+            yield shlex.split(found[1].split("  #")[0].removesuffix("...").removesuffix(")"), comments=True)
 
 
 @cache
