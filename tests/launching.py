@@ -98,7 +98,7 @@ class Running:
         found = [p for p in self.processes() if any(a.startswith("--local_rank=") for a in p.cmdline())]
         return sorted((p for p in found if "deepspeed.launcher.launch" not in p.cmdline()), key=psutil.Process.cmdline)
 
-    def wait_for(self, what: Callable[[], object], timeout_s: float = 120) -> None:
+    def wait_for(self, what: Callable[[], object], timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not what():
             assert self.process.poll() is None, f"ended before it came to that: {self.said()[-6000:]}"
