@@ -90,6 +90,8 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     assert taken(job) == list(range(1, 161))
     results = json.loads((job.output / "metrics.json").read_text())
     assert results["steps"] == 160
+    (snapshot,) = job.output.glob("jobs/*-auxiliary/code")
+    assert results["commit"] == (snapshot / "COMMIT").read_text().strip()
 
     options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
     learngene = job.output / "learngene.safetensors"
