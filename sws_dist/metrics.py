@@ -96,6 +96,8 @@ class Recorder:
         """Whether to write; what goes wrong meanwhile becomes ``failure``."""
         try:
             yield self.active and self.failure is None
+        except BrokenPipeError:  # nobody reads any more: signals.py stops the run
+            return
         except OSError as error:
             self.failure = OSError(f"{self._output}: the log cannot be written ({error.strerror or error})")
 

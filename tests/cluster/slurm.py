@@ -33,7 +33,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=20
 SlurmdParameters=config_overrides
 # The newer spelling is PreemptParameters=send_user_signal.
 SlurmctldParameters=preempt_send_user_signal

@@ -90,6 +90,8 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     assert taken(job) == list(range(1, 161))
     results = json.loads((job.output / "metrics.json").read_text())
     assert results["steps"] == 160
+    (snapshot,) = job.output.glob("jobs/*-auxiliary/code")
+    assert results["commit"] == (snapshot / "COMMIT").read_text().strip()
 
     options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
     learngene = job.output / "learngene.safetensors"
@@ -102,17 +104,18 @@ def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
     """A run that is longer than its time limit is told before it, and goes on in a next turn."""
     job = Job(job.config, job.output, job.ds, {"train.epochs": 4000})
     number = submit(slurm, "auxiliary", job, "--time", "1", "--sbatch=--signal=B:USR1@10")
-    begun = time.monotonic()
     wait_for(job, "goes back into the queue")
-    stopped = taken(job)[-1]
+    begun, stopped = time.monotonic(), taken(job)[-1]
     wait_for(job, f"from step {stopped}, ")
     wait_for_step(job, stopped + 1)
-    report("time limit of 1 minute: first start to first step of the second turn", time.monotonic() - begun)
+    report("time limit: from saved to training again", time.monotonic() - begun)
     assert taken(job)[: stopped + 1] == list(range(1, stopped + 2))
     slurm.run("scancel", number)
     wait_for_state(slurm, number, "CANCELLED", job)
-    time.sleep(3)
-    assert slurm.state(number) == "CANCELLED"  # the ranks were told to stop and have saved; nobody wants them again
+    time.sleep(5)
+    assert slurm.state(number) == "CANCELLED"  # told to stop, the ranks have saved; and nobody wants them again
+    saved = sorted(path.name for path in job.output.glob("checkpoints/step-*"))
+    assert saved[-1] == f"step-{taken(job)[-1]:08d}"
 
 
 def test_a_rank_is_killed(slurm: Slurm, job: Job, report: Report) -> None:

@@ -17,13 +17,20 @@ from sws_dist import config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BATCH = {"auxiliary": "launcher/train.py", "descendants": "launcher/train.py", "evaluate": "launcher/evaluate.py"}
 SCRIPTS = sorted((ROOT / "launcher").glob("*.py"))
+SBATCHES = sorted((ROOT / "launcher" / "slurm").glob("*.sbatch"))
 KEYS = set(config.valid_keys())
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """Every command that runs one of our scripts, from its name on: ``[launcher/x.py, --option, value, ...]``."""
+    """Every command that runs one of our scripts, from its name on: ``[launcher/x.py, --option, value, ...]``.
+
+    ``sbatch`` with one of our batch scripts is taken for the script that it runs.
+    """
     text = path.read_text()
+    if path.suffix == ".sbatch":
+        text = re.sub(r"^# *", "", text, flags=re.MULTILINE)
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
     text = re.sub(r"\\+\n\s*", " ", text)
@@ -31,6 +38,8 @@ def commands(path: Path) -> Iterator[list[str]]:
         found = re.search(r"(?:python|deepspeed)\s.*?(launcher/\w+\.py .*)", line)
         if found:
             yield shlex.split(found[1].split("  #")[0].removesuffix("...").removesuffix(")"), comments=True)
+        elif found := re.search(r"sbatch\s.*?launcher/slurm/(\w+)\.sbatch (.*)", line):
+            yield [BATCH[found[1]], *shlex.split(found[2])]
 
 
 @cache
@@ -41,7 +50,7 @@ def options(script: str) -> set[str]:
     return set(re.findall(r"--[\w-]+", usage))
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS, *SBATCHES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_documented_commands_exist(path: Path) -> None:
     for script, *arguments in commands(path):
         assert (ROOT / script).is_file(), script
@@ -52,6 +61,11 @@ def test_documented_commands_exist(path: Path) -> None:
                 assert (ROOT / value).is_file(), value
             if option == "--set":
                 assert value.split("=")[0] in KEYS, value
+
+
+@pytest.mark.parametrize("path", SBATCHES, ids=lambda p: p.name)
+def test_batch_scripts_say_how_they_are_submitted(path: Path) -> None:
+    assert len(list(commands(path))) == 1
 
 
 def test_the_readme_has_commands_to_check() -> None:

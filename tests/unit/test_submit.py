@@ -1,0 +1,61 @@
+"""launcher/submit.py: what it writes into a script, and what it refuses before anything is queued."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ["--config", "configs/runs/auxiliary_small.yaml", "--deepspeed_config", "configs/deepspeed/zero2_bf16.json"]
+
+
+def submit(*arguments: str, code: int = 0) -> str:
+    command = [sys.executable, "launcher/submit.py", *arguments, "--time", "60"]
+    env = os.environ | {"PATH": "/nowhere"}  # no SLURM here
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_script_says_all_that_was_asked_for(tmp_path: Path) -> None:
+    options = ["--nodes", "2", "--gpus-per-node", "8", "--partition", "gpu", "--account", "us", "--qos", "long"]
+    text = submit("auxiliary", *TRAIN, *options, "--sbatch=--mem=0", "--set", f"output={tmp_path}/run", "--dry-run")
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    wanted = ["nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=60", "partition=gpu", "account=us", "qos=long"]
+    for option in (*wanted, "mem=0", "signal=B:USR1@120", "requeue"):
+        assert f"#SBATCH --{option}" in lines
+    first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])  # sbatch reads no further
+    assert 'on_every_rank train.py "$@" --resume auto' in text
+    assert not (tmp_path / "run").exists()
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_descendants_are_an_array_that_waits(tmp_path: Path) -> None:
+    config = ["--config", "configs/runs/descendant_small.yaml", *TRAIN[2:], "--gpus-per-node", "8"]
+    array = ["--learngene", str(tmp_path / "learngene.safetensors"), "--depths", "6,9,12"]
+    text = submit("descendants", *config, *array, "--after", "4711", "--set", "output=runs/d", "--dry-run")
+    assert "#SBATCH --array=6,9,12\n" in text
+    assert "#SBATCH --dependency=afterok:4711\n" in text
+    assert f"set -- {tmp_path}/learngene.safetensors runs/d --config" in text
+    said = submit("descendants", *config, *array, code=1)
+    assert "there is no such file; --after JOB waits" in said
+    assert "expected numbers of layers" in submit("descendants", *config, *array[:3], "6,x", "--after", "1", code=1)
+
+
+def test_what_could_not_run_is_not_queued(tmp_path: Path) -> None:
+    output = ["--set", f"output={tmp_path}/run"]
+    said = submit("auxiliary", *TRAIN, *output, "--gpus-per-node", "3", code=1)
+    assert "train.global_batch = 512 cannot be shared evenly by 3 ranks" in said
+    assert "did you mean train.epochs?" in submit("auxiliary", *TRAIN, *output, "--set", "train.epoch=3", code=1)
+    assert "auxiliary needs --deepspeed_config" in submit("auxiliary", *TRAIN[:2], code=2)
+    assert "--depths means nothing to auxiliary" in submit("auxiliary", *TRAIN, "--depths", "6", code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_without_slurm(tmp_path: Path) -> None:
+    said = submit("auxiliary", *TRAIN, "--set", f"output={tmp_path}/run", "--gpus-per-node", "8", code=1)
+    assert "error: there is no sbatch on this machine" in said
