@@ -31,6 +31,7 @@ lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 
 bench: $(VENV)/ready  ## Measure the input and, on a GPU, the kernels against their alternatives
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/expansion.py
 	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json --chart benchmarks/results/kernels.png
 
 docs: $(VENV)/ready  ## Rewrite the pages that are made from the code

@@ -360,7 +360,8 @@ def _merge(into: dict[str, Any], new: dict[str, Any], sources: dict[str, str], s
 
 def _explain(error: Any, sources: dict[str, str], path: str) -> str:
     """One line for one pydantic error: where, which key, what is wrong, what would be right."""
-    keys = [str(part) for part in error["loc"] if not str(part).startswith("function-")]
+    # pydantic also names the alternative that it tried: function-..., literal[...], tuple[...]
+    keys = [str(part) for part in error["loc"] if not str(part).startswith("function-") and "[" not in str(part)]
     dotted = ".".join(keys)
     source = next((sources[p] for n in range(len(keys), 0, -1) if (p := ".".join(keys[:n])) in sources), path)
     kind, message = error["type"], error["msg"]

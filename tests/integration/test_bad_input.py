@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sws_dist import model_file
+from sws_dist import learngene, model_file
 from sws_dist.models import create_model
 from tests.launching import REPOSITORY, Job, log, train
 
@@ -119,6 +119,30 @@ def test_initial_checkpoint_that_does_not_fit(job: Job, tmp_path: Path) -> None:
     assert "not a whole safetensors file" in message(
         alone(job, **{"model.initial_checkpoint": tmp_path / "cut.safetensors"})
     )
+
+
+def test_learngene_that_does_not_fit(job: Job, tmp_path: Path) -> None:
+    """Of another geometry, for another depth, or no learngene at all: said before anything is built."""
+    auxiliary = create_model(
+        "sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
+    )
+    info = learngene.describe(auxiliary, "learngene", pixels={"image_size": 32})
+    file = model_file.save(tmp_path / "learngene.safetensors", info, auxiliary.state_dict())
+    sets = {"model.schedule": None, "model.depth": 3, "model.initial_learngene": str(file)}
+    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    assert "is of another model: num_heads: 4 there, 2 here" in said
+    assert "schedule [2, 2]: a descendant's layers do not repeat" in message(
+        alone(job, **{"model.initial_learngene": file})
+    )
+    more = {"model.depth": 3, "model.schedule": "null", "model.plan": "[0, 1]", "model.initial_learngene": file}
+    assert "has 2 layers, but the depth is 3" in message(alone(job, **more))
+    teacher = save_teacher(tmp_path / "t.safetensors", 10)
+    assert "holds a model, not a learngene" in message(alone(job, **{"model.initial_learngene": teacher}))
+
+
+def test_reentrant_checkpointing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMM_REENTRANT_CKPT", "1")
+    assert "can be silently wrong under ZeRO-3" in message(alone(job, **{"model.grad_checkpointing": True}))
 
 
 def test_output_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
