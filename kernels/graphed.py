@@ -16,9 +16,9 @@ Nothing random is inside: drop-path's scales are drawn before and copied in. In 
 the weights' gradients as one, so that autograd may keep them and add to them (gradient accumulation), and hooks on
 the weights' gradients run outside, as ever (DeepSpeed's do).
 
-Why the stages may share memory though each is captured whole before the next: what a stage keeps for its backward is
-never given back. What it gives back are tensors that no longer matter, in the order above, when a later stage's graph
-writes there: the temporary ones of its forward, which is over, and of its backward, which comes after.
+Why the stages may share memory, though each is captured whole before the next: what a stage keeps for its backward is
+never given back. Where a later stage's tensors lie, an earlier one may have had temporary tensors and will write them
+again: those of its forward before the later stage begins, those of its backward after it has ended.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class GraphedStage:
     ) -> Tensor:
         """As `stage`, differentiable in the same way: x [B, T, D] to the same shape.
 
-        The result is overwritten by the next call.
+        The result lies in the pool and is whole until the stage's backward; copy what must outlive it.
 
         Raises:
             RuntimeError: a weight has moved since the capture; a backward without its own forward right before.

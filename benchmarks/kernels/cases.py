@@ -24,6 +24,7 @@ from sws_kernels import (
     packed_attention,
     packed_attention_reference,
     stage,
+    tiles,
 )
 from sws_kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
 
@@ -227,6 +228,10 @@ def _linear_case(machine: Machine, size: Size, name: str, inner: int, out: int) 
     )
 
 
+def _persistent(machine: Machine, function: Function) -> dict[str, Provider]:
+    return {"triton, persistent": Provider(function)} if tiles.is_hopper(torch.device(machine.device)) else {}
+
+
 def linear_gelu_cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
     """The MLP's first half forward, which also leaves z for the backward; cuBLASLt's epilogue leaves none."""
     inner, hidden, rows = size.width, 4 * size.width, size.batch * size.tokens
@@ -251,7 +256,7 @@ def linear_gelu_cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
         inputs=inputs,
         providers={
             "triton": Provider(ours),
-            "triton, persistent": Provider(partial(ours, persistent=True)),
+            **_persistent(machine, partial(ours, persistent=True)),
             "eager": Provider(reference),
             "cuBLASLt epilogue, without z": Provider(epilogue, partial(blas, "cublaslt")),
             "compile": Provider(machine.compile(reference)),
@@ -279,7 +284,7 @@ def linear_gelu_backward_cases(machine: Machine, size: Size) -> Iterator[Operato
         inputs=inputs,
         providers={
             "triton": Provider(linear_gelu_backward),
-            "triton, persistent": Provider(partial(linear_gelu_backward, persistent=True)),
+            **_persistent(machine, partial(linear_gelu_backward, persistent=True)),
             "eager": Provider(reference),
             "compile": Provider(machine.compile(reference)),
         },

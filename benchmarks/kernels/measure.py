@@ -56,7 +56,8 @@ class Machine:
         return torch.compile(function, mode=mode, dynamic=False)
 
     def normal(self, *size: int, deviation: float = 1.0) -> torch.Tensor:
-        return torch.randn(size, device=self.device, dtype=self.dtype) * deviation
+        """Drawn in fp32, so that the numbers are the same in every dtype."""
+        return (torch.randn(size, device=self.device) * deviation).to(self.dtype)
 
     def synchronize(self) -> None:
         if self.device == "cuda":

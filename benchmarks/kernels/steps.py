@@ -79,6 +79,7 @@ class TrainingStep:
         self.teacher: Callable[[Tensor], Tensor] | None = None
         if teacher:
             self.teacher = build_teacher(size).to(machine.device, machine.dtype)
+            self._teach()  # LeViT keeps its attention biases at the first call: they must not lie in a graph's memory
         if provider.compile:
             self.forward = machine.compile(self.model, cuda_graphs=True)
             self.loss = machine.compile(self.loss, cuda_graphs=True)
