@@ -202,7 +202,7 @@ def load(checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World, st
             if getattr(state, name) != value:
                 raise ValueError(
                     f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
-                    "only as it began. {_ANEW}"
+                    f"only as it began. {_ANEW}"
                 )
         if state.shapes != _shapes(engine):
             raise ValueError(f"{checkpoint}: of another model than the config's ({state.model['name']}); {_ANEW}")
