@@ -169,6 +169,8 @@ class StepCase:
     def measure(self, provider: str, machine: Machine, ceilings: Ceilings) -> list[Row]:
         """One row. ValueError unless the losses of the first steps are those of PyTorch in fp32."""
         chosen = PROVIDERS[provider]
+        if chosen.graph is not None and machine.device != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, not {machine.device}")
         exact = exact_losses(self.size, machine.device, self.teacher)
         machine.fresh()
         empty = machine.reserved_bytes()
