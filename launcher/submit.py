@@ -124,7 +124,8 @@ def training(args: argparse.Namespace) -> Job:
     Raises:
         ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
     """
-    run = config.load(args.config, args.overrides)
+    learngene = [f"model.initial_learngene={args.learngene}"] if args.learngene else []
+    run = config.load(args.config, [*args.overrides, *learngene])
     ds_config.resolve(args.deepspeed_config, run, args.nodes * ranks_per_node(args))
     args.cpus_per_task = args.cpus_per_task or run.data.num_threads + 1
     output, folder = Path(run.output), folder_of(args.job, Path(run.output))
@@ -136,7 +137,7 @@ def training(args: argparse.Namespace) -> Job:
             raise ConfigError(
                 f"--learngene {args.learngene}: there is no such file; --after JOB waits for the job that writes it"
             )
-        arguments = [str(args.learngene), str(output), *arguments]
+        arguments = [str(output), *arguments]
     texts = {"config.yaml": config.to_yaml(run), "deepspeed.json": args.deepspeed_config.read_text()}
     return Job(args.job, output, folder, arguments, texts)
 
