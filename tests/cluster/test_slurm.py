@@ -93,10 +93,12 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     (snapshot,) = job.output.glob("jobs/*-auxiliary/code")
     assert results["commit"] == (snapshot / "COMMIT").read_text().strip()
 
-    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
+    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5"]
     learngene = job.output / "learngene.safetensors"
     command = [sys.executable, "launcher/submit.py", "evaluate", "--checkpoint", learngene, *options]
-    wait_for_state(slurm, slurm.run(*command).strip(), "COMPLETED", job)
+    submitted = re.match(r"job (\d+): evaluate, 2 node\(s\) x 1 rank\(s\)\n", slurm.run(*command))
+    assert submitted
+    wait_for_state(slurm, submitted[1], "COMPLETED", job)
     assert json.loads((job.output / "learngene.scores.json").read_text())["top1"] == results["top1"]
 
 
