@@ -72,7 +72,7 @@ def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: f
 
 def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Path, report: Report) -> None:
     """It saves, makes room, comes back, and has taken every step once."""
-    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--partition", "low")
+    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--gpus-per-node", "1", "--partition", "low")
     wait_for_step(job, 30)
     urgent = job.output.parent / "urgent.out"
     begun = time.monotonic()
@@ -85,6 +85,7 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     report("preempted: training again", time.monotonic() - begun)
     wait_for_state(slurm, number, "COMPLETED", job)
     assert slurm.show(number)["Restarts"] == "1"
+    assert slurm.show(number)["TresPerNode"] == "gres:gpu:1"
     assert f"from step {stopped}, " in printed(job)
     assert "2 nodes x 1 rank" in printed(job)
     assert taken(job) == list(range(1, 161))
