@@ -34,6 +34,7 @@ from sws_dist import cli, config, ds_config, files
 from sws_dist.errors import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
+EVALUATE_THREADS = 4  # evaluate.py's default
 CODE = ("launcher", "sws_dist", "kernels", "configs")
 
 
@@ -45,6 +46,8 @@ class Job:
     output: Path
     folder: Path
     arguments: list[str]
+    threads: int
+    """That a rank's input takes."""
     texts: dict[str, str]
     """Files beside the script."""
 
@@ -62,7 +65,7 @@ def main() -> None:
     if args.parsable:
         print(number)
         return
-    log = "%A_%a.out".replace("%A", number).replace("%a", "*") if args.depths else f"{number}.out"
+    log = f"{number}_*.out" if args.depths else f"{number}.out"
     print(
         f"job {number}: {job.kind}, {args.nodes} node(s) x {ranks_per_node(args)} rank(s)\n"
         f"  script  {file}\n"
@@ -85,7 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="of one run (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="each gets a rank; 0 (default): train on CPUs")
     parser.add_argument("--ranks-per-node", type=int, help="only without GPUs (default 1)")
-    parser.add_argument("--cpus-per-task", type=int, help="cores of a rank (default: data.num_threads + 1)")
+    parser.add_argument(
+        "--cpus-per-task", type=int, help="cores of a rank (default: one more than its input's threads)"
+    )
     parser.add_argument(
         "--time", required=True, help="limit, as SLURM writes it: 90, 12:00:00, 2-00:00; the run goes on after it"
     )
@@ -124,9 +129,9 @@ def training(args: argparse.Namespace) -> Job:
     Raises:
         ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
     """
-    run = config.load(args.config, args.overrides)
+    learngene = [f"model.initial_learngene={args.learngene}"] if args.learngene else []
+    run = config.load(args.config, [*args.overrides, *learngene])
     ds_config.resolve(args.deepspeed_config, run, args.nodes * ranks_per_node(args))
-    args.cpus_per_task = args.cpus_per_task or run.data.num_threads + 1
     output, folder = Path(run.output), folder_of(args.job, Path(run.output))
     arguments = ["--config", f"{folder}/config.yaml", "--deepspeed_config", f"{folder}/deepspeed.json"]
     if args.job == "descendants":
@@ -136,9 +141,9 @@ def training(args: argparse.Namespace) -> Job:
             raise ConfigError(
                 f"--learngene {args.learngene}: there is no such file; --after JOB waits for the job that writes it"
             )
-        arguments = [str(args.learngene), str(output), *arguments]
+        arguments = [str(output), *arguments]
     texts = {"config.yaml": config.to_yaml(run), "deepspeed.json": args.deepspeed_config.read_text()}
-    return Job(args.job, output, folder, arguments, texts)
+    return Job(args.job, output, folder, arguments, run.data.num_threads, texts)
 
 
 def evaluation(args: argparse.Namespace) -> Job:
@@ -146,11 +151,10 @@ def evaluation(args: argparse.Namespace) -> Job:
         raise ConfigError(
             f"--checkpoint {args.checkpoint}: there is no such file; --after JOB waits for the job that writes it"
         )
-    args.cpus_per_task = args.cpus_per_task or 5  # evaluate.py's four threads, and its own
     output = args.checkpoint.parent
     scores = f"{args.checkpoint.with_suffix('')}.scores.json"
     arguments = ["--checkpoint", str(args.checkpoint), "--data", str(args.data), "--json", scores]
-    return Job(args.job, output, folder_of(args.job, output), arguments, {})
+    return Job(args.job, output, folder_of(args.job, output), arguments, EVALUATE_THREADS, {})
 
 
 def folder_of(kind: str, output: Path) -> Path:
@@ -177,7 +181,7 @@ def options(job: Job, args: argparse.Namespace) -> Iterator[str]:
     """sbatch's."""
     yield f"--nodes={args.nodes}"
     yield f"--ntasks-per-node={ranks_per_node(args)}"
-    yield f"--cpus-per-task={args.cpus_per_task}"
+    yield f"--cpus-per-task={args.cpus_per_task or job.threads + 1}"
     if args.gpus_per_node:
         yield f"--gpus-per-node={args.gpus_per_node}"
     yield f"--time={args.time}"

@@ -21,7 +21,6 @@ trap 'woken=yes' TERM # srun and the ranks get their own; wait for what they do 
 # on_every_rank NAME ARGUMENTS...: run launcher/NAME once for every task of the job. Does not return.
 on_every_rank() {
     local code
-    [ -z "$told" ] || start_again "told to stop before it began"
     srun --kill-on-bad-exit=1 $PYTHON -u "$CODE/launcher/$1" "${@:2}" &
     step=$!
     while true; do # a signal ends wait, but not srun

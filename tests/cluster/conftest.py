@@ -27,11 +27,6 @@ def job(tmp_path: Path, few_digits: Path) -> Job:
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Callable[[str, float], None]:
-    """Print a measured time past pytest's capture: the figures of docs/cluster.md come from here."""
-
-    def say(what: str, seconds: float) -> None:
-        with capsys.disabled():
-            print(f"\n{what}: {seconds:.1f} s", flush=True)
-
-    return say
+def report() -> Callable[[str, float], None]:
+    """Print a measured time. The figures of docs/cluster.md: ``pytest tests/cluster -rP | grep measured``."""
+    return lambda what, seconds: print(f"measured: {what}: {seconds:.1f} s")

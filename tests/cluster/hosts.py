@@ -32,6 +32,11 @@ def require(*programs: str) -> None:
     missing = [program for program in (*PROGRAMS, *programs) if shutil.which(program, path=SBIN) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (tests/cluster/install.sh)")
+    trial = "ip link add switch type bridge && ip link add p1 type veth peer name eth0"
+    command = ["unshare", "--net", "--pid", "--fork", "--mount", "--uts", "--ipc", "bash", "-c", trial]
+    tried = subprocess.run(command, env={"PATH": SBIN}, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"this machine does not allow namespaces or virtual networks: {tried.stderr.strip()}")
 
 
 class Hosts:

@@ -28,6 +28,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2
@@ -39,8 +40,8 @@ SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=h2 NodeAddr=10.77.0.2 CPUs=4 RealMemory=8000
-NodeName=h3 NodeAddr=10.77.0.3 CPUs=4 RealMemory=8000
+NodeName=h2 NodeAddr=10.77.0.2 CPUs=4 RealMemory=8000 Gres=gpu:1
+NodeName=h3 NodeAddr=10.77.0.3 CPUs=4 RealMemory=8000 Gres=gpu:1
 PartitionName=low Nodes=h2,h3 Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=h2,h3 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
@@ -53,13 +54,19 @@ class Slurm:
         self.folder, config = folder, folder / "slurm.conf"
         (folder / "state").mkdir(parents=True)
         config.write_text(CONFIG.replace("FOLDER", str(folder)))
+        # Something to count as a GPU, so that asking for one is tested.
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         key = folder / "munge.key"
         key.write_bytes(b"not a secret: a network of three namespaces" * 2)
         key.chmod(0o400)
         self.hosts = Hosts(folder, 3, {"SLURM_CONF": str(config)})
-        for name in self.hosts.names:
-            self.start_daemons(name)
-        wait_until(self.is_up, 60, lambda: self.run("sinfo") + tail(folder / "slurmctld.log"))
+        try:
+            for name in self.hosts.names:
+                self.start_daemons(name)
+            wait_until(self.is_up, 60, lambda: self.run("sinfo") + tail(folder / "slurmctld.log"))
+        except BaseException:
+            self.hosts.close()
+            raise
 
     def start_daemons(self, name: str) -> None:
         """After a boot."""

@@ -72,7 +72,7 @@ def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: f
 
 def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Path, report: Report) -> None:
     """It saves, makes room, comes back, and has taken every step once."""
-    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--partition", "low")
+    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--gpus-per-node", "1", "--partition", "low")
     wait_for_step(job, 30)
     urgent = job.output.parent / "urgent.out"
     begun = time.monotonic()
@@ -85,6 +85,7 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     report("preempted: training again", time.monotonic() - begun)
     wait_for_state(slurm, number, "COMPLETED", job)
     assert slurm.show(number)["Restarts"] == "1"
+    assert slurm.show(number)["TresPerNode"] == "gres:gpu:1"
     assert f"from step {stopped}, " in printed(job)
     assert "2 nodes x 1 rank" in printed(job)
     assert taken(job) == list(range(1, 161))
@@ -93,18 +94,24 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     (snapshot,) = job.output.glob("jobs/*-auxiliary/code")
     assert results["commit"] == (snapshot / "COMMIT").read_text().strip()
 
-    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5", "--parsable"]
+    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5"]
     learngene = job.output / "learngene.safetensors"
     command = [sys.executable, "launcher/submit.py", "evaluate", "--checkpoint", learngene, *options]
-    wait_for_state(slurm, slurm.run(*command).strip(), "COMPLETED", job)
+    submitted = re.match(r"job (\d+): evaluate, 2 node\(s\) x 1 rank\(s\)\n", slurm.run(*command))
+    assert submitted
+    wait_for_state(slurm, submitted[1], "COMPLETED", job)
     assert json.loads((job.output / "learngene.scores.json").read_text())["top1"] == results["top1"]
 
 
 def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
-    """A run that is longer than its time limit is told before it, and goes on in a next turn."""
+    """A run that is longer than its time limit is told two minutes before it, and goes on in a next turn."""
     job = Job(job.config, job.output, job.ds, {"train.epochs": 4000})
-    number = submit(slurm, "auxiliary", job, "--time", "1", "--sbatch=--signal=B:USR1@10")
+    number = submit(slurm, "auxiliary", job)
+    wait_for_step(job, 1)  # however long that took, the limit comes after it
+    hours, minutes, _ = map(int, slurm.show(number)["RunTime"].split(":"))
+    slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 2}")
     wait_for(job, "goes back into the queue")
+    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=20")
     begun, stopped = time.monotonic(), taken(job)[-1]
     wait_for(job, f"from step {stopped}, ")
     wait_for_step(job, stopped + 1)
@@ -193,11 +200,11 @@ def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, repo
 
 
 def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) -> None:
-    """On two nodes of two ranks; and plain python, where SLURM promised more, is refused."""
-    (tmp_path / "hostfile").write_text("h2 slots=2\nh3 slots=2\n")
+    """On two nodes, for srun of two ranks each; and plain python, where SLURM promised more, is refused."""
+    (tmp_path / "hostfile").write_text("h2 slots=1\nh3 slots=1\n")
     say = "tests/cluster/say_world.py"
     deepspeed = f"{BIN}/deepspeed --hostfile {tmp_path}/hostfile"
-    torchrun = f"{BIN}/torchrun --nnodes=2 --nproc-per-node=2 --master-addr=h2 --master-port=29510"
+    torchrun = f"{BIN}/torchrun --nnodes=2 --nproc-per-node=1 --master-addr=h2 --master-port=29510"
     by_node = "srun --ntasks-per-node=1 --ntasks=2 bash -c"
     commands = {
         "srun": f"srun {sys.executable} {say}",
@@ -212,6 +219,7 @@ def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) ->
     options = ("--nodes=2", "--ntasks-per-node=2", "--time=5", f"--output={tmp_path}/job.out")
     slurm.run("sbatch", "--wait", *options, script, timeout_s=200, check=False)
     said = {name: tail(tmp_path / f"{name.replace(' ', '-')}.out") for name in commands}
-    for name in ("srun", "deepspeed slurm", "deepspeed", "torchrun"):
-        assert "2 nodes x 2 rank(s): [(0, 0), (1, 1), (2, 0), (3, 1)]" in said[name], f"{name}: {said[name]}"
+    assert "2 nodes x 2 rank(s): [(0, 0), (1, 1), (2, 0), (3, 1)]" in said["srun"], said["srun"]
+    for name in ("deepspeed slurm", "deepspeed", "torchrun"):
+        assert "2 nodes x 1 rank(s): [(0, 0), (1, 0)]" in said[name], f"{name}: {said[name]}"
     assert "error: this run has 1 node(s) and 1 rank(s), but 2 and 4 were promised by SLURM" in said["python"]
