@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist import comm, config, model_file
+from sws_dist import checkpoint, comm, config, model_file
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.mixing import Mixing, erase
 from sws_dist.data.recipe import Recipe
 from sws_dist.distillation import DistillationLoss, load_teacher
 from sws_dist.models import create_model
 from sws_dist.optim import Schedule, parameter_groups
+from sws_dist.shards import Reader
 from tests.launching import Job, losses, train_all
 
 STEPS = 5
@@ -104,6 +105,7 @@ def plain(folder: Path) -> dict[str, Any]:
             average[name].lerp_(p.detach(), 1 - 0.7)
     found["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     found["average"] = average
+    found["exp_avg"] = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
     return found
 
 
@@ -136,6 +138,18 @@ def test_final_weights_equal_plain_pytorch(
     for name, tensor in plain[expected].items():
         # Adam divides by the root of tiny second moments: rounding of 1e-7 in a gradient may show as 1e-4 of a step.
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_equal_plain_pytorch(runs: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
+    """By way of Adam's first moment, which is a weighted sum of the clipped gradients of all steps."""
+    saved = runs / f"ranks{ranks}-zero{stage}" / "checkpoints" / f"step-{STEPS:08d}"
+    with Reader(saved / name for name in checkpoint.read_state(saved).files) as reader:
+        for name, moment in plain["exp_avg"].items():
+            found = reader.read("exp_avg", name, 0, moment.numel()).reshape(moment.shape)
+            tolerance = 1e-4 * moment.abs().max().item()
+            torch.testing.assert_close(found, moment, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("stage", STAGES)
