@@ -50,7 +50,7 @@ def printed(job: Job) -> str:
     return "".join(path.read_text() for path in sorted(job.output.glob("jobs/*/*.out")))
 
 
-def wait_for(job: Job, pattern: str, timeout_s: float = 150) -> float:
+def wait_for(job: Job, pattern: str, timeout_s: float = 300) -> float:
     """Until the job has printed that."""
     return wait_until(
         lambda: re.search(pattern, printed(job)), timeout_s, lambda: f"no {pattern}: {printed(job)[-4000:]}"
@@ -58,7 +58,7 @@ def wait_for(job: Job, pattern: str, timeout_s: float = 150) -> float:
 
 
 def wait_for_step(job: Job, step: int) -> None:
-    wait_until(lambda: taken(job)[-1:] >= [step], 150, lambda: printed(job)[-4000:])
+    wait_until(lambda: taken(job)[-1:] >= [step], 300, lambda: printed(job)[-4000:])
 
 
 def taken(job: Job) -> list[int]:
@@ -66,7 +66,7 @@ def taken(job: Job) -> list[int]:
     return [int(entry["step"]) for entry in log(job.output) if "train/loss" in entry]
 
 
-def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: float = 150) -> None:
+def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: float = 300) -> None:
     wait_until(lambda: slurm.state(number) == state, timeout_s, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
 
 
@@ -191,7 +191,7 @@ def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, repo
     wait_for_step(runs[3], 5)
     slurm.run("scancel", "--batch", "--signal=USR1", elements[3])
     for element in elements.values():
-        wait_for_state(slurm, element, "COMPLETED", others, 200)
+        wait_for_state(slurm, element, "COMPLETED", others)
     report("three descendants, one of them stopped once: all done", time.monotonic() - begun)
     assert [slurm.show(element)["Restarts"] for element in elements.values()] == ["0", "1", "0"]
     for depth, run in runs.items():

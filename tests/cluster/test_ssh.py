@@ -42,7 +42,7 @@ def start(hosts: Hosts, job: Job, hostfile: str = "hostfile") -> tuple[subproces
 
 
 def wait_for_step(job: Job, step: int, said: Path) -> None:
-    wait_until(lambda: any(entry["step"] >= step for entry in log(job.output)), 120, lambda: tail(said))
+    wait_until(lambda: any(entry["step"] >= step for entry in log(job.output)), 300, lambda: tail(said))
 
 
 def ended(process: subprocess.Popen[str], said: Path, within_s: float) -> float:
@@ -57,7 +57,7 @@ def ranks(hosts: Hosts) -> list[str]:
 def refused(hosts: Hosts, job: Job, hostfile: str = "hostfile") -> str:
     """The one message of a run that has to end at once, everywhere."""
     process, said = start(hosts, job, hostfile)
-    ended(process, said, 120)
+    ended(process, said, 300)
     assert process.returncode != 0, tail(said)
     wait_until(lambda: not ranks(hosts), 10, lambda: str(ranks(hosts)))
     messages = [line for line in said.read_text().splitlines() if "error: " in line]
@@ -100,7 +100,7 @@ def test_a_host_crashes(hosts: Hosts, job: Job, report: Callable[[str, float], N
     process, said = start(hosts, job)
     wait_for_step(job, last + 1, said)
     report("host crashes: back at the same step after the restart", time.monotonic() - begun)
-    ended(process, said, 120)
+    ended(process, said, 300)
     text = said.read_text()
     assert process.returncode == 0, tail(said)
     assert "3 nodes x 1 rank" in text
