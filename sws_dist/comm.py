@@ -63,7 +63,7 @@ def init(timeout_s: int) -> World:
     launchers.complete(env)
     promises = list(launchers.promises())
     local_rank, local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":  # DeepSpeed's own switch
         # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.
         index = 0 if len(os.environ.get("CUDA_VISIBLE_DEVICES", "all,of,them").split(",")) == 1 else local_rank
         if index >= torch.cuda.device_count():

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Ranks that tests start train on the CPU, where they are many and exact; tests/gpu takes this back.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 

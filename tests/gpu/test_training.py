@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from sws_dist import checkpoint
 from tests.launching import Job, log, losses, train
 
 if not torch.cuda.is_available():
@@ -48,6 +49,30 @@ def test_it_trains_and_saves(tmp_path: Path, digits_root: Path, stage: int, prec
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["precision"] == precision
     assert metrics["top1"] > 0.15  # ten classes: chance is 0.10
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (0, 3)])
+def test_fp16_goes_on_where_it_stopped(tmp_path: Path, digits_root: Path, before: int, after: int) -> None:
+    """Loss scale included, and at another stage: kernels that sum in any order leave rounding."""
+    (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(digits_root)))
+
+    def job(name: str, stage: int, **sets: Any) -> Job:
+        # The scale doubles every four steps from a small start: a forgotten one would show in every gradient.
+        fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 4}
+        ds = {"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "fp16": fp16}
+        return Job(tmp_path / "run.yaml", tmp_path / name, ds, {"train.log_every": 1, **sets}, resume="auto")
+
+    for run in (job("whole", before), job("parts", before, **{"train.max_steps": 30}), job("parts", after)):
+        done = train(run, ranks=1)
+        assert done.returncode == 0, done.stdout[-6000:]
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert len(whole) == len(parts)
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=2e-2, atol=2e-2)
+    scales = []
+    for name in ("whole", "parts"):
+        newest = checkpoint.find(tmp_path / name / "checkpoints")[-1]
+        scales.append(checkpoint.read_state(newest).loss_scaler["cur_scale"])
+    assert scales[0] == scales[1] > 16
 
 
 # The quickstart's auxiliary model (configs/runs/quickstart/auxiliary.yaml), without its teacher.
