@@ -123,10 +123,10 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
     before = file.read_bytes()
 
     def full(*_: Any) -> None:
-        Path(_[1]).write_bytes(b"half")
+        Path(_[0]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_file, "save_file", full)
+    monkeypatch.setattr(model_file.tensor_file, "write", full)
     with pytest.raises(OSError, match="No space left"):
         model_file.save(file, learngene.describe(small(), "learngene"), small().state_dict())
     assert file.read_bytes() == before
