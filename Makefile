@@ -19,7 +19,7 @@ quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary mode
 	$(BIN)/python launcher/quickstart.py
 
 test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-gpu: $(VENV)/ready  ## The tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu tests/kernels
