@@ -27,11 +27,11 @@ import psutil
 import torch
 from PIL import Image
 
-from sws_dist import provenance
-from sws_dist.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
+from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
 from sws_dist.data import manifest, pipeline, sampler
-from sws_dist.data.mixing import Mixing, erase
-from sws_dist.data.recipe import Recipe
+from sws_dist.data.draws import Recipe
+from sws_dist.data.mixup import Mixing, erase
+from sws_dist.run_dir import collect_provenance
 
 AUGMENT = AugmentConfig(
     auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, smoothing=0.1
@@ -227,7 +227,7 @@ def main() -> None:
 def report(args: argparse.Namespace, rounds: dict[str, Any], root: Path, device: torch.device) -> None:
     files = list((root / "train").glob("*/*"))
     packages = ("torchvision", "pillow", "numpy")
-    results = provenance.collect() | {
+    results = collect_provenance() | {
         "device": str(device),
         "cpu": psutil.cpu_count(),
         "threads": args.threads,

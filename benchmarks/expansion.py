@@ -27,10 +27,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from sws_dist import comm, engine, expansion, filling, learngene, model_file, provenance
-from sws_dist.config import OptimConfig
+from sws_dist.checkpoint.model_file import load_tensors, save_model_file
+from sws_dist.config.schema import OptimConfig
+from sws_dist.distributed.collectives import gather_on_rank0
+from sws_dist.distributed.init import World, close_distributed, init_distributed
+from sws_dist.distributed.traffic import Traffic, count_traffic
+from sws_dist.learngene.expand import WeightMapping, expand_learngene, map_weights
+from sws_dist.learngene.file import LearngeneHeader, describe_model, load_learngene
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.learngene.sharded_init import choose_transfer, init_by_broadcast, init_by_reading
 from sws_dist.models import SWSVisionTransformer, create_model
-from sws_dist.traffic import Traffic, counted
+from sws_dist.run_dir import collect_provenance
+from sws_dist.zero.engine import build_engine
+from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
 SCHEDULE = (3, 3, 4, 3, 3)
 BASE = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "num_heads": 12, "num_classes": 1000}
@@ -54,7 +63,7 @@ def main() -> None:
         result = traffic(Path(folder)) if way is None else memory(way, layers, Path(folder))
         if dist.get_rank() == 0:
             (Path(folder) / "result.json").write_text(json.dumps(result))
-        comm.close()
+        close_distributed()
         return
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for name in args.only or CASES:
@@ -62,7 +71,7 @@ def main() -> None:
             write_learngene(Path(folder), *((BASE, torch.float32) if name == "traffic" else (WIDE, torch.bfloat16)))
             found = on_ranks(args.ranks, name, folder)
         print(name, json.dumps(found))
-        results[name] = provenance.collect() | {"ranks": args.ranks} | found
+        results[name] = collect_provenance() | {"ranks": args.ranks} | found
         if args.out:
             args.out.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -78,16 +87,16 @@ def write_learngene(folder: Path, geometry: dict[str, Any], dtype: torch.dtype) 
     """Random numbers in a learngene's shapes: what is copied does not matter here, that it is copied rightly does."""
     with torch.device("meta"):
         model = create_model("sws_vit", schedule=SCHEDULE, **geometry)
-    info = learngene.describe(model, "learngene", pixels={"image_size": geometry["img_size"]})
+    info = describe_model(model, "learngene", pixels={"image_size": geometry["img_size"]})
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.empty(p.shape, dtype=dtype).normal_(std=0.02, generator=generator)
         for name, p in model.named_parameters()
     }
-    model_file.save(folder / "learngene.safetensors", info, weights)
+    save_model_file(folder / "learngene.safetensors", info, weights)
 
 
-def zero3(world: comm.World, dtype: torch.dtype) -> dict[str, Any]:
+def zero3(world: World, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_batch_size": world.size,
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 0},
@@ -98,19 +107,19 @@ def zero3(world: comm.World, dtype: torch.dtype) -> dict[str, Any]:
 
 def planned(
     path: Path, way: Any, geometry: dict[str, Any], layers: int
-) -> tuple[learngene.Header, SWSVisionTransformer, expansion.Design]:
-    header, _ = filling.choose(path, way)
+) -> tuple[LearngeneHeader, SWSVisionTransformer, WeightMapping]:
+    header, _ = choose_transfer(path, way)
     with torch.device("meta"):
         model = create_model("sws_vit", depth=layers, **geometry)
-    plan = expansion.plan(SCHEDULE, layers)
-    return header, model, expansion.design(header.info, header.shapes, model, plan)
+    plan = expansion_plan(SCHEDULE, layers)
+    return header, model, map_weights(header.info, header.shapes, model, plan)
 
 
 # ---- memory ----
 
 
 def memory(way: str, layers: int, folder: Path) -> dict[str, Any]:
-    world, dtype = comm.init(600), torch.bfloat16
+    world, dtype = init_distributed(600), torch.bfloat16
     ds, path = zero3(world, dtype), folder / "learngene.safetensors"
     header, model, design = planned(path, "broadcast" if way == "usual" else way, WIDE, layers)
     tensors = [p.numel() * dtype.itemsize for p in model.parameters()]
@@ -118,13 +127,13 @@ def memory(way: str, layers: int, folder: Path) -> dict[str, Any]:
     if way == "usual":
         model = built_everywhere(path, design, layers, ds, dtype)
     else:
-        filling.allocate(model, ds, world.device, dtype)
+        allocate_shards(model, ds, world.device, dtype)
         if way == "read":
-            filling.read_into(model, path, header, design, {}, {})
+            init_by_reading(model, path, header, design, {}, {})
         else:
-            filling.broadcast_into(model, path, header, design, {}, {}, world.device)
-    peaks = comm.gather_to_main((peak_bytes(), before))
-    wrong = comm.gather_to_main(wrong_shards(model, path, design))
+            init_by_broadcast(model, path, header, design, {}, {}, world.device)
+    peaks = gather_on_rank0((peak_bytes(), before))
+    wrong = gather_on_rank0(wrong_shards(model, path, design))
     shard = sum(p.ds_tensor.numel() for p in model.parameters()) * dtype.itemsize
     needed = [own_before + shard + max(tensors) for _, own_before in peaks or ()]
     return {
@@ -141,23 +150,23 @@ def memory(way: str, layers: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def built_everywhere(path: Path, design: expansion.Design, layers: int, ds: dict[str, Any], dtype: torch.dtype) -> Any:
+def built_everywhere(path: Path, design: WeightMapping, layers: int, ds: dict[str, Any], dtype: torch.dtype) -> Any:
     """The usual way: the model whole on every rank, its weights on rank 0, and zero.Init broadcasts and cuts them."""
     torch.set_default_dtype(dtype)
     model = create_model("sws_vit", depth=layers, **WIDE)
     torch.set_default_dtype(torch.float32)
     if dist.get_rank() == 0:
-        weights = model_file.load_tensors(path)
+        weights = load_tensors(path)
         model.load_state_dict({name: weights[source] for source, names in design.copies.items() for name in names})
         del weights
     deepspeed.zero.Init(module=model, config_dict_or_path=ds)
     return model
 
 
-def wrong_shards(model: Any, path: Path, design: expansion.Design) -> int:
+def wrong_shards(model: Any, path: Path, design: WeightMapping) -> int:
     """Parameters whose shard on this rank is not the file's slice, cut here in the simplest way."""
     parameters, wrong = dict(model.named_parameters()), 0
-    for source, tensor in model_file.load_tensors(path).items():
+    for source, tensor in load_tensors(path).items():
         for name in design.copies[source]:
             shard = parameters[name].ds_tensor
             slices = tensor.reshape(-1).split(shard.numel())
@@ -176,28 +185,28 @@ def peak_bytes() -> int:
 
 
 def traffic(folder: Path) -> dict[str, Any]:
-    world, dtype = comm.init(600), torch.float32
+    world, dtype = init_distributed(600), torch.float32
     ds, path = zero3(world, dtype), folder / "learngene.safetensors"
     found: dict[str, Any] = {}
     header, model, design = planned(path, "auto", BASE, 12)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     by_pytorch = offline_logits(path, images) if world.is_main else None
-    with counted() as allocating:
-        filling.allocate(model, ds, world.device, dtype)
+    with count_traffic() as allocating:
+        allocate_shards(model, ds, world.device, dtype)
     # From here on DeepSpeed's own linear stands in for PyTorch's: the same sums, rounded in another order.
     expected = offline_logits(path, images) if world.is_main else None
-    with counted() as initialising:
-        built = engine.build(model, ds, OptimConfig())
-    masters = filling.own_masters(built)
+    with count_traffic() as initialising:
+        built = build_engine(model, ds, OptimConfig())
+    masters = master_slices(built)
 
     def measure(way: str) -> None:
         for p in model.parameters():
             p.ds_tensor.data.zero_()
-        with counted() as moved:
+        with count_traffic() as moved:
             if way == "read":
-                filling.read_into(model, path, header, design, {}, masters)
+                init_by_reading(model, path, header, design, {}, masters)
             elif way == "broadcast":
-                filling.broadcast_into(model, path, header, design, {}, masters, world.device)
+                init_by_broadcast(model, path, header, design, {}, masters, world.device)
             else:
                 gather_and_broadcast(model, path, design)
         built.eval()
@@ -221,10 +230,10 @@ def traffic(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def gather_and_broadcast(model: Any, path: Path, design: expansion.Design) -> None:
+def gather_and_broadcast(model: Any, path: Path, design: WeightMapping) -> None:
     """What DeepSpeed's documentation shows: gather each parameter, write it on rank 0, broadcast and cut it again."""
     parameters = dict(model.named_parameters())
-    weights = model_file.load_tensors(path) if dist.get_rank() == 0 else {}
+    weights = load_tensors(path) if dist.get_rank() == 0 else {}
     for source, names in design.copies.items():
         for name in names:
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
@@ -234,8 +243,8 @@ def gather_and_broadcast(model: Any, path: Path, design: expansion.Design) -> No
 
 @torch.no_grad()
 def offline_logits(path: Path, images: torch.Tensor) -> torch.Tensor:
-    info, weights = learngene.load(path)
-    described, descendant = expansion.expand(info, weights, expansion.plan(SCHEDULE, 12))
+    info, weights = load_learngene(path)
+    described, descendant = expand_learngene(info, weights, expansion_plan(SCHEDULE, 12))
     plain = described.build().eval()
     plain.load_state_dict(descendant)
     return plain(images)

@@ -16,12 +16,12 @@ examples:
 import argparse
 from pathlib import Path
 
-from sws_dist import cli
-from sws_dist.model_file import ModelInfo
+from sws_dist.checkpoint.model_file import ModelInfo
+from sws_dist.cli.common import make_parser, run_command, say
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--released", type=Path, help="a checkpoint of the paper's released code")
     source.add_argument("--learngene", type=Path, help="a learngene: unrolled into a plain timm ViT")
@@ -41,7 +41,8 @@ def main() -> None:
 
 
 def released(args: argparse.Namespace) -> None:
-    from sws_dist import learngene, model_file
+    from sws_dist.checkpoint.model_file import load_state_dict_file, save_model_file
+    from sws_dist.learngene.released import convert_released
 
     if not args.schedule or not args.heads:
         raise ValueError("--released needs --schedule (for example 3,3,4,3,3) and --heads: the file does not say them")
@@ -49,34 +50,37 @@ def released(args: argparse.Namespace) -> None:
         schedule = tuple(int(part) for part in args.schedule.split(","))
     except ValueError:
         raise ValueError(f"--schedule {args.schedule!r}: expected numbers such as 3,3,4,3,3") from None
-    info, weights = learngene.from_released(model_file.load_foreign(args.released), schedule, args.heads)
-    model_file.save(args.out, info, weights)
-    cli.say(f"{args.out}: a learngene of {len(schedule)} stages, schedule {args.schedule}, {args.heads} heads")
+    info, weights = convert_released(load_state_dict_file(args.released), schedule, args.heads)
+    save_model_file(args.out, info, weights)
+    say(f"{args.out}: a learngene of {len(schedule)} stages, schedule {args.schedule}, {args.heads} heads")
 
 
 def unroll(args: argparse.Namespace) -> None:
-    from sws_dist import expansion, learngene, model_file
+    from sws_dist.checkpoint.model_file import save_model_file
+    from sws_dist.learngene.expand import expand_learngene
+    from sws_dist.learngene.file import load_learngene
+    from sws_dist.learngene.plan import expansion_plan
 
-    info, weights = learngene.load(args.learngene)
+    info, weights = load_learngene(args.learngene)
     schedule = info.kwargs["schedule"]
-    layers = expansion.plan(schedule, sum(schedule))
-    described, unrolled = expansion.expand(info, weights, layers)
-    model_file.save(args.out, described, unrolled)
+    layers = expansion_plan(schedule, sum(schedule))
+    described, unrolled = expand_learngene(info, weights, layers)
+    save_model_file(args.out, described, unrolled)
     tell_timm(args.out, described)
 
 
 def checkpoint(args: argparse.Namespace) -> None:
     import torch
 
-    from sws_dist.checkpoint import damage, export
+    from sws_dist.checkpoint.checkpoint import export_weights, verify
 
-    problem = damage(args.checkpoint)
+    problem = verify(args.checkpoint)
     if problem is not None:
         raise ValueError(problem)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    info = export(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype])
+    info = export_weights(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype])
     if info.kind == "learngene":
-        cli.say(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; expand it with launcher/expand.py")
+        say(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; expand it with launcher/expand.py")
     else:
         tell_timm(args.out, info)
 
@@ -92,8 +96,8 @@ def tell_timm(path: Path, info: ModelInfo) -> None:
             f", {key}={value!r}" for key, value in (info.kwargs | {"num_classes": info.num_classes}).items()
         )
         call = f"timm.create_model({info.name!r}{arguments})"
-    cli.say(f"{path}: weights under timm's names; build the model with\n  {call}")
+    say(f"{path}: weights under timm's names; build the model with\n  {call}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -17,12 +17,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sws_dist import cli
-from sws_dist.config import DataConfig
+from sws_dist.cli.common import make_parser, run_command, say
+from sws_dist.config.schema import DataConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights: .safetensors or a PyTorch file")
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
@@ -40,14 +40,16 @@ def main() -> None:
 def evaluate(args: argparse.Namespace) -> None:
     import torch
 
-    from sws_dist import comm, files
+    from sws_dist.atomic import atomic_write_json
     from sws_dist.data import manifest, pipeline, sampler
     from sws_dist.data.bad_images import BadImages, named
+    from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
+    from sws_dist.distributed.init import close_distributed, init_distributed
     from sws_dist.evaluate import Predictions
     from sws_dist.evaluate import evaluate as score
 
-    world = comm.init(timeout_s=1800)
-    with comm.together("load the model and list the images"):
+    world = init_distributed(timeout_s=1800)
+    with raise_on_all_ranks("load the model and list the images"):
         model, data, classes = load_model(args)
         images = manifest.scan(args.data.parent, args.data.name, classes or None)
         if len(images.classes) != model.num_classes:
@@ -61,32 +63,39 @@ def evaluate(args: argparse.Namespace) -> None:
     loader = pipeline.eval_loader(images, batches, data, world.device, bad)
     predictions: list[Predictions] | None = [] if args.predictions else None
     for line in (*images.notes, *named(images.bad)):
-        cli.say(line)
+        say(line)
     scores = score(model, loader, torch.float32, predictions)
     for line in bad.exchange(world.device, 0, len(images), data.max_bad_share):
-        cli.say(line)
-    cli.say(
+        say(line)
+    say(
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  "
         f"loss {scores.loss:.4f}  over {scores.images} images"
     )
-    gathered = comm.gather_to_main(predictions) if predictions is not None else None
-    with comm.together("write the results"):
+    gathered = gather_on_rank0(predictions) if predictions is not None else None
+    with raise_on_all_ranks("write the results"):
         if world.is_main and args.json:
-            files.write_json(args.json, {"checkpoint": str(args.checkpoint), **dataclasses.asdict(scores)})
+            atomic_write_json(args.json, {"checkpoint": str(args.checkpoint), **dataclasses.asdict(scores)})
         if gathered is not None:
             write_predictions(args.predictions, [p for rank in gathered for p in rank], images)
-    comm.close()
+    close_distributed()
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
     """The model with its weights, how it wants its pixels, and its classes' names if it knows them."""
-    from sws_dist import model_file
+    from sws_dist.checkpoint.model_file import (
+        apply_timm_filter,
+        infer_num_labels,
+        is_described,
+        load_model_file,
+        load_state_dict_file,
+        load_weights_strict,
+    )
     from sws_dist.models import create_model
 
-    described = args.checkpoint.suffix == ".safetensors" and model_file.is_described(args.checkpoint)
+    described = args.checkpoint.suffix == ".safetensors" and is_described(args.checkpoint)
     classes: list[str] = []
     if described:
-        info, weights = model_file.load(args.checkpoint)
+        info, weights = load_model_file(args.checkpoint)
         pixels, classes = dict(info.pixels), info.classes
         name = args.model or info.name
         ours = name == info.name or name.startswith("sws_")  # whose arguments the file's are
@@ -94,14 +103,14 @@ def load_model(args: argparse.Namespace) -> tuple[Any, DataConfig, list[str]]:
     elif args.model is None:
         raise ValueError(f"{args.checkpoint} does not say which model it is of; give --model NAME")
     else:
-        weights = model_file.load_foreign(args.checkpoint)
+        weights = load_state_dict_file(args.checkpoint)
         default = create_model(args.model).num_classes
-        model = create_model(args.model, num_classes=model_file.num_labels(args.model, weights, default))
-        weights = model_file.filtered(model, weights)
+        model = create_model(args.model, num_classes=infer_num_labels(args.model, weights, default))
+        weights = apply_timm_filter(model, weights)
         cfg = model.pretrained_cfg
         pixels = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
         pixels["image_size"] = cfg["input_size"][-1]
-    model_file.load_into(model, weights, args.checkpoint)
+    load_weights_strict(model, weights, args.checkpoint)
     if args.image_size:
         pixels["image_size"] = args.image_size
     if args.crop_pct:
@@ -118,7 +127,7 @@ def write_predictions(path: Path, predictions: list[Any], images: Any) -> None:
     """Arrays ``path``, ``label``, ``logits``: one row an image, in the manifest's order."""
     import numpy as np
 
-    from sws_dist import files
+    from sws_dist.atomic import atomic_write
 
     indices = np.concatenate([p.indices for p in predictions])
     logits = np.concatenate([p.logits for p in predictions])
@@ -130,8 +139,8 @@ def write_predictions(path: Path, predictions: list[Any], images: Any) -> None:
         with temporary.open("wb") as file:
             np.savez(file, **arrays)
 
-    files.write_whole(path, write)
+    atomic_write(path, write)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -19,11 +19,11 @@ Fine-tune the result with
 import warnings
 from pathlib import Path
 
-from sws_dist import cli
+from sws_dist.cli.common import make_parser, run_command, say
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
     parser.add_argument("--depth", type=int, required=True, help="the descendant's layers")
     parser.add_argument(
@@ -35,29 +35,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parser.parse_args()
 
-    from sws_dist import expansion, learngene, model_file
+    from sws_dist.checkpoint.model_file import save_model_file
+    from sws_dist.learngene.expand import expand_learngene
+    from sws_dist.learngene.file import load_learngene, read_learngene_info
+    from sws_dist.learngene.plan import expansion_plan, parse_plan
 
-    kind = expansion.parse_plan(args.plan)
-    schedule = learngene.read_info(args.learngene).kwargs["schedule"]
-    layers = expansion.plan(schedule, args.depth, kind)  # checked before any tensor is read
-    info, weights = learngene.load(args.learngene)
+    kind = parse_plan(args.plan)
+    schedule = read_learngene_info(args.learngene).kwargs["schedule"]
+    layers = expansion_plan(schedule, args.depth, kind)  # checked before any tensor is read
+    info, weights = load_learngene(args.learngene)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        described, descendant = expansion.expand(
+        described, descendant = expand_learngene(
             info, weights, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
         )
     for warning in caught:
-        cli.say(f"warning: {warning.message}")
+        say(f"warning: {warning.message}")
     if described.provenance["fresh_head"]:
-        cli.say(f"the head is new: {described.num_classes} classes, the learngene knows {info.num_classes}")
-    model_file.save(args.out, described, descendant)
+        say(f"the head is new: {described.num_classes} classes, the learngene knows {info.num_classes}")
+    save_model_file(args.out, described, descendant)
     count = sum(tensor.numel() for tensor in descendant.values())
     stored = sum(tensor.numel() for tensor in weights.values())
-    cli.say(
+    say(
         f"{args.out}: {args.depth} layers from stages {','.join(map(str, layers))}; "
         f"{count / 1e6:.2f} M parameters from a learngene of {stored / 1e6:.2f} M"
     )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

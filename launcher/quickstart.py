@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sws_dist import cli
+from sws_dist.cli.common import make_parser, run_command
 from sws_dist.errors import RunError
 
 DATA = Path("data/quickstart")
@@ -41,7 +41,7 @@ class Step:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
     parser.add_argument("--seed", type=int, default=0, help="of every run (default 0)")
     args = parser.parse_args()
@@ -121,4 +121,4 @@ def perform(step: Step) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

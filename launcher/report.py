@@ -11,14 +11,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from sws_dist import cli, files
+from sws_dist.atomic import atomic_write_text
+from sws_dist.cli.common import make_parser, run_command, say
 
 Metrics = dict[str, Any]
 KINDS = ("tuned", "scratch", "scratch_full")
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
     args = parser.parse_args()
@@ -27,8 +28,8 @@ def main() -> None:
     picture = out.with_suffix(".png")
     curves(seeds, picture)
     text = report(seeds, picture.name)
-    files.write_text(out, text)
-    cli.say(text)
+    atomic_write_text(out, text)
+    say(text)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -193,4 +194,4 @@ def curves(seeds: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -15,11 +15,11 @@ import argparse
 import os
 from pathlib import Path
 
-from sws_dist import cli
+from sws_dist.cli.common import make_parser, run_command
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of splits, or one split (class folders, tar shards, a list)"
     )
@@ -34,7 +34,7 @@ def main() -> None:
 def scan(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from sws_dist import files
+    from sws_dist.atomic import atomic_write_json
     from sws_dist.data import manifest
 
     root: Path = args.data
@@ -55,7 +55,7 @@ def scan(args: argparse.Namespace) -> None:
         images += len(found)
         bad += [{"path": prefix + file.path, "reason": file.reason} for file in found.bad]
     if args.json:
-        files.write_json(args.json, {"images": images, "bad": bad})
+        atomic_write_json(args.json, {"images": images, "bad": bad})
 
 
 def holds_split(place: Path) -> bool:
@@ -66,4 +66,4 @@ def holds_split(place: Path) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -14,11 +14,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sws_dist import cli, config
+from sws_dist.cli.common import make_parser, run_command
+from sws_dist.config.loader import load_config
+from sws_dist.config.schema import RunConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a run's config (YAML, see configs/runs)")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="override")
     parser.add_argument("--out", type=Path, default=Path("batch.png"), help="the picture to write (default batch.png)")
@@ -26,21 +28,23 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=0, help="which optimizer step (default: the first)")
     parser.add_argument("--batch", type=int, help="images in a micro-batch (default: the global batch)")
     args = parser.parse_args()
-    show(config.load(args.config, args.overrides), args)
+    show(load_config(args.config, args.overrides), args)
 
 
-def show(run: config.RunConfig, args: argparse.Namespace) -> None:
+def show(run: RunConfig, args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from sws_dist import assemble, comm, files
+    from sws_dist.atomic import atomic_write
+    from sws_dist.build import list_images, train_order
     from sws_dist.data import pipeline, sampler
-    from sws_dist.data.mixing import Mixing, denormalise, erase
-    from sws_dist.data.recipe import Recipe, describe
-    from sws_dist.metrics import labelled_grid
+    from sws_dist.data.draws import Recipe, describe_draws
+    from sws_dist.data.mixup import Mixing, denormalise, erase
+    from sws_dist.logging.images import labelled_grid
+    from sws_dist.seed import seed_everything
 
-    images, _ = assemble.list_images(run.data)
-    order = assemble.train_order(run, images)
+    images, _ = list_images(run.data)
+    order = train_order(run, images)
     micro = args.batch or run.train.global_batch
     positions = sampler.micro_batch_positions(args.step, run.train.global_batch, 0, run.train.global_batch // micro)
     recipe, mixing = Recipe(run.augment, run.data.image_size), Mixing(run.augment, len(images.classes), run.train.seed)
@@ -48,15 +52,15 @@ def show(run: config.RunConfig, args: argparse.Namespace) -> None:
     loader = pipeline.train_loader(images, order, [positions], recipe, run.train.seed, run.data, device)
     (batch,) = loader
     draws = recipe.draw(run.train.seed, positions, images.sizes[batch.indices])
-    comm.seed_everything(run.train.seed, batch.position)
+    seed_everything(run.train.seed, batch.position)
     pixels = batch.images if batch.erase is None else erase(batch.images, batch.erase, run.augment.re_mode)
     pixels, targets = mixing(pixels, batch.labels, batch.position)
 
     count = min(args.images, len(pixels))
     names = [target_in_words(target, images.classes, run.augment.smoothing) for target in targets[:count]]
-    captions = ["\n".join([name, *describe(draws, row)]) for row, name in enumerate(names)]
+    captions = ["\n".join([name, *describe_draws(draws, row)]) for row, name in enumerate(names)]
     grid = labelled_grid(denormalise(pixels[:count], run.data.mean, run.data.std), captions, tile=200)
-    files.write_whole(args.out, lambda path: Image.fromarray(grid).save(path, format="PNG"))
+    atomic_write(args.out, lambda path: Image.fromarray(grid).save(path, format="PNG"))
     use_cutmix, share, _ = mixing.draw(batch.position) if mixing.changes_images else (False, 1.0, None)
     mixed = f"{'cutmix' if use_cutmix else 'mixup'}, drawn share {share:.2f}" if mixing.changes_images else "not mixed"
     print(f"wrote {args.out}: {count} of {len(pixels)} images of step {args.step}, {mixed}")
@@ -72,4 +76,4 @@ def target_in_words(target: Any, classes: tuple[str, ...], smoothing: float) -> 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

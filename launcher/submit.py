@@ -30,8 +30,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sws_dist import cli, config, ds_config, files
+from sws_dist.atomic import atomic_write_text
+from sws_dist.cli.common import make_parser, run_command
+from sws_dist.config.loader import config_to_yaml, load_config
 from sws_dist.errors import ConfigError, RunError
+from sws_dist.zero.config import resolve_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATE_THREADS = 4  # evaluate.py's default
@@ -60,7 +63,7 @@ def main() -> None:
         print(text, end="")
         return
     keep(job)
-    file = files.write_text(job.folder / "job.sbatch", text)
+    file = atomic_write_text(job.folder / "job.sbatch", text)
     number = submit(file)
     if args.parsable:
         print(number)
@@ -76,7 +79,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("job", choices=("auxiliary", "descendants", "evaluate"), help="auxiliary: any single run")
     parser.add_argument("--config", type=Path, help="what to train (YAML)")
     parser.add_argument("--deepspeed_config", type=Path, help="how it is sharded (JSON)")
@@ -130,8 +133,8 @@ def training(args: argparse.Namespace) -> Job:
         ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
     """
     learngene = [f"model.initial_learngene={args.learngene}"] if args.learngene else []
-    run = config.load(args.config, [*args.overrides, *learngene])
-    ds_config.resolve(args.deepspeed_config, run, args.nodes * ranks_per_node(args))
+    run = load_config(args.config, [*args.overrides, *learngene])
+    resolve_deepspeed_config(args.deepspeed_config, run, args.nodes * ranks_per_node(args))
     output, folder = Path(run.output), folder_of(args.job, Path(run.output))
     arguments = ["--config", f"{folder}/config.yaml", "--deepspeed_config", f"{folder}/deepspeed.json"]
     if args.job == "descendants":
@@ -142,7 +145,7 @@ def training(args: argparse.Namespace) -> Job:
                 f"--learngene {args.learngene}: there is no such file; --after JOB waits for the job that writes it"
             )
         arguments = [str(output), *arguments]
-    texts = {"config.yaml": config.to_yaml(run), "deepspeed.json": args.deepspeed_config.read_text()}
+    texts = {"config.yaml": config_to_yaml(run), "deepspeed.json": args.deepspeed_config.read_text()}
     return Job(args.job, output, folder, arguments, run.data.num_threads, texts)
 
 
@@ -203,11 +206,11 @@ def keep(job: Job) -> None:
     for name in CODE:
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     (code / "sws_kernels").symlink_to("kernels")  # the name under which it is imported
-    from sws_dist import provenance  # imports torch: not before everything else is known to be right
+    from sws_dist.run_dir import commit  # imports torch: not before everything else is known to be right
 
-    files.write_text(code / "COMMIT", provenance.commit() + "\n")
+    atomic_write_text(code / "COMMIT", commit() + "\n")
     for name, text in job.texts.items():
-        files.write_text(job.folder / name, text)
+        atomic_write_text(job.folder / name, text)
 
 
 def submit(file: Path) -> str:
@@ -222,4 +225,4 @@ def submit(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -25,14 +25,17 @@ start again with --resume auto. A second Ctrl-C stops at once.
 import argparse
 from pathlib import Path
 
-from sws_dist import cli, signals
+from sws_dist.cli.common import make_parser, run_command, say
+from sws_dist.distributed.signals import install_handlers
 
 
 def main() -> None:
-    signals.listen()  # before the imports that take seconds
-    from sws_dist import config
+    install_handlers()  # before the imports that take seconds
+    from sws_dist.config.loader import load_config
+    from sws_dist.distributed.init import close_distributed
+    from sws_dist.trainer import Trainer
 
-    parser = cli.parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="what to train (YAML, see configs/runs)")
     parser.add_argument(
         "--deepspeed_config", type=Path, required=True, help="how it is sharded (JSON, see configs/deepspeed)"
@@ -52,16 +55,14 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
     args = parser.parse_args()
-    run = config.load(args.config, args.overrides)
+    run = load_config(args.config, args.overrides)
     if args.resume and (done := Path(run.output) / "metrics.json").is_file():
-        cli.say(f"{done} exists: this run is done")
+        say(f"{done} exists: this run is done")
         return
-    from sws_dist import comm  # torch and DeepSpeed take seconds to import; a wrong key should not wait
-    from sws_dist.trainer import Trainer
 
     Trainer(run, args.deepspeed_config, args.resume).run()
-    comm.close()
+    close_distributed()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -1,8 +1,10 @@
 """Errors that a user can mend. Their messages say which value is wrong, where it came from, what would be right."""
 
-EXIT_AGAIN = 75
+from __future__ import annotations
+
+EXIT_REQUEUE = 75
 """The exit code of a run that was told to stop: saved, start again with ``--resume auto``. sysexits' EX_TEMPFAIL."""
-EXIT_LOST = 69
+EXIT_PEER_LOST = 69
 """The exit code of a rank whose peers are gone or stand still: no fault of its own. sysexits' EX_UNAVAILABLE."""
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sws_dist import comm
-from sws_dist.data.pipeline import Batch
+from sws_dist.data.loader import Batch
+from sws_dist.distributed.collectives import sum_over_ranks
 from sws_dist.errors import RunError
 
 
@@ -52,7 +52,7 @@ def evaluate(
         if predictions is not None:
             predictions.append(Predictions(batch.indices[batch.valid], logits[valid].cpu().numpy()))
     assert sums is not None, "an evaluation without batches"
-    top1, top5, loss, images = comm.sum_over_ranks(sums).tolist()
+    top1, top5, loss, images = sum_over_ranks(sums).tolist()
     if not images:
         raise RunError("none of the images to be scored can be read; is the data still there?")
     return Scores(top1 / images, top5 / images, loss / images, int(images))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sws_dist.config import OptimConfig
+from sws_dist.config.schema import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-class Schedule:
+class LRSchedule:
     """Linear warm-up, then cosine to ``min_lr``, both per step: a pure function of the step, so nothing to save.
 
     Args:

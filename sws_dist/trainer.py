@@ -15,26 +15,44 @@ from typing import Any
 
 import torch
 
-from sws_dist import assemble, checkpoint, comm, ds_config, ds_schema, files, provenance, signals
-from sws_dist import engine as ds_engine
-from sws_dist.config import RunConfig
+from sws_dist.atomic import atomic_write_json
+from sws_dist.build import DTYPES, build_student_engine, find_checkpoint, load_image_lists, plan_expansion, train_order
+from sws_dist.build_models import build_models, count_flops, describe_student, num_layers
+from sws_dist.checkpoint.checkpoint import (
+    describe_layout,
+    export_weights,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    set_aside_newer,
+)
+from sws_dist.config.schema import RunConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
-from sws_dist.data.mixing import Mixing, erase
-from sws_dist.data.recipe import Recipe
-from sws_dist.distillation import DistillationLoss, LossParts
-from sws_dist.ema import ShardedEMA
+from sws_dist.data.draws import Recipe
+from sws_dist.data.loader import Batch, Loader
+from sws_dist.data.mixup import Mixing, erase
+from sws_dist.distributed.collectives import average_buffers, raise_on_all_ranks
+from sws_dist.distributed.heartbeat import DATA, LOG, Heartbeat
+from sws_dist.distributed.init import init_distributed
+from sws_dist.distributed.nonfinite import NonFiniteGuard
+from sws_dist.distributed.signals import deferred_signals
+from sws_dist.distributed.step_sync import StepStatus, StepSync, StopAwareIterator
 from sws_dist.errors import RunError, Stopped
 from sws_dist.evaluate import Scores, evaluate
-from sws_dist.flops import TRAIN_FACTOR
-from sws_dist.metrics import Recorder
-from sws_dist.nonfinite import NonFinite
-from sws_dist.optim import Schedule
-from sws_dist.progress import Pace, Window, introduce, show_batch
-from sws_dist.rollcall import Answers, RollCall, Until
-from sws_dist.watch import DATA, LOG, Watch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sws_dist.logging.images import log_first_batch
+from sws_dist.logging.recorder import Recorder
+from sws_dist.logging.startup import log_run_header
+from sws_dist.logging.throughput import LogWindow, SlowStepDetector
+from sws_dist.models.flops import TRAIN_FACTOR
+from sws_dist.models.losses import DistillationLoss, LossParts
+from sws_dist.optim import LRSchedule
+from sws_dist.run_dir import collect_provenance, prepare_output
+from sws_dist.seed import seed_everything
+from sws_dist.zero.config import precision_of, resolve_deepspeed_config
+from sws_dist.zero.ema import ShardedEMA
+from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
+from sws_dist.zero.schema import check_against_deepspeed
 
 
 class Trainer:
@@ -51,41 +69,41 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ds_path: str | Path, resume: str | None = None) -> None:
         self.config = config
-        self.world = world = comm.init(config.train.timeout_s)
-        with comm.together("read the DeepSpeed config"):
-            self.ds = ds_config.resolve(ds_path, config, world.size)
-            ds_schema.check(self.ds, ds_path, world.device)
-        self.dtype = DTYPES[ds_config.precision(self.ds)]
-        self.output = assemble.prepare_output(config, resume, world)
-        with comm.together("prepare the heartbeats"):
-            self.watch = Watch(self.output / "heartbeats", world, config.train.timeout_s)
+        self.world = world = init_distributed(config.train.timeout_s)
+        with raise_on_all_ranks("read the DeepSpeed config"):
+            self.ds = resolve_deepspeed_config(ds_path, config, world.size)
+            check_against_deepspeed(self.ds, ds_path, world.device)
+        self.dtype = DTYPES[precision_of(self.ds)]
+        self.output = prepare_output(config, resume, world)
+        with raise_on_all_ranks("prepare the heartbeats"):
+            self.watch = Heartbeat(self.output / "heartbeats", world, config.train.timeout_s)
         self.notes: list[str] = []
         """What the first lines of the log should say of the resume."""
-        found = assemble.find_checkpoint(self.output, resume, world, self.notes)
-        self.train_set, self.val_set = assemble.manifests(config, self.output, resuming=found is not None, world=world)
-        with comm.together("build the models"):
-            comm.seed_everything(config.train.seed)
-            self.model, self.teacher, self.kernels = assemble.models(
+        found = find_checkpoint(self.output, resume, world, self.notes)
+        self.train_set, self.val_set = load_image_lists(config, self.output, resuming=found is not None, world=world)
+        with raise_on_all_ranks("build the models"):
+            seed_everything(config.train.seed)
+            self.model, self.teacher, self.kernels = build_models(
                 config, self.train_set.classes, world.device, self.dtype
             )
-        expansion = None if found else assemble.plan_expansion(config, self.model)
-        self.flops = assemble.count_flops(config, len(self.train_set.classes))
+        expansion = None if found else plan_expansion(config, self.model)
+        self.flops = count_flops(config, len(self.train_set.classes))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if self.teacher is not None:
             self.teacher.to(world.device, self.dtype)
-        self.info = assemble.describe(config, self.model, self.train_set.classes)
+        self.info = describe_student(config, self.model, self.train_set.classes)
 
         self.bad, self.bad_val = BadImages(self.train_set.bad), BadImages(self.val_set.bad)
         batches = sampler.eval_batches(len(self.val_set), world.rank, world.size, config.train.eval_batch)
-        with comm.together("build the input pipeline"):
-            self.order = assemble.train_order(config, self.train_set)
+        with raise_on_all_ranks("build the input pipeline"):
+            self.order = train_order(config, self.train_set)
             self.recipe = Recipe(config.augment, config.data.image_size)
             self._val_loader = pipeline.eval_loader(self.val_set, batches, config.data, world.device, self.bad_val)
         images = config.train.epochs * self.order.epoch_size
         self.total_steps = images // config.train.global_batch
         if self.total_steps == 0:
             raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {images} images")
-        self.schedule = Schedule(
+        self.schedule = LRSchedule(
             config.optim,
             config.train.global_batch,
             self.order.epoch_size / config.train.global_batch,
@@ -94,10 +112,10 @@ class Trainer:
         self.loss = DistillationLoss(config.distill)
         self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
 
-        self.engine, beginning = assemble.start(config, self.model, self.ds, expansion, world, self.dtype)
+        self.engine, beginning = build_student_engine(config, self.model, self.ds, expansion, world, self.dtype)
         self.notes += beginning
         self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
-        self._taken = ds_engine.Taken(applied=False, grad_norm=None)
+        self._taken = StepResult(applied=False, grad_norm=None)
         self._checkpoint: Path | None = None
         self.step, self.seconds = 0, 0.0
         self.best_top1: float | None = None
@@ -105,9 +123,9 @@ class Trainer:
         self._resume(found)
         self._clock = time.perf_counter()
         self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
-        with comm.together("prepare to skip steps"):
+        with raise_on_all_ranks("prepare to skip steps"):
             limit = config.train.skip_nonfinite
-            self.nonfinite = NonFinite(limit, self.ds, self.output, self.train_set, self.recorder)
+            self.nonfinite = NonFiniteGuard(limit, self.ds, self.output, self.train_set, self.recorder)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -117,9 +135,9 @@ class Trainer:
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
         """
-        with signals.deferred(), self.watch.watching():
+        with deferred_signals(), self.watch.watching():
             try:
-                introduce(self)
+                log_run_header(self)
                 self._fit()
             finally:
                 self.recorder.close()
@@ -127,8 +145,8 @@ class Trainer:
     def _fit(self) -> None:
         last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
         self._loader = self._batches(last_step)
-        batches, window = iter(self._loader), Window(self)
-        ranks = RollCall([self._require_sound, self.nonfinite.judge, Pace(self.recorder.say).judge])
+        batches, window = iter(self._loader), LogWindow(self)
+        ranks = StepSync([self._require_sound, self.nonfinite.judge, SlowStepDetector(self.recorder.say).judge])
         self._catch_up()
         self.watch.lap()
         while self.step < last_step:
@@ -145,7 +163,7 @@ class Trainer:
             if told or self._ends_epoch() or self.step == last_step:
                 told = ranks.read() or told
                 self._pause(told)
-                window = Window(self)
+                window = LogWindow(self)
                 self.watch.lap()
         if self.step == self.total_steps:
             self._finish()
@@ -154,7 +172,7 @@ class Trainer:
                 f"stopped at step {self.step} of {self.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[pipeline.Batch]) -> LossParts:
+    def _train_step(self, batches: Iterator[Batch]) -> LossParts:
         """One optimizer step; the losses' means over this rank's micro-batches."""
         parts: list[LossParts] = []
         seen = []
@@ -165,7 +183,7 @@ class Trainer:
             with self.watch.doing(DATA):
                 batch = next(batches)
             seen.append(batch.indices)
-            comm.seed_everything(self.config.train.seed, batch.position)
+            seed_everything(self.config.train.seed, batch.position)
             images = batch.images
             if batch.erase is not None:
                 images = erase(images, batch.erase, self.config.augment.re_mode)
@@ -173,10 +191,10 @@ class Trainer:
             images = images.to(self.dtype)
             teacher_logits = None if self.teacher is None else self.teacher(images)
             if self.step == 0 and not parts:
-                show_batch(self, images, batch, teacher_logits)
+                log_first_batch(self, images, batch, teacher_logits)
             parts.append(self.loss(self.engine(images), targets, teacher_logits))
             self.engine.backward(parts[-1].total)
-            self._taken = ds_engine.step(self.engine) or self._taken
+            self._taken = take_step(self.engine) or self._taken
         if self.ema is not None and self._taken.applied:
             self.ema.update()
         self.nonfinite.end(self.step + 1, seen, self._taken.applied)
@@ -211,7 +229,7 @@ class Trainer:
 
     def _evaluate(self) -> float | None:
         """Score the weights, and their average where one is kept. Returns the weights' top-1; None: told to stop."""
-        assemble.average_buffers(self.engine.module)
+        average_buffers(self.engine.module)
         found = {"val": self._score()}
         if self.ema is not None and found["val"] is not None:
             with self.ema.applied():
@@ -237,7 +255,7 @@ class Trainer:
     def _score(self) -> Scores | None:
         self.engine.eval()
         self.bad_val.clear()
-        batches = Until(self._val_loader, self.world.device, self.watch.moved)
+        batches = StopAwareIterator(self._val_loader, self.world.device, self.watch.moved)
         with self.watch.doing("evaluating"):
             scores = evaluate(self.engine, batches, self.dtype)
         self._tell_of(self.bad_val, 0, len(self.val_set))
@@ -253,34 +271,34 @@ class Trainer:
             "best_top1": self.best_top1,
             "history": self.history,
         } | self._stream()
-        if not ds_engine.all_finite(self.engine):
+        if not all_weights_finite(self.engine):
             raise RunError(
                 f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
                 "is untouched. A lower optim.lr, more warm-up or gradient_clipping usually helps"
             )
-        assemble.average_buffers(self.engine.module)
+        average_buffers(self.engine.module)
         folder, keep = self.output / "checkpoints", self.config.checkpoint
         info = self._described()
         with self.watch.doing("saving"):
-            self._checkpoint = checkpoint.save(folder, self.engine, self.ema, info, self.world, state)
+            self._checkpoint = save_checkpoint(folder, self.engine, self.ema, info, self.world, state)
         if self.world.is_main:
             try:
-                checkpoint.prune(folder, keep.keep_last, keep.keep_best)
+                prune_checkpoints(folder, keep.keep_last, keep.keep_best)
             except OSError as error:  # the new checkpoint is whole: what is left of old ones costs room, no more
                 self.recorder.say(f"an old checkpoint could not be deleted: {error}")
 
     def _finish(self) -> None:
         """The run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
         name = "learngene" if self.info.kind == "learngene" else "model"
-        with comm.together("write the final weights"):
+        with raise_on_all_ranks("write the final weights"):
             if self.world.is_main:
                 assert self._checkpoint is not None
-                checkpoint.export(self._checkpoint, self.output / f"{name}.safetensors")
+                export_weights(self._checkpoint, self.output / f"{name}.safetensors")
                 if self.ema is not None:
-                    checkpoint.export(self._checkpoint, self.output / f"{name}_ema.safetensors", average=True)
+                    export_weights(self._checkpoint, self.output / f"{name}_ema.safetensors", average=True)
         if self.world.is_main:
             result = self._results()
-            files.write_json(self.output / "metrics.json", result)
+            atomic_write_json(self.output / "metrics.json", result)
             settings = {"model": self.config.model.name, "seed": self.config.train.seed, "lr": self.schedule.peak}
             settings |= {"epochs": self.config.train.epochs, "batch": self.config.train.global_batch}
             self.recorder.hparams(settings, {"final/top1": result["top1"]})
@@ -291,7 +309,7 @@ class Trainer:
         last = self.history[-1]
         return {
             "model": self.config.model.name,
-            "depth": assemble.depth(self.model),
+            "depth": num_layers(self.model),
             "parameters": self.parameters,
             "top1": last["val/top1"],
             "top5": last["val/top5"],
@@ -308,13 +326,13 @@ class Trainer:
             "flops_forward": self.flops.student,
             "flops_teacher": teacher,
             "flops": None if teacher is None else images * (TRAIN_FACTOR * self.flops.student + teacher),
-            **checkpoint.describe_layout(self.engine, self.world),
-            **provenance.collect(),
+            **describe_layout(self.engine, self.world),
+            **collect_provenance(),
         }
 
     # ---- help ----------------------------------------------------------------------------------------------------
 
-    def _batches(self, last_step: int) -> pipeline.Loader:
+    def _batches(self, last_step: int) -> Loader:
         accumulation = self.engine.gradient_accumulation_steps()
         num_micros = accumulation * self.world.size
         positions = (
@@ -376,9 +394,9 @@ class Trainer:
         """Why this rank cannot go on, if so."""
         return self._loader.failure or self.recorder.failure
 
-    def _require_sound(self, answers: Answers) -> None:
+    def _require_sound(self, answers: StepStatus) -> None:
         if answers.failed:
-            with comm.together(f"take step {answers.step}"):
+            with raise_on_all_ranks(f"take step {answers.step}"):
                 if (failure := self._failure()) is not None:
                     raise failure
 
@@ -386,11 +404,11 @@ class Trainer:
         self._checkpoint = found
         if found is None:
             return
-        state = checkpoint.load(found, self.engine, self.ema, self.world, self._stream())
-        for key, value in checkpoint.describe_layout(self.engine, self.world).items():
+        state = load_checkpoint(found, self.engine, self.ema, self.world, self._stream())
+        for key, value in describe_layout(self.engine, self.world).items():
             if getattr(state, key) != value:
                 self.notes.append(f"going on with {key} {value}; the checkpoint was written with {getattr(state, key)}")
-        for aside in checkpoint.abandon_after(self.output / "checkpoints", state.step, self.world):
+        for aside in set_aside_newer(self.output / "checkpoints", state.step, self.world):
             self.notes.append(f"set aside as {aside}: it is later than the checkpoint that this run goes on from")
         self.step, self.seconds = state.step, state.seconds
         self.best_top1, self.history = state.best_top1, list(state.history)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sws_dist.data import digits
+
 # Ranks that tests start train on the CPU, where they are many and exact; tests/gpu takes this back.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-
-from sws_dist.data import digits
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sws_dist import comm
 from sws_dist.data.manifest import BadFile, refuse_too_many
+from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks, sum_over_ranks
 
 _NAMED = 100  # so many are named at once, the rest is counted
 
@@ -49,16 +49,16 @@ class BadImages:
         epochs = range(self._first_open, epoch + 1)
         self._first_open = epoch
         counts = torch.tensor([len(self._new), *(self._missed[e] for e in epochs)], device=device)
-        new, *missed = comm.sum_over_ranks(counts).tolist()
+        new, *missed = sum_over_ranks(counts).tolist()
         first_seen: list[BadFile] = []
         if new:
-            for file in (file for rank in comm.gather_to_main(self._new) or [] for file in rank):
+            for file in (file for rank in gather_on_rank0(self._new) or [] for file in rank):
                 if file.path not in self.known:
                     self.known[file.path] = file.reason
                     first_seen.append(file)
             self._new = []
         if max(missed, default=0):
-            with comm.together("read the images"):
+            with raise_on_all_ranks("read the images"):
                 bad = [BadFile(*item) for item in self.known.items()]
                 refuse_too_many(max(missed), epoch_size, max_share, f"epoch {epoch + 1}: ", bad)
         return named(first_seen)

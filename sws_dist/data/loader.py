@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sws_dist.data import examine
-from sws_dist.data.ahead import read_ahead
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.prefetch import read_ahead
+from sws_dist.data.validate import BadImageError, check_whole
 
 _READERS = 8  # images of a shard that are read at once
 _TRIES = 32  # substitutes for one position; that many bad ones in a row mean that there is no data any more
@@ -201,9 +201,9 @@ class Loader:
     def _report(self, plan: Plan, error: Exception, first: bool) -> None:
         index = int(plan.indices[0])
         try:
-            examine.whole(self.manifest.read(index))
+            check_whole(self.manifest.read(index))
             reason = "cannot be decoded by DALI: " + str(error).strip().splitlines()[0]
-        except examine.BadImageError as found:
+        except BadImageError as found:
             reason = str(found)
         except OSError as found:
             reason = "missing" if isinstance(found, FileNotFoundError) else f"unreadable: {found.strerror}"

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sws_dist import files
-from sws_dist.config import MAX_BAD_SHARE
-from sws_dist.data import examine, sources
+from sws_dist.atomic import atomic_write
+from sws_dist.config.schema import MAX_BAD_SHARE
+from sws_dist.data import sources
 from sws_dist.data.sources import Source
+from sws_dist.data.validate import BadImageError, check_header, check_whole
 
 _CHUNK = 4096  # files handed to the threads at once
 
@@ -54,7 +55,7 @@ class Manifest(Source):
             with temporary.open("wb") as file:
                 np.savez_compressed(file, **arrays)
 
-        return files.write_whole(path, write)
+        return atomic_write(path, write)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -130,13 +131,13 @@ def refuse_too_many(count: int, total: int, max_share: float, where: str, bad: S
 
 def _examine_quick(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
     if source.spans is not None:
-        return examine.quick(io.BytesIO(source.read(index)), num_bytes)
+        return check_header(io.BytesIO(source.read(index)), num_bytes)
     with source.file(index).open("rb") as file:
-        return examine.quick(file, num_bytes)
+        return check_header(file, num_bytes)
 
 
 def _examine_whole(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
-    return examine.whole(source.read(index))
+    return check_whole(source.read(index))
 
 
 def _entry(
@@ -150,7 +151,7 @@ def _entry(
         if known.get(path, {}).get("bytes") == entry["bytes"]:
             return known[path]
         entry["height"], entry["width"] = look(source, index, entry["bytes"])
-    except examine.BadImageError as error:
+    except BadImageError as error:
         entry["reason"] = str(error)
     except OSError as error:
         entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"

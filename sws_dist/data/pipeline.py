@@ -14,16 +14,14 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
-from sws_dist.config import DataConfig
+from sws_dist.config.schema import DataConfig
 from sws_dist.data.bad_images import BadImages
-from sws_dist.data.loader import Batch, Build, Loader, Plan
+from sws_dist.data.draws import Recipe
+from sws_dist.data.loader import Build, Loader, Plan
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.randaugment import apply_layer, warp
-from sws_dist.data.recipe import Recipe
 from sws_dist.data.resize import Resize, resizer
 from sws_dist.data.sampler import TrainOrder
-
-__all__ = ["Batch", "Loader", "eval_loader", "train_loader"]
 
 _DECODE = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}  # as Pillow
 

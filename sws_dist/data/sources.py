@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sws_dist import files
+from sws_dist.atomic import atomic_write_text
 
 # GIF is among them so that it is named as unusable instead of overlooked.
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -251,7 +251,7 @@ def _split_key(name: str) -> tuple[str, str]:
 def write_lines(path: Path, entries: Iterable[Any]) -> Path:
     """One JSON value a line, whole or not at all."""
     plain = (dataclasses.asdict(e) if dataclasses.is_dataclass(e) and not isinstance(e, type) else e for e in entries)
-    return files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in plain))
+    return atomic_write_text(path, "".join(json.dumps(entry) + "\n" for entry in plain))
 
 
 def read_lines(path: Path) -> list[Any]:

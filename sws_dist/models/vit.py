@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from sws_dist.models import fused
+from sws_dist.models.kernel_backend import fused_stage_forward
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
 # Arguments of timm's VisionTransformer: those that ``geometry`` records, and those that only training sees.
@@ -52,7 +52,7 @@ class Stage(Block):
                 raise ValueError(
                     "model.kernels: the Triton kernels attend to all tokens; set it to reference for a mask"
                 )
-            return fused.forward(self, x)
+            return fused_stage_forward(self, x)
         for rate in self.drop_rates:
             branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
             x = x + drop_path(branch, rate, self.training)

@@ -1,14 +1,16 @@
 """One rank of a run that only says where it is."""
 
-from sws_dist import cli, comm
+from sws_dist.cli.common import run_command, say
+from sws_dist.distributed.collectives import gather_on_rank0
+from sws_dist.distributed.init import close_distributed, init_distributed
 
 
 def main() -> None:
-    world = comm.init(timeout_s=60)
-    everyone = comm.gather_to_main((world.rank, world.local_rank))
-    cli.say(f"{world}: {everyone}")
-    comm.close()
+    world = init_distributed(timeout_s=60)
+    everyone = gather_on_rank0((world.rank, world.local_rank))
+    say(f"{world}: {everyone}")
+    close_distributed()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.expansion import gather_and_broadcast
-from sws_dist import cli, comm, engine, expansion, filling, learngene
-from sws_dist.comm import World
-from sws_dist.config import OptimConfig
+from sws_dist.cli.common import run_command
+from sws_dist.config.schema import OptimConfig
+from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0
+from sws_dist.distributed.init import World, close_distributed, init_distributed
+from sws_dist.distributed.traffic import count_traffic
 from sws_dist.errors import RunError
+from sws_dist.learngene.expand import expand_learngene, fresh_head, map_weights
+from sws_dist.learngene.file import load_learngene
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.learngene.sharded_init import choose_transfer, init_by_broadcast, init_by_reading
 from sws_dist.models import create_model
-from sws_dist.traffic import counted
+from sws_dist.zero.engine import build_engine
+from sws_dist.zero.partition import fragments, master_weights
+from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
 GEOMETRY = {"patch_size": 8, "embed_dim": 36, "num_heads": 3}
 SCHEDULE = (3, 3, 4, 3, 3)
@@ -33,12 +41,12 @@ def main() -> None:
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     jobs = json.loads(parser.parse_args().jobs.read_text())
-    world = comm.init(120)
+    world = init_distributed(120)
     found = [run(Path(jobs["learngene"]), world, **case) for case in jobs["cases"]]
     found.append(hidden(Path(jobs["learngene"]), world))
     if world.is_main:
         Path(jobs["out"]).write_text(json.dumps(found))
-    comm.close()
+    close_distributed()
 
 
 def run(
@@ -54,7 +62,7 @@ def run(
     spoil: bool = False,
 ) -> dict[str, Any]:
     """One descendant of 12 layers; what was wrong with it on any rank, and what moved."""
-    dtype, layers = DTYPES[precision], expansion.plan(SCHEDULE, 12)
+    dtype, layers = DTYPES[precision], expansion_plan(SCHEDULE, 12)
     ds = {
         "train_batch_size": world.size,
         "zero_optimization": {"stage": stage, **(zero or {})},
@@ -63,27 +71,27 @@ def run(
         "zero_allow_untested_optimizer": True,
     }
     geometry = GEOMETRY | {"img_size": size, "num_classes": classes}
-    header, chosen = filling.choose(path, way)  # type: ignore[arg-type]
+    header, chosen = choose_transfer(path, way)  # type: ignore[arg-type]
     with torch.device("meta"):
         model = create_model("sws_vit", depth=12, **geometry)
-    design = expansion.design(header.info, header.shapes, model, layers)
-    fresh = expansion.fresh_head(model, seed=0) if design.fresh else {}
-    filling.allocate(model, ds, world.device, dtype)
-    built = engine.build(model, ds, OptimConfig(name=optimizer))  # type: ignore[arg-type]
-    masters = filling.own_masters(built)
+    design = map_weights(header.info, header.shapes, model, layers)
+    fresh = fresh_head(model, seed=0) if design.fresh else {}
+    allocate_shards(model, ds, world.device, dtype)
+    built = build_engine(model, ds, OptimConfig(name=optimizer))  # type: ignore[arg-type]
+    masters = master_slices(built)
     if spoil:
         masters = {name: master._replace(start=max(0, master.start - 1)) for name, master in masters.items()}
         model.blocks[0].attn.qkv.weight.ds_zero_partition_rank ^= 1
-    with counted() as moved:
+    with count_traffic() as moved:
         if chosen == "read":
-            filled = filling.read_into(model, path, header, design, fresh, masters)
+            filled = init_by_reading(model, path, header, design, fresh, masters)
         else:
-            filled = filling.broadcast_into(model, path, header, design, fresh, masters, world.device)
+            filled = init_by_broadcast(model, path, header, design, fresh, masters, world.device)
     if spoil:
         model.blocks[0].attn.qkv.weight.ds_zero_partition_rank ^= 1
 
-    info, weights = learngene.load(path)
-    _, expected = expansion.expand(info, weights, layers, num_classes=classes, image_size=size, seed=0)
+    info, weights = load_learngene(path)
+    _, expected = expand_learngene(info, weights, layers, num_classes=classes, image_size=size, seed=0)
     wrong = wrong_parts(built, expected, dtype, world)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
     plain = create_model("sws_vit", depth=12, **geometry).eval()
@@ -91,16 +99,16 @@ def run(
     built.eval()
     with torch.no_grad():
         same = torch.equal(built(images), plain.to(dtype)(images))
-    wrong = [name for names in comm.from_main(comm.gather_to_main(wrong)) for name in names]
-    with counted() as usual:
+    wrong = [name for names in broadcast_from_rank0(gather_on_rank0(wrong)) for name in names]
+    with count_traffic() as usual:
         if stage == 3 and precision == "fp32" and not fresh and not spoil:
             gather_and_broadcast(model, path, design)
     return {
         "wrong": sorted(set(wrong)),
-        "logits_equal": all(comm.from_main(comm.gather_to_main(same))),
+        "logits_equal": all(broadcast_from_rank0(gather_on_rank0(same))),
         "calls": dict(moved.calls),
         "bytes": moved.total_bytes,
-        "file_bytes": sum(comm.from_main(comm.gather_to_main(filled.num_bytes))),
+        "file_bytes": sum(broadcast_from_rank0(gather_on_rank0(filled.num_bytes))),
         "gather_and_broadcast_bytes": usual.total_bytes,
     }
 
@@ -108,8 +116,8 @@ def run(
 def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, world: World) -> list[str]:
     """Parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
     wrong = []
-    flats = engine.masters(built)
-    for piece in engine.fragments(built):
+    flats = master_weights(built)
+    for piece in fragments(built):
         right = expected[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
         if not torch.equal(piece.of(flats), right):
             wrong.append(f"master of {piece.name}")
@@ -131,13 +139,13 @@ def hidden(path: Path, world: World) -> dict[str, Any]:
     said = []
     for elsewhere in (path.with_name("nowhere.safetensors"), path.with_name("other.safetensors")):
         mine = path if world.is_main else elsewhere
-        said.append(filling.choose(mine, "auto")[1])
+        said.append(choose_transfer(mine, "auto")[1])
         try:
-            filling.choose(mine, "read")
+            choose_transfer(mine, "read")
         except RunError as error:
             said.append(str(error))
     return {"said": said}
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

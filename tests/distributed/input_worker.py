@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from sws_dist import comm
-from sws_dist.config import AugmentConfig, DataConfig
+from sws_dist.config.schema import AugmentConfig, DataConfig
 from sws_dist.data import manifest, pipeline, sampler
-from sws_dist.data.mixing import erase
-from sws_dist.data.recipe import Recipe
+from sws_dist.data.draws import Recipe
+from sws_dist.data.mixup import erase
+from sws_dist.seed import seed_everything
 
 GLOBAL_BATCH, SIZE, SEED = 12, 32, 3
 AUGMENT = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5, num_repeats=3)
@@ -46,7 +46,7 @@ def main() -> None:
         for step, (positions, batch) in enumerate(zip(places, loader, strict=True), start=args.from_step):
             assert batch.erase is not None
             for row, position in enumerate(positions):
-                comm.seed_everything(SEED, int(position))
+                seed_everything(SEED, int(position))
                 image = erase(batch.images[row : row + 1], batch.erase[row : row + 1])
                 digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
                 out.write(f"{step} {position} {batch.indices[row]} {digest}\n")

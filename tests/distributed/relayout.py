@@ -11,7 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from sws_dist import cli, comm, config
+from sws_dist.cli.common import run_command
+from sws_dist.config.loader import load_config
+from sws_dist.distributed.init import close_distributed
 from sws_dist.trainer import Trainer
 
 
@@ -20,11 +22,11 @@ def main() -> None:
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     for job in json.loads(parser.parse_args().jobs.read_text()):
-        trainer = Trainer(config.load(job["config"], job["overrides"]), job["deepspeed_config"], job["resume"])
+        trainer = Trainer(load_config(job["config"], job["overrides"]), job["deepspeed_config"], job["resume"])
         trainer._save(0, None)
         trainer.recorder.close()
-    comm.close()
+    close_distributed()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

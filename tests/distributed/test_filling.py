@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist import learngene, model_file
+from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.models import create_model
 from tests.distributed.filling_worker import GEOMETRY, SCHEDULE
 from tests.launching import Job, deepspeed, losses, train_all
@@ -61,8 +62,8 @@ def save_learngene(path: Path, seed: int = 0, classes: int = 7, size: int = 32) 
     model = create_model("sws_vit", schedule=SCHEDULE, img_size=size, num_classes=classes, **GEOMETRY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    info = learngene.describe(model, "learngene", pixels={"image_size": size})
-    return model_file.save(path, info, model.state_dict())
+    info = describe_model(model, "learngene", pixels={"image_size": size})
+    return save_model_file(path, info, model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,12 @@ train: {epochs: 1, global_batch: 16, log_every: 1, eval_at_start: true}
 
 def test_a_run_from_a_learngene_is_the_run_from_its_expanded_file(tmp_path: Path, few_digits: Path) -> None:
     """Step by step, under ZeRO-3 and ZeRO-1 on two ranks, and through a resume that needs the learngene no more."""
-    from sws_dist import expansion
+    from sws_dist.learngene.expand import expand_learngene
+    from sws_dist.learngene.plan import expansion_plan
 
     file = save_learngene(tmp_path / "learngene.safetensors", classes=10)
-    described, weights = expansion.expand(*learngene.load(file), expansion.plan(SCHEDULE, 12))
-    expanded = model_file.save(tmp_path / "expanded.safetensors", described, weights)
+    described, weights = expand_learngene(*load_learngene(file), expansion_plan(SCHEDULE, 12))
+    expanded = save_model_file(tmp_path / "expanded.safetensors", described, weights)
     (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(few_digits)))
     run, gene = tmp_path / "run.yaml", {"model.initial_learngene": str(file)}
 

@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist import checkpoint, comm, config, model_file
+from sws_dist.build_models import load_teacher
+from sws_dist.checkpoint.checkpoint import read_state
+from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
+from sws_dist.checkpoint.shards import ShardReader
+from sws_dist.config.loader import load_config
 from sws_dist.data import manifest, pipeline, sampler
-from sws_dist.data.mixing import Mixing, erase
-from sws_dist.data.recipe import Recipe
-from sws_dist.distillation import DistillationLoss, load_teacher
+from sws_dist.data.draws import Recipe
+from sws_dist.data.mixup import Mixing, erase
 from sws_dist.models import create_model
-from sws_dist.optim import Schedule, parameter_groups
-from sws_dist.shards import Reader
+from sws_dist.models.losses import DistillationLoss
+from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.seed import seed_everything
 from tests.launching import Job, losses, train_all
 
 STEPS = 5
@@ -56,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     torch.manual_seed(0)
     teacher = create_model("resnet10t", num_classes=10)
-    info = model_file.ModelInfo("model", "resnet10t", {}, 10, {"mean": [0.5] * 3, "std": [0.5] * 3})
-    model_file.save(folder / "teacher.safetensors", info, teacher.state_dict())
+    info = ModelInfo("model", "resnet10t", {}, 10, {"mean": [0.5] * 3, "std": [0.5] * 3})
+    save_model_file(folder / "teacher.safetensors", info, teacher.state_dict())
     text = RUN.replace("ROOT", str(few_digits)).replace("TEACHER", str(folder / "teacher.safetensors"))
     (folder / "run.yaml").write_text(text)
     return folder
@@ -66,10 +70,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, Any]:
     """The reference: one process, no DeepSpeed, torch's own AdamW, gradients summed by hand."""
-    run = config.load(folder / "run.yaml")
+    run = load_config(folder / "run.yaml")
     train_set = manifest.scan(run.data.root, "train")
     classes, seed, batch = train_set.classes, run.train.seed, run.train.global_batch
-    comm.seed_everything(seed)
+    seed_everything(seed)
     model = create_model(
         "sws_vit", schedule=[2, 1, 2], drop_path_rate=0.1, img_size=32, num_classes=10, **run.model.kwargs
     )
@@ -77,7 +81,7 @@ def plain(folder: Path) -> dict[str, Any]:
     assert teacher is not None
     groups = parameter_groups(model, run.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=run.optim.betas, eps=run.optim.eps)
-    schedule = Schedule(run.optim, batch, len(train_set) / batch, STEPS)
+    schedule = LRSchedule(run.optim, batch, len(train_set) / batch, STEPS)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     mixing, loss_of = Mixing(run.augment, 10, seed), DistillationLoss(run.distill)
     positions = [sampler.micro_batch_positions(s, batch, m, 2) for s in range(STEPS) for m in range(2)]
@@ -87,7 +91,7 @@ def plain(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": []}
     model.train()
     for index, micro in enumerate(loader):
-        comm.seed_everything(seed, micro.position)
+        seed_everything(seed, micro.position)
         images = erase(micro.images, micro.erase)
         images, targets = mixing(images, micro.labels, micro.position)
         loss = loss_of(model(images), targets, teacher(images)).total
@@ -145,7 +149,7 @@ def test_final_weights_equal_plain_pytorch(
 def test_gradients_equal_plain_pytorch(runs: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
     """By way of Adam's first moment, which is a weighted sum of the clipped gradients of all steps."""
     saved = runs / f"ranks{ranks}-zero{stage}" / "checkpoints" / f"step-{STEPS:08d}"
-    with Reader(saved / name for name in checkpoint.read_state(saved).files) as reader:
+    with ShardReader(saved / name for name in read_state(saved).files) as reader:
         for name, moment in plain["exp_avg"].items():
             found = reader.read("exp_avg", name, 0, moment.numel()).reshape(moment.shape)
             tolerance = 1e-4 * moment.abs().max().item()

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sws_dist import checkpoint, tensor_file
-from sws_dist.shards import Reader
+from sws_dist.checkpoint.checkpoint import read_state
+from sws_dist.checkpoint.safetensors_stream import tensor_entry, write_safetensors
+from sws_dist.checkpoint.shards import ShardReader
 from tests.launching import REPOSITORY, Job, losses, train, train_all
 
 RUN = """
@@ -94,8 +95,8 @@ def test_the_change_is_said(folder: Path, runs: Path) -> None:
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds, whole."""
-    state = checkpoint.read_state(folder)
-    with Reader(folder / name for name in state.files) as reader:
+    state = read_state(folder)
+    with ShardReader(folder / name for name in state.files) as reader:
         kinds = [kind for kind in ("weight", "exp_avg", "exp_avg_sq", "average") if reader.has(kind)]
         found = {
             f"{kind}/{name}": reader.read(kind, name, 0, int(np.prod(shape)))
@@ -133,7 +134,7 @@ def test_a_copy_through_another_layout_is_exact(
 ) -> None:
     wanted = content(runs / "parts" / "checkpoints" / FIRST)
     copied = copies / f"copy-{ranks}-{stage}-{precision}" / "checkpoints" / FIRST
-    state = checkpoint.read_state(copied)
+    state = read_state(copied)
     assert (state.zero_stage, state.world_size, state.precision) == (stage, ranks, precision or "fp32")
     assert state.optimizer_steps == 2
     found = content(copied)
@@ -199,9 +200,9 @@ def test_exporting_holds_one_tensor_at_a_time(runs: Path, tmp_path: Path) -> Non
     state = json.loads(source.read_text()) | {"shapes": {name: [numel // 4, 4] for name in names}, "files": {}}
     half = numel // 2
     for rank in range(2):
-        entries = [tensor_file.entry(f"weight/{n}", torch.full((half,), float(i + rank))) for i, n in enumerate(names)]
+        entries = [tensor_entry(f"weight/{n}", torch.full((half,), float(i + rank))) for i, n in enumerate(names)]
         starts = json.dumps(dict.fromkeys(names, rank * half))
-        written = tensor_file.write(tmp_path / f"{rank}.safetensors", entries, {"starts": starts})
+        written = write_safetensors(tmp_path / f"{rank}.safetensors", entries, {"starts": starts})
         state["files"][f"{rank}.safetensors"] = vars(written)
     (tmp_path / "state.json").write_text(json.dumps(state))
     out = tmp_path / "out.safetensors"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist import checkpoint
+from sws_dist.checkpoint.checkpoint import verify
 from sws_dist.data import manifest, sampler
 from tests.launching import Job, losses, train, train_all
 
@@ -102,9 +102,9 @@ def cut(file: Path) -> None:
 @pytest.mark.parametrize("name", ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"])
 def test_damage_is_noticed(damaged: Path, harm: Callable[[Path], None], name: str) -> None:
     newest = damaged / "checkpoints" / "step-00000010"
-    assert checkpoint.damage(newest) is None
+    assert verify(newest) is None
     harm(newest / name)
-    found = checkpoint.damage(newest)
+    found = verify(newest)
     assert found is not None
     assert f"{newest}: damaged: {name}" in found
 
@@ -113,7 +113,7 @@ def test_damage_is_noticed(damaged: Path, harm: Callable[[Path], None], name: st
 def test_a_description_that_is_none(damaged: Path, content: str) -> None:
     newest = damaged / "checkpoints" / "step-00000010"
     (newest / "state.json").write_text(content)
-    assert str(newest) in str(checkpoint.damage(newest))
+    assert str(newest) in str(verify(newest))
 
 
 def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:

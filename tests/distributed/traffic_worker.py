@@ -14,11 +14,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from sws_dist import cli, comm, ds_config, engine
-from sws_dist.comm import World
-from sws_dist.config import OptimConfig
+from sws_dist.cli.common import run_command
+from sws_dist.config.schema import OptimConfig
+from sws_dist.distributed.init import World, close_distributed, init_distributed
+from sws_dist.distributed.traffic import Traffic, count_traffic
 from sws_dist.models import create_model
-from sws_dist.traffic import Traffic, counted
+from sws_dist.zero import engine
+from sws_dist.zero.config import set_zero3_memory_defaults
+from sws_dist.zero.engine import build_engine
 
 GEOMETRY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 AUXILIARY, DESCENDANT = {"schedule": (3, 3, 4, 3, 3)}, {"depth": 12}
@@ -37,19 +40,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
-    world = comm.init(120)
+    world = init_distributed(120)
     found: dict[str, Any] = {"known": known(world)}
     found |= {name: step(world, model, **how) for name, (model, how) in CASES.items()}
     if world.is_main:
         args.out.write_text(json.dumps(found))
-    comm.close()
+    close_distributed()
 
 
 def known(world: World) -> dict[str, Any]:
     """Collectives whose sizes are plain to see."""
-    with counted() as outer:
+    with count_traffic() as outer:
         dist.all_reduce(torch.ones(10))
-        with counted() as inner:
+        with count_traffic() as inner:
             dist.broadcast(torch.ones(3, dtype=torch.bfloat16), src=0)
             dist.all_gather([torch.empty(4) for _ in range(world.size)], torch.ones(4))
         dist.barrier()
@@ -78,17 +81,17 @@ def step(
         "zero_allow_untested_optimizer": True,
     }
     if stage == 3 and lean:
-        ds_config.lean(ds["zero_optimization"], sum(p.numel() for p in student.blocks[0].parameters()))
+        set_zero3_memory_defaults(ds["zero_optimization"], sum(p.numel() for p in student.blocks[0].parameters()))
     with mock.patch.object(engine, "Stage", engine.Stage if leaves else type(None)):
-        built = engine.build(student, ds, OptimConfig())
+        built = build_engine(student, ds, OptimConfig())
     for _ in range(3):
         passes: dict[str, list[Traffic]] = {"forward": [], "backward": [], "step": []}
         for _ in range(micros):
-            with counted() as forward:
+            with count_traffic() as forward:
                 out = built(torch.randn(4, 3, 32, 32))
-            with counted() as backward:
+            with count_traffic() as backward:
                 built.backward(out.square().mean())
-            with counted() as update:
+            with count_traffic() as update:
                 built.step()
             for name, moved in zip(passes, (forward, backward, update), strict=True):
                 passes[name].append(moved)
@@ -100,4 +103,4 @@ def as_json(moved: Traffic) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_command(main)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sws_dist import learngene, model_file
+from sws_dist.checkpoint.model_file import ModelInfo, load_tensors, save_model_file
+from sws_dist.learngene.file import describe_model
 from sws_dist.models import create_model
 from tests.launching import REPOSITORY, Job, log, train
 
@@ -98,8 +99,8 @@ def test_recipe_that_cannot_be_drawn(job: Job) -> None:
 
 
 def save_teacher(path: Path, num_classes: int) -> Path:
-    info = model_file.ModelInfo("model", "resnet10t", {}, num_classes, {"mean": [0.5] * 3, "std": [0.5] * 3})
-    return model_file.save(path, info, create_model("resnet10t", num_classes=num_classes).state_dict())
+    info = ModelInfo("model", "resnet10t", {}, num_classes, {"mean": [0.5] * 3, "std": [0.5] * 3})
+    return save_model_file(path, info, create_model("resnet10t", num_classes=num_classes).state_dict())
 
 
 def test_teacher_with_other_labels_or_without_weights(job: Job, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_learngene_that_does_not_fit(job: Job, tmp_path: Path) -> None:
     auxiliary = create_model(
         "sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
     )
-    info = learngene.describe(auxiliary, "learngene", pixels={"image_size": 32})
-    file = model_file.save(tmp_path / "learngene.safetensors", info, auxiliary.state_dict())
+    info = describe_model(auxiliary, "learngene", pixels={"image_size": 32})
+    file = save_model_file(tmp_path / "learngene.safetensors", info, auxiliary.state_dict())
     sets = {"model.schedule": None, "model.depth": 3, "model.initial_learngene": str(file)}
     said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
     assert "is of another model: num_heads: 4 there, 2 here" in said
@@ -165,7 +166,7 @@ def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     sets = {"optim.lr": 1e30, "train.global_batch": 80, "train.eval_every": 4}
     said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
     assert "the weights are not finite after step" in said or "the loss is nan at step" in said
-    saved = [model_file.load_tensors(path) for path in job.output.glob("checkpoints/step-*/*.safetensors")]
+    saved = [load_tensors(path) for path in job.output.glob("checkpoints/step-*/*.safetensors")]
     assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
 
 

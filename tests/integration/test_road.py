@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sws_dist import config, learngene, model_file
+from sws_dist.checkpoint.model_file import load_model_file
+from sws_dist.config.loader import load_config
+from sws_dist.learngene.file import load_learngene
 from sws_dist.models.vit import timm_arguments
 from tests.launching import REPOSITORY, Job, deepspeed, log, train
 
@@ -80,7 +82,7 @@ def test_a_run_leaves_what_it_promises(road: Path) -> None:
             "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints",
             "metrics.json", f"{weights}.safetensors",
         }  # fmt: skip
-        config.load(road / run / "config.yaml")  # the resolved config is itself a config
+        load_config(road / run / "config.yaml")  # the resolved config is itself a config
     metrics = json.loads((road / "auxiliary" / "metrics.json").read_text())
     assert metrics["world_size"] == 2
     assert metrics["zero_stage"] == 2
@@ -125,7 +127,7 @@ def test_predictions_hold_every_image_once_on_any_number_of_ranks(road: Path, di
 
 def test_any_timm_model_with_local_weights_is_scored(road: Path, digits_root: Path) -> None:
     """A bare state dict of the teacher, whose label count is not the model's own 1,000."""
-    _, weights = model_file.load(road / "teacher" / "model.safetensors")
+    _, weights = load_model_file(road / "teacher" / "model.safetensors")
     torch.save({"state_dict": weights}, road / "teacher.pth")
     pixels = ["--image-size", "32", "--crop-pct", "1.0"]
     pixels = ["--image-size", "32", "--crop-pct", "1.0"]
@@ -167,14 +169,14 @@ def test_tensorboard_tells_the_whole_story(road: Path) -> None:
 def test_checkpoint_gives_the_learngene_and_plain_timm(road: Path, tmp_path: Path) -> None:
     newest = sorted((road / "auxiliary" / "checkpoints").glob("step-*"))[-1]
     run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "learngene.safetensors")
-    _, weights = learngene.load(tmp_path / "learngene.safetensors")
-    _, final = learngene.load(road / "auxiliary" / "learngene.safetensors")
+    _, weights = load_learngene(tmp_path / "learngene.safetensors")
+    _, final = load_learngene(road / "auxiliary" / "learngene.safetensors")
     assert all(torch.equal(weights[name], final[name]) for name in final)
 
     newest = sorted((road / "des7" / "checkpoints").glob("step-*"))[-1]  # written under ZeRO-3
     said = run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "des7.safetensors")
     assert "timm.create_model(" in said
-    info, weights = model_file.load(tmp_path / "des7.safetensors")
+    info, weights = load_model_file(tmp_path / "des7.safetensors")
     name, arguments = timm_arguments(info.kwargs | {"num_classes": info.num_classes})
     timm.create_model(name, **arguments).load_state_dict(weights, strict=True)
 
@@ -182,11 +184,11 @@ def test_checkpoint_gives_the_learngene_and_plain_timm(road: Path, tmp_path: Pat
 def test_learngene_unrolls_into_plain_timm(road: Path, tmp_path: Path) -> None:
     source = road / "auxiliary" / "learngene.safetensors"
     run_script("launcher/convert.py", "--learngene", source, "--out", tmp_path / "plain.safetensors")
-    info, weights = model_file.load(tmp_path / "plain.safetensors")
+    info, weights = load_model_file(tmp_path / "plain.safetensors")
     name, arguments = timm_arguments(info.kwargs | {"num_classes": info.num_classes})
     plain = timm.create_model(name, **arguments).eval()
     plain.load_state_dict(weights, strict=True)
-    about, shared = learngene.load(source)
+    about, shared = load_learngene(source)
     auxiliary = about.build().eval()
     auxiliary.load_state_dict(shared, strict=True)
     images = torch.randn(4, 3, 32, 32)

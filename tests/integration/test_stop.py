@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist.errors import EXIT_AGAIN
+from sws_dist.errors import EXIT_REQUEUE
 from tests.launching import REPOSITORY, Job, Running, log, losses, running, train
 
 # Evaluating one image at a time takes long enough to be interrupted.
@@ -61,7 +61,7 @@ def test_stopped_three_times_and_resumed_equals_undisturbed(folder: Path) -> Non
     with running(job, ranks=2) as run:  # srun and scancel signal the ranks themselves; here even one is enough
         run.wait_for_step(10)
         run.ranks()[1].send_signal(signal.SIGUSR1)
-        assert run.process.wait(timeout=60) == EXIT_AGAIN
+        assert run.process.wait(timeout=60) == EXIT_REQUEUE
         assert "told to stop (SIGUSR1 on rank 1)" in run.said()
         assert "Traceback" not in run.said()
     assert len(saved(job)) == 1
@@ -114,7 +114,7 @@ def test_during_start_up_it_leaves_at_once(folder: Path, number: signal.Signals)
     time.sleep(3)  # in the midst of importing torch and DeepSpeed, or just after
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
-    assert process.returncode == EXIT_AGAIN, said
+    assert process.returncode == EXIT_REQUEUE, said
     assert f"{number.name}: stopped at once" in said
     assert "Traceback" not in said
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sws_dist.data import manifest, sampler
-from sws_dist.errors import EXIT_LOST
+from sws_dist.errors import EXIT_PEER_LOST
 from tests.launching import Job, Running, log, running
 
 # 500 epochs of 5 steps, none of which evaluates or saves.
@@ -52,7 +52,7 @@ def test_a_silent_rank_is_named_and_ends_the_run(job: Job, victim: int) -> None:
         run.wait_for(lambda: errors(run), timeout_s=30)
         assert name in errors(run)[0]
         assert "train.timeout_s 16" in errors(run)[0]
-        assert ranks[1 - victim].wait(timeout=10) in (EXIT_LOST, None)  # None: its launcher has taken the code
+        assert ranks[1 - victim].wait(timeout=10) in (EXIT_PEER_LOST, None)  # None: its launcher has taken the code
         assert "Traceback" not in run.said()
 
 

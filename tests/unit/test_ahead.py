@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sws_dist.data.ahead import read_ahead
+from sws_dist.data.prefetch import read_ahead
 
 
 def test_order_and_end() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from sws_dist.config import AugmentConfig, DataConfig
+from sws_dist.config.schema import AugmentConfig, DataConfig
 from sws_dist.data import manifest, sampler
 from sws_dist.data.bad_images import BadImages
+from sws_dist.data.draws import Recipe
 from sws_dist.data.loader import Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
-from sws_dist.data.recipe import Recipe
 from tests.unit import bad_files
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from scipy import stats
 from torchvision.transforms import ColorJitter as Theirs
 from torchvision.transforms import functional as F
 
-from sws_dist.config import AugmentConfig
+from sws_dist.config.schema import AugmentConfig
 from sws_dist.data.color_jitter import ColorJitter
+from sws_dist.data.draws import Recipe
 from sws_dist.data.randaugment import OPERATORS, SKIP
-from sws_dist.data.recipe import Recipe
 from tests.unit.images import photograph
 from tests.unit.test_randaugment import run_layer
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sws_dist import comm
+from sws_dist.seed import seed_everything
 
 
 def test_seeds_are_a_function_of_the_numbers() -> None:
     def draw(*numbers: int) -> float:
-        comm.seed_everything(*numbers)
+        seed_everything(*numbers)
         return torch.rand(1).item()
 
     assert draw(3, 14) == draw(3, 14)

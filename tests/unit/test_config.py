@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sws_dist import config, ds_config
+from sws_dist.config.loader import config_to_yaml, load_config, valid_keys
 from sws_dist.errors import ConfigError
+from sws_dist.zero.config import resolve_deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
@@ -31,15 +32,15 @@ def file(tmp_path: Path) -> Path:
 
 def refused(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        config.load(path, overrides)
+        load_config(path, overrides)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_run_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
-    run = config.load(path)
-    (tmp_path / "again.yaml").write_text(config.to_yaml(run))
-    assert config.load(tmp_path / "again.yaml") == run
+    run = load_config(path)
+    (tmp_path / "again.yaml").write_text(config_to_yaml(run))
+    assert load_config(tmp_path / "again.yaml") == run
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS, ids=lambda p: p.name)
@@ -48,8 +49,8 @@ def test_every_deepspeed_config_resolves_for_every_run(sharding: Path, world_siz
     assert len(RUNS) > 10
     for path in RUNS:
         offload = "offload" in sharding.name
-        run = config.load(path, ["optim.name=cpu_adam"] if offload else [])
-        ds = ds_config.resolve(sharding, run, world_size)
+        run = load_config(path, ["optim.name=cpu_adam"] if offload else [])
+        ds = resolve_deepspeed_config(sharding, run, world_size)
         batch = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"] * world_size
         assert batch == ds["train_batch_size"] == run.train.global_batch
 
@@ -57,14 +58,14 @@ def test_every_deepspeed_config_resolves_for_every_run(sharding: Path, world_siz
 def test_published_recipe_is_in_the_files() -> None:
     """The figures of the paper's released settings (DESIGN section 4), read back from what a user would run."""
     runs = ROOT / "configs" / "runs"
-    small, base = (config.load(runs / f"auxiliary_{size}.yaml") for size in ("small", "base"))
+    small, base = (load_config(runs / f"auxiliary_{size}.yaml") for size in ("small", "base"))
     assert (small.train.epochs, base.train.epochs, small.train.global_batch) == (150, 100, 512)
     assert (small.optim.lr, small.optim.lr_batch, small.optim.min_lr) == (5e-4, 512, 1e-5)
     assert (small.optim.warmup_epochs, small.optim.warmup_lr, small.optim.weight_decay) == (5, 1e-6, 0.05)
     assert (small.model.drop_path, small.optim.ema_decay) == (0.1, 0.99996)
     assert (small.distill.kind, small.distill.alpha, small.distill.tau) == ("soft", 1.0, 1.0)
     for size, rate in (("small", 5e-5), ("base", 1e-5)):
-        descendant = config.load(runs / f"descendant_{size}.yaml")
+        descendant = load_config(runs / f"descendant_{size}.yaml")
         assert (descendant.optim.lr, descendant.optim.min_lr, descendant.optim.warmup_epochs) == (rate, 1e-6, 0)
         assert (descendant.train.epochs, descendant.distill.teacher) == (10, None)
         assert descendant.augment == small.augment
@@ -78,7 +79,7 @@ def test_scratch_twins_differ_only_in_what_they_are_for() -> None:
     """The comparison is fair only if the twin has the auxiliary model's recipe and budget."""
     for size in ("tiny", "small", "base"):
         auxiliary, scratch = (
-            config.load(ROOT / "configs" / "runs" / f"{kind}_{size}.yaml") for kind in ("auxiliary", "scratch")
+            load_config(ROOT / "configs" / "runs" / f"{kind}_{size}.yaml") for kind in ("auxiliary", "scratch")
         )
         assert scratch.distill.teacher is None
         for part in ("data", "augment", "optim", "train"):
@@ -86,14 +87,14 @@ def test_scratch_twins_differ_only_in_what_they_are_for() -> None:
 
 
 def test_overrides_win_and_keep_yaml_types(file: Path) -> None:
-    run = config.load(file, ["train.epochs=3", "optim.lr=1e-3", "model.schedule=[2, 2]", "optim.lr_batch=null"])
+    run = load_config(file, ["train.epochs=3", "optim.lr=1e-3", "model.schedule=[2, 2]", "optim.lr_batch=null"])
     assert (run.train.epochs, run.optim.lr, run.model.schedule, run.optim.lr_batch) == (3, 1e-3, (2, 2), None)
 
 
 def test_base_gives_keys_and_the_file_wins(file: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("base: run.yaml\ntrain: {epochs: 7}\nmodel: {depth: 4}\n")
-    run = config.load(child)
+    run = load_config(child)
     assert (run.train.epochs, run.model.depth, run.model.name, run.output) == (7, 4, "sws_vit", "runs/x")
     file.write_text("base: child.yaml\n")
     assert "names itself as its base" in refused(child)
@@ -146,7 +147,7 @@ def test_unreadable_files(tmp_path: Path, file: Path) -> None:
 
 def test_configs_are_frozen(file: Path) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.load(file).output = "elsewhere"  # type: ignore[misc]
+        load_config(file).output = "elsewhere"  # type: ignore[misc]
 
 
 def test_the_page_of_keys_is_up_to_date() -> None:
@@ -154,7 +155,7 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 
     page = runpy.run_path(str(ROOT / "docs" / "make.py"))["page"]
     assert (ROOT / "docs" / "config.md").read_text() == page(), "run make docs"
-    for key in config.valid_keys():
+    for key in valid_keys():
         if key not in {"model", "data", "augment", "distill", "optim", "train", "checkpoint"}:
             assert f"`{key}`" in page(), key
 
@@ -163,9 +164,9 @@ def test_a_run_starts_from_one_thing(file: Path) -> None:
     """A learngene or a checkpoint; and the keys of an expansion need a learngene."""
     gene, checkpoint = "model.initial_learngene=a.safetensors", "model.initial_checkpoint=b.safetensors"
     assert "both given" in refused(file, gene, checkpoint)
-    assert config.load(file, [gene, checkpoint, "model.initial_checkpoint=null"]).model.initial_learngene
+    assert load_config(file, [gene, checkpoint, "model.initial_checkpoint=null"]).model.initial_learngene
     assert "no model.initial_learngene" in refused(file, "model.plan=proportional")
     assert "no model.initial_learngene" in refused(file, "model.expand=read", checkpoint)
-    assert config.load(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
+    assert load_config(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
     assert "model.plan = 'odd': input should be 'even' or 'proportional'" in refused(file, gene, "model.plan=odd")
     assert "model.expand" in refused(file, gene, "model.expand=gather")

@@ -9,12 +9,13 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms import functional as F
 
-from sws_dist.config import AffineConfig, AugmentConfig, DataConfig
+from sws_dist.config.schema import AffineConfig, AugmentConfig, DataConfig
 from sws_dist.data import manifest, sampler
+from sws_dist.data.draws import Draws, Recipe
+from sws_dist.data.loader import Batch
 from sws_dist.data.manifest import Manifest
-from sws_dist.data.mixing import denormalise
-from sws_dist.data.pipeline import Batch, eval_loader, train_loader
-from sws_dist.data.recipe import Draws, Recipe
+from sws_dist.data.mixup import denormalise
+from sws_dist.data.pipeline import eval_loader, train_loader
 from tests.unit import images
 
 CPU = torch.device("cpu")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sws_dist import model_file
-from sws_dist.config import DistillConfig
-from sws_dist.distillation import DistillationLoss, Teacher, load_teacher
+from sws_dist.build_models import load_teacher
+from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
+from sws_dist.config.schema import DistillConfig
 from sws_dist.models import create_model
+from sws_dist.models.losses import DistillationLoss
+from sws_dist.models.teacher import Teacher
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -108,9 +110,9 @@ def test_what_timm_drops_from_old_files_is_dropped(tmp_path: Path) -> None:
 
 
 def described(path: Path, num_classes: int = 10, classes: list[str] | None = None) -> str:
-    info = model_file.ModelInfo("model", "resnet10t", {}, num_classes, {"mean": HALF, "std": HALF}, classes or [])
+    info = ModelInfo("model", "resnet10t", {}, num_classes, {"mean": HALF, "std": HALF}, classes or [])
     model = create_model("resnet10t", num_classes=num_classes)
-    return str(model_file.save(path, info, model.state_dict()))
+    return str(save_model_file(path, info, model.state_dict()))
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from sws_dist import config
+from sws_dist.config.loader import valid_keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BATCH = {"auxiliary": "launcher/train.py", "descendants": "launcher/train.py", "evaluate": "launcher/evaluate.py"}
 SCRIPTS = sorted((ROOT / "launcher").glob("*.py"))
 SBATCHES = sorted((ROOT / "launcher" / "slurm").glob("*.sbatch"))
-KEYS = set(config.valid_keys())
+KEYS = set(valid_keys())
 
 
 def commands(path: Path) -> Iterator[list[str]]:

@@ -10,22 +10,30 @@ from typing import Any
 import pytest
 import torch
 
-from sws_dist import config, ds_config, ds_schema
+from sws_dist.config.loader import load_config
+from sws_dist.config.schema import RunConfig
 from sws_dist.errors import ConfigError
+from sws_dist.zero.config import (
+    load_deepspeed_config,
+    precision_of,
+    resolve_deepspeed_config,
+    set_zero3_memory_defaults,
+)
+from sws_dist.zero.schema import check_against_deepspeed
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> config.RunConfig:
+def run(tmp_path: Path) -> RunConfig:
     (tmp_path / "run.yaml").write_text(
         "output: x\nmodel: {name: sws_vit}\ndata: {root: x}\ntrain: {global_batch: 48}\n"
     )
-    return config.load(tmp_path / "run.yaml")
+    return load_config(tmp_path / "run.yaml")
 
 
-def resolve(folder: Path, run: config.RunConfig, ds: Any, world_size: int = 2) -> dict[str, Any]:
+def resolve(folder: Path, run: RunConfig, ds: Any, world_size: int = 2) -> dict[str, Any]:
     file = folder / "ds.json"
     file.write_text(ds if isinstance(ds, str) else json.dumps(ds))
-    return ds_config.resolve(file, run, world_size)
+    return resolve_deepspeed_config(file, run, world_size)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +45,13 @@ def resolve(folder: Path, run: config.RunConfig, ds: Any, world_size: int = 2) -
         ({"train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 2}, 12, 2),
     ],
 )
-def test_the_batch_is_completed(
-    tmp_path: Path, run: config.RunConfig, given: dict[str, int], micro: int, steps: int
-) -> None:
+def test_the_batch_is_completed(tmp_path: Path, run: RunConfig, given: dict[str, int], micro: int, steps: int) -> None:
     ds = resolve(tmp_path, run, given)
     assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (micro, steps)
     assert ds["train_batch_size"] == 48
 
 
-def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: config.RunConfig) -> None:
+def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: RunConfig) -> None:
     ds = resolve(tmp_path, run, {})
     assert ds["gradient_clipping"] == 0.0
     assert ds["zero_optimization"]["stage"] == 0
@@ -86,7 +92,7 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: config.RunCo
         ("[]", "expected a JSON object"),
     ],
 )
-def test_refusals(tmp_path: Path, run: config.RunConfig, ds: Any, said: str) -> None:
+def test_refusals(tmp_path: Path, run: RunConfig, ds: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(tmp_path, run, ds)
     assert said in str(caught.value)
@@ -102,7 +108,7 @@ def test_refusals(tmp_path: Path, run: config.RunConfig, ds: Any, said: str) -> 
     ],
 )
 def test_models_that_cannot_be_run_so(
-    tmp_path: Path, run: config.RunConfig, model: dict[str, bool], ds: Any, said: str
+    tmp_path: Path, run: RunConfig, model: dict[str, bool], ds: Any, said: str
 ) -> None:
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
     with pytest.raises(ConfigError) as caught:
@@ -110,15 +116,15 @@ def test_models_that_cannot_be_run_so(
     assert said in str(caught.value)
 
 
-def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: config.RunConfig) -> None:
+def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="48 cannot be shared evenly by 5 ranks; the nearest that can is 50"):
         resolve(tmp_path, run, {}, world_size=5)
 
 
 def test_precision() -> None:
-    assert ds_config.precision({}) == "fp32"
-    assert ds_config.precision({"bf16": {"enabled": True}}) == "bf16"
-    assert ds_config.precision({"fp16": {"enabled": False}}) == "fp32"
+    assert precision_of({}) == "fp32"
+    assert precision_of({"bf16": {"enabled": True}}) == "bf16"
+    assert precision_of({"fp16": {"enabled": False}}) == "fp32"
 
 
 # ---- what DeepSpeed itself knows ----
@@ -138,20 +144,18 @@ def test_precision() -> None:
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "quantises with CUDA kernels"),
     ],
 )
-def test_keys_and_values_that_deepspeed_does_not_take(
-    tmp_path: Path, run: config.RunConfig, ds: Any, said: str
-) -> None:
+def test_keys_and_values_that_deepspeed_does_not_take(tmp_path: Path, run: RunConfig, ds: Any, said: str) -> None:
     resolved = resolve(tmp_path, run, ds)
     with pytest.raises(ConfigError) as caught:
-        ds_schema.check(resolved, tmp_path / "ds.json", torch.device("cpu"))
+        check_against_deepspeed(resolved, tmp_path / "ds.json", torch.device("cpu"))
     assert said in str(caught.value)
     assert "ds.json" in str(caught.value)
 
 
-def test_every_config_that_ships_passes(run: config.RunConfig) -> None:
+def test_every_config_that_ships_passes(run: RunConfig) -> None:
     for file in Path("configs/deepspeed").glob("*.json"):
         device = torch.device("cuda" if "fp16" in file.name else "cpu")
-        ds_schema.check(ds_config.load(file), file, device)
+        check_against_deepspeed(load_deepspeed_config(file), file, device)
 
 
 # ---- lean ZeRO-3 ----
@@ -159,7 +163,7 @@ def test_every_config_that_ships_passes(run: config.RunConfig) -> None:
 
 def test_lean_settings_follow_the_stage_and_leave_what_is_given() -> None:
     zero = {"stage": 3, "stage3_max_live_parameters": 7, "prefetch_bucket_size": 8}
-    ds_config.lean(zero, 100)
+    set_zero3_memory_defaults(zero, 100)
     assert zero == {
         "stage": 3,
         "stage3_max_live_parameters": 7,

@@ -10,9 +10,10 @@ import timm
 import torch
 from torch import Tensor
 
-from sws_dist.expansion import expand, parse_plan, plan
-from sws_dist.learngene import describe
-from sws_dist.model_file import ModelInfo
+from sws_dist.checkpoint.model_file import ModelInfo
+from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.file import describe_model
+from sws_dist.learngene.plan import expansion_plan, parse_plan
 from sws_dist.models import create_model
 from sws_dist.models.vit import PAPER_SCHEDULE, timm_arguments
 
@@ -29,7 +30,7 @@ def learngene(request: pytest.FixtureRequest) -> Learngene:
     )  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    info = describe(model, "learngene", pixels={"image_size": 32, "mean": [0.5] * 3}, classes=list("abcdefghij"))
+    info = describe_model(model, "learngene", pixels={"image_size": 32, "mean": [0.5] * 3}, classes=list("abcdefghij"))
     return info, model.state_dict(), model.eval()
 
 
@@ -37,19 +38,19 @@ def learngene(request: pytest.FixtureRequest) -> Learngene:
 
 
 def test_the_published_plan() -> None:
-    assert plan(PAPER_SCHEDULE, 12) == (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4)
+    assert expansion_plan(PAPER_SCHEDULE, 12) == (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4)
 
 
 def test_own_depth_gives_the_own_schedule() -> None:
-    assert plan(PAPER_SCHEDULE, 16) == (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4)
-    assert plan(PAPER_SCHEDULE, 16, "proportional") == plan(PAPER_SCHEDULE, 16)
+    assert expansion_plan(PAPER_SCHEDULE, 16) == (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4)
+    assert expansion_plan(PAPER_SCHEDULE, 16, "proportional") == expansion_plan(PAPER_SCHEDULE, 16)
 
 
 @pytest.mark.parametrize("kind", ["even", "proportional"])
 @pytest.mark.parametrize("schedule", [PAPER_SCHEDULE, (1, 5), (2, 2, 2), (4,)])
 def test_every_depth_has_a_fair_plan(schedule: tuple[int, ...], kind: str) -> None:
     for depth in range(1, 3 * sum(schedule)):
-        layers = plan(schedule, depth, kind)
+        layers = expansion_plan(schedule, depth, kind)
         counts = Counter(layers)
         assert len(layers) == depth
         assert list(layers) == sorted(layers)
@@ -71,7 +72,7 @@ def test_every_depth_has_a_fair_plan(schedule: tuple[int, ...], kind: str) -> No
 )
 def test_bad_plans(depth: int, kind: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        plan(PAPER_SCHEDULE, depth, kind)
+        expansion_plan(PAPER_SCHEDULE, depth, kind)
 
 
 def test_plans_from_the_command_line() -> None:
@@ -86,7 +87,7 @@ def test_plans_from_the_command_line() -> None:
 
 def test_own_schedule_gives_the_auxiliarys_logits_in_plain_timm(learngene: Learngene) -> None:
     info, weights, auxiliary = learngene
-    described, descendant = expand(info, weights, plan((2, 1, 3), 6))
+    described, descendant = expand_learngene(info, weights, expansion_plan((2, 1, 3), 6))
     name, arguments = timm_arguments(described.kwargs | {"num_classes": described.num_classes})
     plain = timm.create_model(name, **arguments).eval()
     plain.load_state_dict(descendant, strict=True)
@@ -100,8 +101,8 @@ def test_own_schedule_gives_the_auxiliarys_logits_in_plain_timm(learngene: Learn
 @pytest.mark.parametrize("depth", [3, 4, 7, 11])
 def test_each_layer_is_a_copy_of_its_stage_and_its_own(learngene: Learngene, depth: int) -> None:
     info, weights, _ = learngene
-    layers = plan((2, 1, 3), depth)
-    described, descendant = expand(info, weights, layers)
+    layers = expansion_plan((2, 1, 3), depth)
+    described, descendant = expand_learngene(info, weights, layers)
     for layer, stage in enumerate(layers):
         for part in ("attn.qkv.weight", "mlp.fc2.bias", "norm1.weight"):
             assert torch.equal(descendant[f"blocks.{layer}.{part}"], weights[f"blocks.{stage}.{part}"])
@@ -114,15 +115,15 @@ def test_each_layer_is_a_copy_of_its_stage_and_its_own(learngene: Learngene, dep
 def test_a_depth_below_the_stages_warns(learngene: Learngene) -> None:
     info, weights, _ = learngene
     with pytest.warns(UserWarning, match=r"depth of 2 drops stages \[2\]"):
-        expand(info, weights, plan((2, 1, 3), 2))
+        expand_learngene(info, weights, expansion_plan((2, 1, 3), 2))
 
 
 def test_other_labels_get_a_fresh_head(learngene: Learngene) -> None:
     info, weights, _ = learngene
-    described, one = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=1)
+    described, one = expand_learngene(info, weights, expansion_plan((2, 1, 3), 4), num_classes=7, seed=1)
     state = torch.get_rng_state()
-    _, again = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=1)
-    _, other = expand(info, weights, plan((2, 1, 3), 4), num_classes=7, seed=2)
+    _, again = expand_learngene(info, weights, expansion_plan((2, 1, 3), 4), num_classes=7, seed=1)
+    _, other = expand_learngene(info, weights, expansion_plan((2, 1, 3), 4), num_classes=7, seed=2)
     assert torch.equal(state, torch.get_rng_state()), "expanding disturbs the caller's random state"
     assert one["head.weight"].shape == (7, 64)
     assert torch.equal(one["head.weight"], again["head.weight"])
@@ -133,9 +134,9 @@ def test_other_labels_get_a_fresh_head(learngene: Learngene) -> None:
 
 def test_another_image_size_resamples_the_position_embedding_as_timm_does(learngene: Learngene) -> None:
     info, weights, _ = learngene
-    layers = plan((2, 1, 3), 6)
-    described, larger = expand(info, weights, layers, image_size=64)
-    _, same = expand(info, weights, layers)
+    layers = expansion_plan((2, 1, 3), 6)
+    described, larger = expand_learngene(info, weights, layers, image_size=64)
+    _, same = expand_learngene(info, weights, layers)
     assert described.pixels["image_size"] == 64
     name, arguments = timm_arguments(described.kwargs | {"num_classes": 10})
     theirs = timm.create_model(name, **arguments)

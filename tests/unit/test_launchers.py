@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from sws_dist import launchers
+from sws_dist.distributed import launch_env
+from sws_dist.distributed.launch_env import (
+    ExpectedWorld,
+    choose_gloo_interface,
+    complete_environment,
+    first_host,
+    tasks_per_node,
+)
 from sws_dist.errors import ConfigError
-from sws_dist.launchers import Promise
 
 STEP = {
     "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "12", "SLURM_STEP_ID": "0",
@@ -35,17 +41,17 @@ BATCH = {key: value for key, value in STEP.items() if "STEP" not in key} | {"SLU
     ],
 )
 def test_first_host(nodelist: str, host: str) -> None:
-    assert launchers.first_host(nodelist) == host
+    assert first_host(nodelist) == host
 
 
 def test_tasks_per_node() -> None:
-    assert launchers.tasks_per_node("8") == [8]
-    assert launchers.tasks_per_node("8(x2),4") == [8, 8, 4]
+    assert tasks_per_node("8") == [8]
+    assert tasks_per_node("8(x2),4") == [8, 8, 4]
 
 
 def test_srun() -> None:
     env = dict(STEP)
-    launchers.complete(env)
+    complete_environment(env)
     assert (env["RANK"], env["WORLD_SIZE"]) == ("9", "12")
     assert (env["LOCAL_RANK"], env["LOCAL_SIZE"]) == ("1", "4")
     assert env["MASTER_ADDR"] == "gpu03"
@@ -56,14 +62,14 @@ def test_ranks_of_two_steps_do_not_meet() -> None:
     ports = set()
     for step in range(5):
         env = STEP | {"SLURM_STEP_ID": str(step)}
-        launchers.complete(env)
+        complete_environment(env)
         ports.add(env["MASTER_PORT"])
     assert len(ports) == 5
 
 
 def test_an_address_that_is_set_stays() -> None:
     env = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}  # deepspeed --launcher slurm --master_addr ...
-    launchers.complete(env)
+    complete_environment(env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["RANK"]) == ("10.0.0.1", "4000", "9")
 
 
@@ -71,7 +77,7 @@ def test_a_launcher_below_srun_knows_better() -> None:
     """One task a node starts torchrun or DeepSpeed, which starts the ranks."""
     torchrun = {"RANK": "17", "WORLD_SIZE": "24", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "12"}
     env = STEP | torchrun | {"MASTER_ADDR": "gpu03", "MASTER_PORT": "29400"}
-    launchers.complete(env)
+    complete_environment(env)
     assert torchrun.items() <= env.items()
     assert env["LOCAL_SIZE"] == "12"
 
@@ -79,14 +85,14 @@ def test_a_launcher_below_srun_knows_better() -> None:
 @pytest.mark.parametrize("env", [{}, BATCH], ids=["alone", "batch script"])
 def test_python_is_a_world_of_one(env: dict[str, str]) -> None:
     env = dict(env)
-    launchers.complete(env)
+    complete_environment(env)
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "1", "127.0.0.1")
 
 
-def promised(env: dict[str, str]) -> list[Promise]:
+def promised(env: dict[str, str]) -> list[ExpectedWorld]:
     env = dict(env)
-    launchers.complete(env)
-    return list(launchers._slurm(env))
+    complete_environment(env)
+    return list(launch_env._slurm(env))
 
 
 def test_what_slurm_promises() -> None:
@@ -134,5 +140,5 @@ def test_deepspeeds_promise(tmp_path: Path) -> None:
 
 def test_gloo_needs_no_help_on_one_node_nor_where_it_is_told() -> None:
     env = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    assert launchers.name_gloo_interface(env) is None
-    assert launchers.name_gloo_interface(env | {"WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "x"}) is None
+    assert choose_gloo_interface(env) is None
+    assert choose_gloo_interface(env | {"WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "x"}) is None

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sws_dist import learngene, model_file
-from sws_dist.expansion import expand, plan
+from sws_dist.checkpoint import model_file
+from sws_dist.checkpoint.model_file import load_state_dict_file, load_weights_strict, save_model_file
+from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.file import describe_model, load_learngene, read_learngene_info
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.learngene.released import convert_released
 from sws_dist.models import create_model
 
 ARGUMENTS: dict[str, Any] = {"schedule": [2, 2], "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2}
@@ -27,17 +31,17 @@ def small(seed: int = 0, **changes: Any) -> Any:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     model = small()
-    info = learngene.describe(model, "learngene", pixels={"mean": [0.5] * 3}, provenance={"epochs": 3})
-    return model_file.save(tmp_path / "learngene.safetensors", info, model.state_dict())
+    info = describe_model(model, "learngene", pixels={"mean": [0.5] * 3}, provenance={"epochs": 3})
+    return save_model_file(tmp_path / "learngene.safetensors", info, model.state_dict())
 
 
 # ---- files ----
 
 
 def test_a_file_rebuilds_its_model(file: Path) -> None:
-    info, weights = learngene.load(file)
+    info, weights = load_learngene(file)
     model = info.build().eval()
-    model_file.load_into(model, weights, file)
+    load_weights_strict(model, weights, file)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images), small().eval()(images))
     assert (info.kwargs["schedule"], info.num_classes, info.provenance) == ([2, 2], 10, {"epochs": 3})
@@ -54,40 +58,40 @@ def test_damaged_files_are_refused(file: Path, tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.safetensors: not a whole safetensors file"):
-            learngene.load(path)
+            load_learngene(path)
     with pytest.raises(ValueError, match="no such file"):
-        learngene.load(tmp_path / "nowhere.safetensors")
+        load_learngene(tmp_path / "nowhere.safetensors")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="no description of a model"):
-        learngene.load(tmp_path / "bare.safetensors")
+        load_learngene(tmp_path / "bare.safetensors")
     model = small(schedule=[1, 1])
-    model_file.save(tmp_path / "model.safetensors", learngene.describe(model, "model"), model.state_dict())
+    save_model_file(tmp_path / "model.safetensors", describe_model(model, "model"), model.state_dict())
     with pytest.raises(ValueError, match="holds a model, not a learngene"):
-        learngene.load(tmp_path / "model.safetensors")
+        load_learngene(tmp_path / "model.safetensors")
     weights = small().state_dict()
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("blocks.1.")}
-    model_file.save(tmp_path / "half.safetensors", learngene.describe(small(), "learngene"), weights)
+    save_model_file(tmp_path / "half.safetensors", describe_model(small(), "learngene"), weights)
     with pytest.raises(ValueError, match=r"layers for stages \[0\], but its schedule \[2, 2\] needs 2"):
-        learngene.load(tmp_path / "half.safetensors")
+        load_learngene(tmp_path / "half.safetensors")
 
 
 def test_a_newer_format_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_file, "VERSION", model_file.VERSION + 1)
     with pytest.raises(ValueError, match="written in version 1 of the format, this program reads version 2"):
-        learngene.read_info(file)
+        read_learngene_info(file)
 
 
 def test_a_misfit_names_each_tensor_with_both_shapes(file: Path) -> None:
-    _, weights = learngene.load(file)
+    _, weights = load_learngene(file)
     weights["extra"] = weights.pop("norm.bias")
     shapes = r"pos_embed: \(1, 16, 64\) in the file, \(1, 16, 32\) in the model"
     with pytest.raises(ValueError, match=shapes):
-        model_file.load_into(small(embed_dim=32), weights, file)
+        load_weights_strict(small(embed_dim=32), weights, file)
     with pytest.raises(ValueError, match=r"norm.bias: missing in the file\n +extra: not in the model"):
-        model_file.load_into(small(), weights, file)
+        load_weights_strict(small(), weights, file)
 
 
 class Evil:
@@ -103,20 +107,20 @@ class Evil:
 def test_pytorch_files_execute_nothing(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth: not a PyTorch file of plain tensors"):
-        model_file.load_foreign(tmp_path / "evil.pth")
+        load_state_dict_file(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 
 
 def test_pytorch_files_of_training_scripts_are_read(tmp_path: Path) -> None:
     saved = {"model": {"w": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(saved, tmp_path / "a.pth")
-    assert torch.equal(model_file.load_foreign(tmp_path / "a.pth")["w"], torch.ones(2))
+    assert torch.equal(load_state_dict_file(tmp_path / "a.pth")["w"], torch.ones(2))
     (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-200])
     with pytest.raises(ValueError, match="or cut short"):
-        model_file.load_foreign(tmp_path / "cut.pth")
+        load_state_dict_file(tmp_path / "cut.pth")
     torch.save({"model": {"w": 3}}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="expected a dictionary of tensors"):
-        model_file.load_foreign(tmp_path / "b.pth")
+        load_state_dict_file(tmp_path / "b.pth")
 
 
 def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +132,7 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(model_file.tensor_file, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        model_file.save(file, learngene.describe(small(), "learngene"), small().state_dict())
+        save_model_file(file, describe_model(small(), "learngene"), small().state_dict())
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
@@ -197,12 +201,12 @@ def test_a_released_checkpoint_keeps_its_logits(heads: int) -> None:
     weights = released_weights(width=96, stages=5, classes=11)
     images = torch.randn(2, 3, 224, 224)
     expected = released_logits(weights, images, schedule, heads)
-    info, converted = learngene.from_released(weights, schedule, heads)
+    info, converted = convert_released(weights, schedule, heads)
     assert info.pixels["mean"] == (0.485, 0.456, 0.406)
     auxiliary = info.build().eval()
     auxiliary.load_state_dict(converted, strict=True)
     torch.testing.assert_close(auxiliary(images), expected, rtol=1e-4, atol=1e-4)
-    described, unrolled = expand(info, converted, plan(schedule, 16))
+    described, unrolled = expand_learngene(info, converted, expansion_plan(schedule, 16))
     descendant = described.build().eval()
     descendant.load_state_dict(unrolled, strict=True)
     torch.testing.assert_close(descendant(images), expected, rtol=1e-4, atol=1e-4)
@@ -227,4 +231,4 @@ def test_what_does_not_fit_the_released_layout(
 ) -> None:
     weights = {k: v for k, v in (released_weights(96, 5, 11) | change).items() if v is not None}
     with pytest.raises(ValueError, match=said):
-        learngene.from_released(weights, schedule, heads)
+        convert_released(weights, schedule, heads)

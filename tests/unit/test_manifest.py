@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sws_dist.config import AugmentConfig, DataConfig
-from sws_dist.data import examine, manifest, sampler, sources
+from sws_dist.config.schema import AugmentConfig, DataConfig
+from sws_dist.data import manifest, sampler, sources, validate
+from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
-from sws_dist.data.recipe import Recipe
+from sws_dist.data.validate import BadImageError, check_header, check_whole
 from tests.launching import REPOSITORY
 from tests.unit import bad_files, images
 
@@ -54,9 +55,9 @@ def test_every_kind_of_image_is_accepted(tmp_path: Path) -> None:
     for file in images.write(tmp_path):
         with Image.open(file) as image:
             expected = image.height, image.width
-        assert examine.whole(file.read_bytes()) == expected
+        assert check_whole(file.read_bytes()) == expected
         with file.open("rb") as opened:
-            assert examine.quick(opened, file.stat().st_size) == expected
+            assert check_header(opened, file.stat().st_size) == expected
 
 
 @pytest.mark.parametrize("kind", [kind for kind in bad_files.KINDS if kind != "gone"])
@@ -66,10 +67,10 @@ def test_every_kind_of_bad_file_has_its_reason(tmp_path: Path, kind: str, source
     file = tmp_path / source
     damage, reason = bad_files.KINDS[kind]
     damage(file)
-    with pytest.raises(examine.BadImageError, match=reason):
-        examine.whole(file.read_bytes())
-    with file.open("rb") as opened, pytest.raises(examine.BadImageError, match=reason):
-        examine.quick(opened, file.stat().st_size)
+    with pytest.raises(BadImageError, match=reason):
+        check_whole(file.read_bytes())
+    with file.open("rb") as opened, pytest.raises(BadImageError, match=reason):
+        check_header(opened, file.stat().st_size)
 
 
 # ---- The scan and its file ----
@@ -123,7 +124,7 @@ def test_scan_keeps_what_it_found(root: Path) -> None:
 
 def test_a_kept_manifest_spares_the_headers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan("--data", root)
-    monkeypatch.setattr(examine, "quick", lambda *_: pytest.fail("a header was read"))
+    monkeypatch.setattr(validate, "quick", lambda *_: pytest.fail("a header was read"))
     assert len(manifest.scan(root, "train")) == 80
 
 

@@ -11,8 +11,8 @@ from scipy import stats
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
-from sws_dist.config import AugmentConfig
-from sws_dist.data.mixing import Mixing, denormalise, erase
+from sws_dist.config.schema import AugmentConfig
+from sws_dist.data.mixup import Mixing, denormalise, erase
 
 SIZE, CLASSES, COUNT = 16, 7, 20_000
 ONE_IN_A_THOUSAND = 1e-3  # of drawing samples this different from equal distributions; the seeds are fixed

@@ -6,9 +6,9 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from sws_dist.config import OptimConfig
+from sws_dist.config.schema import OptimConfig
 from sws_dist.models import create_model
-from sws_dist.optim import Schedule, parameter_groups
+from sws_dist.optim import LRSchedule, parameter_groups
 
 
 def test_biases_norms_and_positions_do_not_decay() -> None:
@@ -26,7 +26,7 @@ def test_the_rate_is_timms_cosine_per_step() -> None:
     """Linear warm-up from warmup_lr, then cosine over the steps that are left, as timm with warmup_prefix."""
     config = OptimConfig(lr=1e-3, lr_batch=512, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5)
     steps_per_epoch, total = 12.5, 625
-    ours = Schedule(config, global_batch=1024, steps_per_epoch=steps_per_epoch, total_steps=total)
+    ours = LRSchedule(config, global_batch=1024, steps_per_epoch=steps_per_epoch, total_steps=total)
     assert ours.peak == 2e-3
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     theirs = CosineLRScheduler(
@@ -40,14 +40,14 @@ def test_the_rate_is_timms_cosine_per_step() -> None:
 
 def test_neighbouring_steps_have_their_own_rates() -> None:
     """The released code gives epochs 0 and 1 one rate; here no two steps share one."""
-    schedule = Schedule(OptimConfig(warmup_epochs=1), 512, 10, 50)
+    schedule = LRSchedule(OptimConfig(warmup_epochs=1), 512, 10, 50)
     rates = [schedule(step) for step in range(50)]
     assert len(set(rates)) == 50
     assert rates[10] == schedule.peak == max(rates)
 
 
 def test_ends() -> None:
-    assert Schedule(OptimConfig(lr=1e-3, lr_batch=None), 64, 10, 10)(10) == OptimConfig().min_lr
-    assert Schedule(OptimConfig(lr=1e-6, lr_batch=None, min_lr=1e-5), 64, 10, 10)(10) == 1e-6
-    only_warmup = Schedule(OptimConfig(warmup_epochs=9), 512, 10, 20)
+    assert LRSchedule(OptimConfig(lr=1e-3, lr_batch=None), 64, 10, 10)(10) == OptimConfig().min_lr
+    assert LRSchedule(OptimConfig(lr=1e-6, lr_batch=None, min_lr=1e-5), 64, 10, 10)(10) == 1e-6
+    only_warmup = LRSchedule(OptimConfig(warmup_epochs=9), 512, 10, 20)
     assert only_warmup(19) < only_warmup.peak

@@ -6,22 +6,14 @@ import random
 import numpy as np
 import pytest
 
+from sws_dist.data.randaugment import OPERATORS, SKIP, RandAugment, RandAugmentDraws, affine_matrix, apply_layer, warp
+
 pytest.importorskip("nvidia.dali")
 PIL_Image = pytest.importorskip("PIL.Image")
 timm_augment = pytest.importorskip("timm.data.auto_augment")
 sklearn_datasets = pytest.importorskip("sklearn.datasets")  # two real photographs
 
 from nvidia.dali import fn, pipeline_def  # noqa: E402
-
-from sws_dist.data.randaugment import (  # noqa: E402
-    OPERATORS,
-    SKIP,
-    RandAugment,
-    RandAugmentDraws,
-    affine_matrix,
-    apply_layer,
-    warp,
-)
 
 HEIGHT, WIDTH = 192, 256  # not square, so that a mix-up of the axes shows
 FILL = (124, 116, 104)

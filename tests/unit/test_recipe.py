@@ -12,8 +12,8 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from sws_dist.config import AffineConfig, AugmentConfig
-from sws_dist.data.recipe import Draws, Recipe, uniforms
+from sws_dist.config.schema import AffineConfig, AugmentConfig
+from sws_dist.data.draws import Draws, Recipe, uniforms
 
 COUNT = 20_000
 ONE_IN_A_THOUSAND = 1e-3  # of drawing samples this different from equal distributions; the seeds are fixed

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sws_dist.config import AffineConfig, AugmentConfig
-from sws_dist.data.recipe import Recipe, describe
-from sws_dist.metrics import labelled_grid
+from sws_dist.config.schema import AffineConfig, AugmentConfig
+from sws_dist.data.draws import Recipe, describe_draws
+from sws_dist.logging.images import labelled_grid
 from tests.launching import REPOSITORY
 
 RUN = """
@@ -57,7 +57,7 @@ def test_captions_say_what_was_drawn() -> None:
         re_prob=1.0,
     )
     draws = Recipe(config, 224).draw(0, np.arange(1), np.array([[400, 400]]))
-    window, affine, first, second, erased = describe(draws, 0)
+    window, affine, first, second, erased = describe_draws(draws, 0)
     top, left = draws.crop_start[0]
     assert window == f"200 x 200 at {left}, {top}, mirrored"
     assert affine.endswith("enlarged 2.00 x")

@@ -1,0 +1,192 @@
+"""TODO: say what this module does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import use_reentrant_ckpt
+from torch import nn
+
+from sws_dist.checkpoint.model_file import (
+    ModelInfo,
+    apply_timm_filter,
+    infer_num_labels,
+    load_model_file,
+    load_state_dict_file,
+    load_weights_strict,
+    read_model_info,
+)
+from sws_dist.config.schema import DistillConfig, RunConfig
+from sws_dist.learngene.file import describe_model as describe_ours
+from sws_dist.models import SWSVisionTransformer, create_model, geometry
+from sws_dist.models.flops import forward_flops
+from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
+from sws_dist.models.teacher import Teacher
+from sws_dist.run_dir import collect_provenance
+
+
+def load_teacher(
+    config: DistillConfig,
+    num_classes: int,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+) -> Teacher | None:
+    """The configured teacher with its local weights, or None where none is configured.
+
+    Raises:
+        ValueError: unknown model, missing or unfit weights, or other labels than the data's.
+    """
+    if config.teacher is None:
+        return None
+    if Path(config.teacher).suffix == ".safetensors":
+        info, weights = load_model_file(config.teacher)
+        if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
+            raise ValueError(
+                f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
+            )
+        model, source = info.build(), config.teacher
+        own = {key: info.pixels[key] for key in ("mean", "std")} if info.pixels else {"mean": mean, "std": std}
+    else:
+        if config.teacher_weights is None:
+            raise ValueError(
+                f"distill.teacher {config.teacher}: set distill.teacher_weights to a local file of its weights; "
+                "nothing is fetched from a hub"
+            )
+        weights = load_state_dict_file(config.teacher_weights)
+        labels = infer_num_labels(config.teacher, weights, num_classes)
+        model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
+        weights = apply_timm_filter(model, weights)
+        own = {key: model.pretrained_cfg[key] for key in ("mean", "std")}
+    found = getattr(model, "num_classes", num_classes)
+    if found != num_classes:
+        raise ValueError(
+            f"distill.teacher {config.teacher} knows {found} labels, the data has {num_classes}; "
+            "fit a teacher to these data first (a run config with a timm model.name does it)"
+        )
+    load_weights_strict(model, weights, source)
+    expected = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if expected is not None and tuple(expected) != (image_size, image_size):
+        raise ValueError(
+            f"distill.teacher {config.teacher} takes {expected[0]} pixels, data.image_size is {image_size}"
+        )
+    return Teacher(model, mean, std, own)
+
+
+def build_models(
+    config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Teacher | None, str]:
+    """The student with its initial weights, the teacher if there is one, and who runs the student's stages.
+
+    A student that starts from a learngene is on the meta device; ``start`` fills it.
+
+    Args:
+        device, dtype: where and in what the student will run; nothing is moved there yet.
+
+    Raises:
+        ValueError: an unknown model or argument, weights that do not fit, kernels that cannot run.
+    """
+    data = config.data
+    with torch.device("meta") if config.model.initial_learngene else nullcontext():
+        model = build_student(config, len(classes))
+    if config.model.initial_checkpoint:
+        _initialise(model, config.model.initial_checkpoint)
+    if config.optim.ema_decay and any(b.is_floating_point() for b in model.buffers()):
+        raise ValueError(
+            f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
+            "set optim.ema_decay to null"
+        )
+    kernels = select_kernels(config.model.kernels, model, device, dtype)
+    if config.model.cuda_graphs:
+        kernels += f", {enable_cuda_graphs(model, device)}"
+    if config.model.grad_checkpointing:
+        if use_reentrant_ckpt():
+            raise ValueError(
+                "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
+                "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
+            )
+        model.set_grad_checkpointing(True)
+    if config.model.compile:
+        model.compile()
+    teacher = load_teacher(config.distill, len(classes), classes, data.mean, data.std, data.image_size)
+    return model, teacher, kernels
+
+
+def build_student(config: RunConfig, num_classes: int) -> Any:
+    """The configured model with random weights."""
+    kwargs: dict[str, Any] = {"num_classes": num_classes, **config.model.kwargs}
+    if config.model.name.startswith("sws_"):
+        kwargs["img_size"] = config.data.image_size
+    for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
+        if value is not None:
+            kwargs[key] = value
+    if config.model.drop_path:
+        kwargs["drop_path_rate"] = config.model.drop_path
+    return create_model(config.model.name, **kwargs)
+
+
+def _initialise(model: nn.Module, path: str) -> None:
+    """Load ``model.initial_checkpoint``; what two geometries of equal shapes would hide is compared as well."""
+    if Path(path).suffix == ".safetensors" and isinstance(model, SWSVisionTransformer):
+        info, weights = load_model_file(path)
+        ours = geometry(model)
+        differ = [
+            f"{key}: {info.kwargs[key]} in the file, {ours[key]} in the config"
+            for key in ("schedule", "img_size", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
+            if key in info.kwargs and info.kwargs[key] != ours[key]
+        ]
+        if differ:
+            raise ValueError(f"model.initial_checkpoint {path} is of another model: {'; '.join(differ)}")
+    else:
+        weights = load_state_dict_file(path)
+    load_weights_strict(model, weights, path)
+
+
+class Flops(NamedTuple):
+    """Of one forward pass over one image."""
+
+    student: int
+    teacher: int | None
+    """None: torch cannot count this model's."""
+
+
+def count_flops(config: RunConfig, num_classes: int) -> Flops:
+    size = config.data.image_size
+    student = forward_flops(lambda: build_student(config, num_classes), size)
+    if config.distill.teacher is None:
+        return Flops(student, 0)
+    name = config.distill.teacher
+    info = read_model_info(name) if name.endswith(".safetensors") else None
+    try:
+        return Flops(student, forward_flops(info.build if info else lambda: create_model(name), size))
+    except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
+        return Flops(student, None)
+
+
+def num_layers(model: nn.Module) -> int | None:
+    """Layers that an image passes through, for our models."""
+    return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
+
+
+def describe_student(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> ModelInfo:
+    """What the run's weight files will say of themselves."""
+    pixels = {key: getattr(config.data, key) for key in ("mean", "std", "image_size", "crop_pct", "interpolation")}
+    about = {
+        "run": config.output,
+        "model": config.model.name,
+        "epochs": config.train.epochs,
+        "seed": config.train.seed,
+        "teacher": config.distill.teacher,
+        "initial_checkpoint": config.model.initial_checkpoint,
+        "initial_learngene": config.model.initial_learngene,
+        **collect_provenance(),
+    }
+    if isinstance(model, SWSVisionTransformer):
+        kind = "learngene" if model.is_shared else "model"
+        return describe_ours(model, kind, pixels=pixels, classes=list(classes), provenance=about)
+    return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), pixels, list(classes), about)

@@ -1,0 +1,294 @@
+"""Checkpoints that are whole or absent, and that any world size and any ZeRO stage can read.
+
+    OUTPUT/checkpoints/
+      step-00000880/                        has this name only once everything in it is on the disk
+        state.json                          step, epoch, scores, the model, size and checksum of every other file
+        shard-00000-of-00004.safetensors    rank 0's pieces of weights, optimizer state and moving average, ...
+
+Everything else that a run needs to go on (schedule, data position, random draws) is a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sws_dist.atomic import atomic_write_json, fsync_path
+from sws_dist.checkpoint.model_file import ModelInfo, write_model_file
+from sws_dist.checkpoint.safetensors_stream import FileDigest, digest
+from sws_dist.checkpoint.shards import AVERAGE, WEIGHT, ShardReader, read_shards, shard_name, write_shard
+from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0, raise_on_all_ranks
+from sws_dist.distributed.init import World
+from sws_dist.errors import RunError
+from sws_dist.zero.config import precision_of
+from sws_dist.zero.ema import ShardedEMA
+from sws_dist.zero.engine import load_loss_scaler_state, loss_scaler_state, sync_model_from_masters
+from sws_dist.zero.partition import master_weights, optimizer_steps
+
+VERSION = 2
+_HEADROOM = 1.05
+_ANEW = (
+    "To begin anew from its weights, write them with launcher/convert.py, set model.initial_checkpoint to that file, "
+    "and another output"
+)
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes."""
+
+    version: int
+    step: int
+    epoch: int
+    seconds: float
+    top1: float | None
+    best_top1: float | None
+    history: list[dict[str, float]]
+    global_batch: int
+    seed: int
+    epoch_size: int
+    """Images."""
+    total_steps: int
+    """Of the whole run."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    num_micros: int
+    """Micro-batches of a step, over all ranks."""
+    optimizer_steps: int
+    loss_scaler: dict[str, float]
+    model: dict[str, Any]
+    """``ModelInfo``'s fields."""
+    shapes: dict[str, list[int]]
+    """Of every parameter, in the model's order."""
+    files: dict[str, FileDigest]
+    """What every other file of the folder must be: how damage is noticed before anything is loaded."""
+
+
+def describe_layout(engine: Any, world: World) -> dict[str, Any]:
+    """How the run is spread: free to change from one start to the next."""
+    return {
+        "world_size": world.size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "precision": precision_of(engine.config),
+        "num_micros": engine.gradient_accumulation_steps() * world.size,
+    }
+
+
+def save_checkpoint(
+    folder: Path, engine: Any, ema: ShardedEMA | None, info: ModelInfo, world: World, state: dict[str, Any]
+) -> Path:
+    """Write one checkpoint under ``folder``; the last good one stays until this one is whole. A collective.
+
+    Args:
+        state: ``State``'s fields from ``step`` to ``total_steps``.
+    """
+    final = folder / f"step-{state['step']:08d}"
+    partial = folder / f".{final.name}"
+    if broadcast_from_rank0(
+        final.exists()
+    ):  # what a step leaves is always the same, but for scores that a stop put off
+        with raise_on_all_ranks("complete a checkpoint"):
+            if world.is_main and state["top1"] is not None:
+                scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
+                scored = replace(read_state(final), model=asdict(info), **scores)
+                atomic_write_json(final / "state.json", asdict(scored))
+        return final
+    with raise_on_all_ranks("prepare a checkpoint"):
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _require_space(folder, engine, ema, world.size)
+    with raise_on_all_ranks("write a checkpoint"):
+        name = shard_name(world.rank, world.size)
+        try:
+            written = write_shard(partial / name, engine, ema)
+        except OSError as error:
+            raise OSError(f"{partial / name}: cannot be written ({error}); the last checkpoint is whole") from None
+    listed = gather_on_rank0((name, written))
+    with raise_on_all_ranks("complete a checkpoint"):
+        if world.is_main:
+            assert listed is not None
+            complete = CheckpointState(
+                version=VERSION,
+                **state,
+                **describe_layout(engine, world),
+                optimizer_steps=optimizer_steps(engine),
+                loss_scaler=loss_scaler_state(engine),
+                model=asdict(info),
+                shapes=_shapes(engine),
+                files={name: written for name, written in listed if written is not None},
+            )
+            atomic_write_json(partial / "state.json", asdict(complete))
+            partial.rename(final)
+            fsync_path(folder)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under ``folder``, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """A checkpoint's own description.
+
+    Raises:
+        ValueError: not a checkpoint of ours.
+    """
+    path = checkpoint / "state.json"
+    try:
+        fields = json.loads(path.read_text())
+        version = fields.get("version", 1)
+        if version != VERSION:
+            raise ValueError(f"{checkpoint}: written in version {version} of the format, this program reads {VERSION}")
+        return CheckpointState(
+            **fields | {"files": {name: FileDigest(**file) for name, file in fields["files"].items()}}
+        )
+    except OSError:
+        raise ValueError(f"{checkpoint}: not a checkpoint of this trainer (it has no readable state.json)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+
+
+def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint, if anything: every ``world_size``-th of its files is read and compared."""
+    try:
+        state = read_state(checkpoint)
+    except ValueError as error:
+        return str(error)
+    for name, written in sorted(state.files.items())[rank::world_size]:
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != written.bytes:
+            what = "is missing" if found is None else f"has {found} bytes"
+            return f"{checkpoint}: damaged: {name} {what}, {written.bytes} were written"
+        if digest(file) != written:
+            return f"{checkpoint}: damaged: {name} is not what was written (its checksum differs)"
+    return None
+
+
+def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint under ``folder`` and what is wrong with newer ones. A collective.
+
+    Raises:
+        RunError: there are checkpoints, and all are damaged.
+    """
+    problems: list[str] = []
+    for checkpoint in broadcast_from_rank0(list_checkpoints(folder)[::-1]):
+        found = broadcast_from_rank0(gather_on_rank0(verify(checkpoint, world.rank, world.size)))
+        problem = next((each for each in found if each is not None), None)
+        if problem is None:
+            return checkpoint, problems
+        problems.append(problem)
+    if problems:
+        raise RunError("every checkpoint is damaged; none was touched:\n  " + "\n  ".join(problems))
+    return None, []
+
+
+def load_checkpoint(
+    checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World, stream: dict[str, int]
+) -> CheckpointState:
+    """Bring engine and moving average to where ``checkpoint`` left them. A collective.
+
+    Each rank reads what it needs; world size, ZeRO stage and precision may be others than those of the run that saved.
+
+    Args:
+        stream: ``State``'s fields ``global_batch`` to ``total_steps``, as this run has them.
+
+    Raises:
+        RunError: a damaged checkpoint, or one of another model or another stream of images.
+    """
+    with raise_on_all_ranks("read a checkpoint"):
+        state = read_state(checkpoint)
+        for name, value in stream.items():
+            if getattr(state, name) != value:
+                raise ValueError(
+                    f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
+                    f"only as it began. {_ANEW}"
+                )
+        if state.shapes != _shapes(engine):
+            raise ValueError(f"{checkpoint}: of another model than the config's ({state.model['name']}); {_ANEW}")
+        paths = [checkpoint / name for name in state.files]
+        read_shards(paths, engine, ema, state.optimizer_steps)
+        if state.precision == precision_of(engine.config):
+            load_loss_scaler_state(engine, state.loss_scaler)
+    sync_model_from_masters(engine)
+    return state
+
+
+def export_weights(
+    checkpoint: Path, out: Path, *, average: bool = False, dtype: torch.dtype = torch.float32
+) -> ModelInfo:
+    """Write a checkpoint's whole weights as one described file, holding one tensor at a time. Needs no GPU.
+
+    Args:
+        average: the moving average instead of the weights.
+
+    Raises:
+        ValueError: no checkpoint, or one without a moving average.
+    """
+    state = read_state(checkpoint)
+    info, kind = ModelInfo(**state.model), AVERAGE if average else WEIGHT
+    with ShardReader(checkpoint / name for name in state.files) as reader:
+        if not reader.has(kind):
+            raise ValueError(f"{checkpoint}: holds no moving average; the run kept none (optim.ema_decay)")
+        write_model_file(out, info, reader.entries(state.shapes, kind, dtype))
+    return info
+
+
+def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
+    """Set aside what is later than ``step``: a run that goes back must not meet it again. A collective.
+
+    Returns:
+        The new names, on rank 0.
+    """
+    renamed = []
+    with raise_on_all_ranks("set later checkpoints aside"):
+        if world.is_main:
+            for unfinished in folder.glob(".step-*"):  # a kill in the middle of saving leaves one
+                shutil.rmtree(unfinished, ignore_errors=True)
+            for later in sorted(path for path in folder.glob("step-*") if int(path.name[len("step-") :]) > step):
+                aside = later.with_name(f"abandoned-{later.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                renamed.append(later.rename(aside).name)
+    return renamed
+
+
+def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
+    """Delete all but the newest ``keep_last`` and the best. For rank 0."""
+    checkpoints = list_checkpoints(folder)
+    keep = set(checkpoints[-keep_last:])
+    if keep_best:
+        scored = [(json.loads((c / "state.json").read_text())["top1"], c) for c in checkpoints]
+        scored = [(top1, c) for top1, c in scored if top1 is not None]
+        if scored:
+            keep.add(max(scored)[1])
+    for checkpoint in checkpoints:
+        if checkpoint not in keep:
+            shutil.rmtree(checkpoint)
+
+
+def _shapes(engine: Any) -> dict[str, list[int]]:
+    # Under ZeRO-3 a parameter's own shape is empty.
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def _require_space(folder: Path, engine: Any, ema: ShardedEMA | None, world_size: int) -> None:
+    """Refuse to begin what the disk cannot hold: weights, two moments and the moving average, over all ranks."""
+    shard = sum(master.numel() * 4 for master in master_weights(engine))
+    # Stage 0 keeps one copy of the optimizer's state; the sharded stages keep one shard a rank.
+    total = shard if engine.zero_optimization_stage() == 0 else shard * world_size
+    needed = int(total * (3 if ema is None else 4) * _HEADROOM)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: a checkpoint needs about {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free; "
+            "nothing was written, the last checkpoint is whole"
+        )

@@ -1,0 +1,163 @@
+"""One ``.safetensors`` file for a model: its weights, how to build it, what it expects to see, where it is from.
+
+Learngenes, descendants, teachers and finished runs are all stored so. The metadata holds one JSON document under
+``sws_dist``; reading a file never executes anything in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sws_dist.atomic import atomic_write
+from sws_dist.checkpoint.safetensors_stream import TensorEntry, tensor_entry, write_safetensors
+from sws_dist.models import create_model
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a file says of itself.
+
+    ``kind``: ``learngene`` (an auxiliary model's distinct layers) or ``model``. ``name`` and ``kwargs`` are for
+    ``create_model``. ``pixels`` is what evaluation needs: ``mean``, ``std``, ``image_size``, ``crop_pct``,
+    ``interpolation``. ``classes`` are the labels' names in order. ``provenance`` says how the weights came to be.
+    """
+
+    kind: Literal["learngene", "model"]
+    name: str
+    kwargs: dict[str, Any]
+    num_classes: int
+    pixels: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **overrides: Any) -> Any:
+        """The model, with random weights."""
+        return create_model(self.name, **(self.kwargs | {"num_classes": self.num_classes} | overrides))
+
+
+def save_model_file(path: str | Path, info: ModelInfo, weights: Mapping[str, Tensor]) -> Path:
+    """Write ``weights`` and ``info`` to ``path``, whole or not at all."""
+    return write_model_file(path, info, [tensor_entry(name, tensor) for name, tensor in weights.items()])
+
+
+def write_model_file(path: str | Path, info: ModelInfo, entries: Iterable[TensorEntry]) -> Path:
+    """The same, with weights that are read one at a time."""
+    metadata = {"format": "pt", "sws_dist": json.dumps({"version": VERSION, **asdict(info)})}
+    return atomic_write(path, lambda temporary: write_safetensors(temporary, entries, metadata))
+
+
+def is_described(path: str | Path) -> bool:
+    """Whether a safetensors file says which model it is of. Raises ``ValueError`` if it is none."""
+    with _open(path) as file:
+        return "sws_dist" in (file.metadata() or {})
+
+
+def read_model_info(path: str | Path) -> ModelInfo:
+    """The metadata alone.
+
+    Raises:
+        ValueError: the file is missing, cut short, not safetensors, or was not written by this trainer.
+    """
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+    if "sws_dist" not in metadata:
+        raise ValueError(f"{path}: holds tensors but no description of a model; it was not written by sws_dist")
+    document = json.loads(metadata["sws_dist"])
+    version = document.pop("version")
+    if version != VERSION:
+        raise ValueError(f"{path}: written in version {version} of the format, this program reads version {VERSION}")
+    return ModelInfo(**document)
+
+
+def load_model_file(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """Metadata and all tensors, on the CPU. Raises ``ValueError`` as ``read_info`` does."""
+    return read_model_info(path), load_tensors(path)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from a PyTorch file without executing anything in it.
+
+    A dictionary with the weights under ``model`` or ``state_dict`` is unwrapped.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    import argparse
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        # Training scripts store their parsed arguments beside the weights; a Namespace holds plain data only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a PyTorch file of plain tensors, or cut short: {first_line}") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        raise ValueError(f"{path}: expected a dictionary of tensors, bare or under 'model'")
+    return dict(content)
+
+
+def infer_num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:
+    """How many labels foreign weights know, read off the classifier that timm names for the model ``name``."""
+    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # of unknown names, create_model speaks
+    classifier = (about and about.classifier) or ()
+    for layer in (classifier,) if isinstance(classifier, str) else classifier:
+        if f"{layer}.weight" in weights:
+            return weights[f"{layer}.weight"].shape[0]
+    return default
+
+
+def apply_timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Foreign weights of a timm model as timm itself would take them: renamed, and without what it once stored."""
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return filter_fn(weights, model) if filter_fn is not None else weights
+
+
+def load_weights_strict(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy ``weights`` into ``model``; every tensor on both sides must find its partner.
+
+    Raises:
+        ValueError: naming the tensors that are missing, left over, or of another shape (both shapes).
+    """
+    own = model.state_dict()
+    problems = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    problems += [f"{name}: missing in the file" for name in own if name not in weights]
+    problems += [f"{name}: not in the model" for name in weights if name not in own]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None

@@ -1,0 +1,138 @@
+"""A run's state as named pieces of parameters: any world size and any ZeRO stage can write them, and read them.
+
+Each rank that holds something writes one ``.safetensors`` file. Its tensors are ``KIND/PARAMETER``, flat pieces in fp32
+of the weights (``weight``), of Adam's moments (``exp_avg``, ``exp_avg_sq``) and of the moving average (``average``);
+its metadata says at which element of the flattened parameter each piece starts. Rank 0 adds the model's buffers, whole.
+Whoever reads takes the elements it needs from whichever files have them, and executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sws_dist.checkpoint.safetensors_stream import FileDigest, TensorEntry, tensor_entry, write_safetensors
+from sws_dist.zero.ema import ShardedEMA
+from sws_dist.zero.partition import fragments, init_optimizer_state, master_weights, optimizer_moments
+
+WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_shard(path: Path, engine: Any, ema: ShardedEMA | None) -> FileDigest | None:
+    """Write what this rank holds; None where others hold all of it (stage 0, ranks above 0)."""
+    main = engine.global_rank == 0
+    if engine.zero_optimization_stage() == 0 and not main:
+        return None
+    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
+    if ema is not None:
+        kinds[AVERAGE] = ema.average
+    pieces = fragments(engine)
+    entries = [tensor_entry(f"{kind}/{p.name}", p.of(flats)) for kind, flats in kinds.items() for p in pieces]
+    if main:
+        entries += [tensor_entry(f"{BUFFER}/{n}", buffer) for n, buffer in _buffers(engine.module).items()]
+    starts = json.dumps({p.name: p.start for p in pieces})
+    return write_safetensors(path, entries, {"format": "pt", "starts": starts})
+
+
+@torch.no_grad()
+def read_shards(paths: Iterable[Path], engine: Any, ema: ShardedEMA | None, steps: int) -> None:
+    """Fill this rank's masters, moments and average; the model's own parameters follow with ``engine.publish``.
+
+    Args:
+        steps: that the optimizer has taken; without any it has no moments yet.
+    """
+    if steps:
+        init_optimizer_state(engine, steps)
+    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
+    if ema is not None:
+        kinds[AVERAGE] = ema.average
+    with ShardReader(paths) as reader:
+        for kind, flats in kinds.items():
+            for piece in fragments(engine):
+                found = reader.read(kind, piece.name, piece.start, piece.start + piece.numel)
+                piece.of(flats).copy_(found)
+        for n, buffer in _buffers(engine.module).items():
+            buffer.copy_(reader.read_buffer(n))
+
+
+class ShardReader:
+    """Any elements of any parameter, out of the shards of all ranks. A context manager."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._files = ExitStack()
+        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}
+        for path in paths:
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+            starts = json.loads(file.metadata()["starts"])
+            for key in file.keys():  # noqa: SIM118
+                start = starts.get(key.partition("/")[2], 0)
+                self._pieces.setdefault(key, []).append((start, start + _numel(file, key), file))
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def has(self, kind: str) -> bool:
+        return any(key.startswith(f"{kind}/") for key in self._pieces)
+
+    def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of the flattened parameter: [stop - start], fp32.
+
+        Raises:
+            ValueError: no shard holds some of them.
+        """
+        key, out, at = f"{kind}/{parameter}", torch.empty(stop - start), start
+        for first, last, file in sorted(self._pieces.get(key, []), key=lambda piece: piece[:2]):
+            if first <= at < last and at < stop:
+                end = min(last, stop)
+                out[at - start : end - start] = file.get_slice(key)[at - first : end - first]
+                at = end
+        if at < stop:
+            raise ValueError(f"the shards hold no {kind} of {parameter} from element {at} on")
+        return out
+
+    def read_buffer(self, buffer: str) -> Tensor:
+        """A buffer, in its own shape and dtype."""
+        key = f"{BUFFER}/{buffer}"
+        if key not in self._pieces:
+            raise ValueError(f"the shards hold no buffer {buffer}")
+        return self._pieces[key][0][2].get_tensor(key)
+
+    def entries(self, shapes: Mapping[str, Sequence[int]], kind: str, dtype: torch.dtype) -> list[TensorEntry]:
+        """The whole model for ``tensor_file.write``: parameters in ``dtype``, buffers as they are."""
+
+        def reading(parameter: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+            return lambda: self.read(kind, parameter, 0, torch.Size(shape).numel()).reshape(shape)
+
+        whole = [
+            TensorEntry(parameter, tuple(shape), dtype, reading(parameter, tuple(shape)))
+            for parameter, shape in shapes.items()
+        ]
+        buffers = [key.partition("/")[2] for key in self._pieces if key.startswith(f"{BUFFER}/")]
+        return whole + [tensor_entry(buffer, self.read_buffer(buffer)) for buffer in buffers]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a state dict holds."""
+    kept = model.state_dict().keys()
+    return {n: buffer for n, buffer in model.named_buffers() if n in kept}
+
+
+def _numel(file: Any, key: str) -> int:
+    return torch.Size(file.get_slice(key).get_shape()).numel()

@@ -1,0 +1,283 @@
+"""Define what a run trains: frozen dataclasses that check themselves. This module imports no torch.
+
+A run config owns the model, the data, the recipe, the global batch and the output folder. How the run is
+sharded (ZeRO stage, precision, micro batch, accumulation, clipping) belongs to the DeepSpeed JSON, see
+``zero/config.py``. Every key is listed here with its default; ``loader.py`` reads the YAML files.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error.
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_BAD_SHARE = 0.1
+
+
+class KeyConflictError(ValueError):
+    """Values that are valid one by one and contradict each other.
+
+    Args:
+        key: the key, inside its own group, whose source the message names.
+        message: what is wrong and what would be right.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    name: str
+    """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``."""
+    depth: int | None = Field(default=None, ge=1)
+    """Layers of a descendant (``sws_des_*``)."""
+    schedule: tuple[int, ...] | None = None
+    """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth at the last position, growing linearly from 0 at the first."""
+    grad_checkpointing: bool = False
+    """Recompute each stage's activations in backward: less memory, a third more time."""
+    kernels: Literal["auto", "triton", "reference"] = "reference"
+    """Who runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton on a
+    CUDA device of compute capability 8.0 or more where the model allows it, and says what it took; ``triton`` where
+    it cannot run is an error. The kernels have not run on a GPU yet, so they are for you to ask for."""
+    cuda_graphs: bool = False
+    """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
+    nor with ``compile``): for small models, whose kernels are shorter than their launches. Not run on a GPU yet."""
+    compile: bool = False
+    """Run the model through ``torch.compile`` (not under ZeRO-3)."""
+    initial_checkpoint: str | None = None
+    """A ``.safetensors`` file of weights to start from: a descendant written by ``launcher/expand.py``."""
+    initial_learngene: str | None = None
+    """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
+    for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
+    plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
+    """With ``initial_learngene``: the layers of each stage, as ``launcher/expand.py --plan`` has them."""
+    expand: Literal["auto", "read", "broadcast"] = "auto"
+    """How the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it (``broadcast``);
+    ``auto`` reads if all of them see the same file."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the timm constructor: ``patch_size``, ``embed_dim``, ``num_heads``, ..."""
+
+    @model_validator(mode="after")
+    def _check_start(self) -> ModelConfig:
+        """Check that the model starts from one thing, and that an expansion has a learngene."""
+        if self.initial_learngene is not None and self.initial_checkpoint is not None:
+            raise KeyConflictError(
+                "initial_learngene",
+                "model.initial_learngene and model.initial_checkpoint are both given; a run starts from one of them: "
+                "set the other to null",
+            )
+        for key, given, default in (("plan", self.plan, "even"), ("expand", self.expand, "auto")):
+            if self.initial_learngene is None and given != default:
+                raise KeyConflictError(
+                    key, f"model.{key} says how a learngene is expanded, but there is no model.initial_learngene"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> ModelConfig:
+        if self.cuda_graphs and self.compile:
+            raise KeyConflictError(
+                "cuda_graphs",
+                "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
+                "false",
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    root: str
+    """The data set's folder; see ``train_split``."""
+    train_split: str = "train"
+    """Inside ``root``: a folder of class folders, a folder of WebDataset ``*.tar`` shards, or a text file of
+    ``<path> <label>`` lines."""
+    val_split: str = "val"
+    """The same for the validation images."""
+    classes: str | None = None
+    """A file of class names, one a line, whose order the labels take instead of the sorted folders'."""
+    shuffle_shards: int | None = Field(default=None, ge=1)
+    """Tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null: among
+    all, as timm does."""
+    max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
+    """Unreadable images are left out or replaced by others; beyond this share of an epoch the run stops."""
+    image_size: int = Field(default=224, ge=8)
+    """Height and width of the model's input."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from the red, green and blue channel (of 0 to 1)."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """What the channels are divided by afterwards."""
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    """Evaluation: the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """The filter of every resizing, in training and evaluation."""
+    num_threads: int = Field(default=4, ge=1)
+    """DALI threads of one rank."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches that DALI prepares ahead."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
+    hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
+    """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null: DALI's own choice."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AffineConfig:
+    """Random affine map of every image (torchvision's RandomAffine)."""
+
+    degrees: float = Field(default=0.0, ge=0)
+    """Largest turn, either way."""
+    translate: float = Field(default=0.0, ge=0, lt=1)
+    """Largest shift, as a share of the image's side."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest enlargement."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """Colour of what comes in from outside the image."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> AffineConfig:
+        _require_range("scale", "augment.affine.scale", self.scale, math.inf)
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AugmentConfig:
+    """timm's names and timm's meaning."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the cropped window, as a share of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Its width over its height."""
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    """Chance of being mirrored."""
+    affine: AffineConfig | None = None
+    """A random turn, shift and enlargement; null: none."""
+    auto_augment: str | None = None
+    """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
+    color_jitter: float | tuple[float, ...] | None = None
+    """Largest change of brightness, contrast and saturation: one number or three. Unused beside ``auto_augment``, as
+    in timm (whose own default is 0.4)."""
+    re_prob: float = Field(default=0.0, ge=0, le=1)
+    """Chance that a box of the image is erased."""
+    re_mode: Literal["pixel", "const", "rand"] = "pixel"
+    """What fills it: noise, the mean colour, or one random colour."""
+    mixup: float = Field(default=0.0, ge=0)
+    """alpha of the Beta distribution of mixup's share; 0: no mixup."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """alpha for cutmix; 0: no cutmix."""
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    """Chance of cutmix where both are on."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes."""
+    num_repeats: int = Field(default=1, ge=1)
+    """Repeated augmentation: how often an image appears in a row, each time drawn anew."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> AugmentConfig:
+        _require_range("scale", "augment.scale", self.scale, 1.0)
+        _require_range("ratio", "augment.ratio", self.ratio, math.inf)
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DistillConfig:
+    teacher: str | None = None
+    """A timm model name, or a ``.safetensors`` file that this trainer wrote (it names its own model)."""
+    teacher_weights: str | None = None
+    """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
+    kind: Literal["soft", "hard"] = "soft"
+    """The teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
+    alpha: float = Field(default=1.0, ge=0, le=1)
+    """Weight of the teacher's term; 1 - alpha weighs the labels'."""
+    tau: float = Field(default=1.0, gt=0)
+    """Temperature of the soft targets."""
+    reduction: Literal["batchmean", "elements"] = "batchmean"
+    """``elements`` also divides by the number of classes, as the paper's released code does."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimConfig:
+    name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
+    """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
+    lr: float = Field(default=5e-4, gt=0)
+    """The highest learning rate; see ``lr_batch``."""
+    lr_batch: int | None = 512
+    """``lr`` is meant for this global batch and scales with it linearly; null: take ``lr`` as it is."""
+    min_lr: float = Field(default=1e-5, ge=0)
+    """Where the cosine ends; never above the highest rate."""
+    warmup_lr: float = Field(default=1e-6, ge=0)
+    """Where the warm-up begins."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Length of the linear warm-up; a fraction is allowed."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of weight matrices; biases, norms, position embedding and class token do not decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's denominator is at least this."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Exponential moving average of the weights, per step; null: none is kept."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the training images; the schedule's length."""
+    global_batch: int = Field(default=512, ge=1)
+    """Images in one optimizer step, over all ranks and accumulation steps."""
+    seed: int = Field(default=0, ge=0)
+    """Of weights, order, augmentation, mixing and drop-path."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop (and save) after this many steps, leaving the schedule as it is: for trials and tests."""
+    eval_batch: int = Field(default=128, ge=1)
+    """Images in one evaluation batch of one rank."""
+    eval_every: int = Field(default=1, ge=1)
+    """Epochs between evaluations (the last epoch is always evaluated)."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too: what an expanded descendant knows untrained."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps between two lines of the log."""
+    timeout_s: int = Field(default=1800, ge=1)
+    """Seconds without progress after which every rank ends, with a message that names who is missing."""
+    skip_nonfinite: int = Field(default=0, ge=0)
+    """How many steps in a row may be skipped, with weights and averages untouched, because their loss or gradient is
+    infinite or NaN; one more stops the run."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointConfig:
+    every: int = Field(default=1, ge=1)
+    """Epochs between checkpoints (the last epoch is always saved)."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints are kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best validation top-1 as well."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    output: str
+    """The run's folder: configs, log, TensorBoard events, checkpoints, metrics, final weights."""
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    distill: DistillConfig = DistillConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def _require_range(key: str, dotted: str, low_high: tuple[float, float], limit: float) -> None:
+    if not 0 < low_high[0] <= low_high[1] <= limit:
+        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
+        raise KeyConflictError(key, f"{dotted} {list(low_high)}: expected [smallest, largest], both above 0{most}")

@@ -1,0 +1,93 @@
+"""The learngene: an auxiliary model's distinct layers, the only thing that has to be kept of it.
+
+One ``.safetensors`` file (see ``model_file.py``) of kind ``learngene``. Its tensors carry timm's names, with
+``blocks.i`` the layer of stage i; the schedule and the geometry stand in the metadata's ``kwargs``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sws_dist.checkpoint.model_file import ModelInfo, load_tensors, read_model_info
+from sws_dist.models import SWSVisionTransformer, geometry
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def describe_model(model: SWSVisionTransformer, kind: str, **fields: Any) -> ModelInfo:
+    """The metadata of one of our models; ``fields`` are ModelInfo's ``pixels``, ``classes``, ``provenance``."""
+    kwargs = geometry(model)
+    num_classes = kwargs.pop("num_classes")
+    return ModelInfo(kind=kind, name="sws_vit", kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
+
+
+def read_learngene_info(path: str | Path) -> ModelInfo:
+    """A learngene's metadata. Raises ``ValueError`` for any other file."""
+    info = read_model_info(path)
+    if info.kind != "learngene":
+        raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
+    return info
+
+
+def load_learngene(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """A learngene's metadata and tensors.
+
+    Raises:
+        ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
+    """
+    info, weights = read_learngene_info(path), load_tensors(path)
+    _check_stages(path, info, weights)
+    return info, weights
+
+
+@dataclass(frozen=True)
+class LearngeneHeader:
+    """All that a learngene's file says before its numbers.
+
+    ``fingerprint`` is equal where two ranks see the same file: a checksum over its header, its size and its last MiB.
+    """
+
+    info: ModelInfo
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    """The widest of its tensors'."""
+    fingerprint: str
+
+
+def read_learngene_header(path: str | Path) -> LearngeneHeader:
+    """Read no more than a learngene's header and its last MiB. Raises ``ValueError`` as ``load`` does."""
+    info = read_learngene_info(path)
+    with Path(path).open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2**20))
+        checksum = hashlib.sha256(header + file.read() + str(size).encode()).hexdigest()
+    about = json.loads(header)
+    del about["__metadata__"]
+    unknown = sorted({tensor["dtype"] for tensor in about.values()} - set(DTYPES))
+    if unknown:
+        raise ValueError(f"{path}: holds tensors of {', '.join(unknown)}; a learngene's are {', '.join(DTYPES)}")
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in about.items()}
+    _check_stages(path, info, shapes)
+    dtype = max((DTYPES[tensor["dtype"]] for tensor in about.values()), key=lambda dtype: dtype.itemsize)
+    return LearngeneHeader(info, shapes, dtype, checksum)
+
+
+def _check_stages(path: str | Path, info: ModelInfo, names: Mapping[str, Any]) -> None:
+    stages = {int(match[1]) for name in names if (match := BLOCK.match(name))}
+    schedule = info.kwargs["schedule"]
+    if stages != set(range(len(schedule))):
+        raise ValueError(
+            f"{path}: layers for stages {sorted(stages)}, but its schedule {schedule} needs {len(schedule)}"
+        )

@@ -1,0 +1,67 @@
+"""TODO: say what this module does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
+    """The expansion plan: for each of the descendant's ``depth`` layers, the stage that it is copied from.
+
+    Args:
+        schedule: repeats of each stage of the auxiliary model.
+        kind: ``even`` gives each stage depth // stages layers and the remainder to the earliest stages; at the
+            auxiliary's own depth it is the auxiliary's own schedule. ``proportional`` follows the schedule by
+            largest remainder. A sequence is an explicit plan.
+
+    Raises:
+        ValueError: a depth below 1, or a plan of the wrong length, range or order.
+    """
+    stages = len(schedule)
+    if depth < 1:
+        raise ValueError(f"depth {depth}: a descendant needs at least one layer")
+    if not isinstance(kind, str):
+        return _check(tuple(kind), depth, stages)
+    if kind == "even":
+        counts = list(schedule) if depth == sum(schedule) else _even(stages, depth)
+    elif kind == "proportional":
+        counts = _proportional(schedule, depth)
+    else:
+        raise ValueError(f"plan {kind!r}: expected even, proportional, or stage numbers such as 0,0,1,2,3,4")
+    return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
+
+
+def parse_plan(text: str) -> str | tuple[int, ...]:
+    """``plan``'s ``kind`` from a command line: a name, or comma-separated stage numbers."""
+    if text in ("even", "proportional"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"plan {text!r}: expected even, proportional, or stage numbers such as 0,0,1,2,3,4") from None
+
+
+def _even(stages: int, depth: int) -> list[int]:
+    share, extra = divmod(depth, stages)
+    return [share + (stage < extra) for stage in range(stages)]
+
+
+def _proportional(schedule: Sequence[int], depth: int) -> list[int]:
+    """Largest remainder; where remainders tie, the earlier stage gets the layer."""
+    exact = [depth * repeats / sum(schedule) for repeats in schedule]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda stage: (counts[stage] - exact[stage], stage))
+    for stage in by_remainder[: depth - sum(counts)]:
+        counts[stage] += 1
+    return counts
+
+
+def _check(layers: tuple[int, ...], depth: int, stages: int) -> tuple[int, ...]:
+    if len(layers) != depth:
+        raise ValueError(f"plan {list(layers)} has {len(layers)} layers, but the depth is {depth}")
+    for layer, stage in enumerate(layers):
+        if not 0 <= stage < stages:
+            raise ValueError(f"plan {list(layers)}: layer {layer} takes stage {stage}; stages are 0 to {stages - 1}")
+    if list(layers) != sorted(layers):
+        raise ValueError(f"plan {list(layers)}: stages must not decrease from one layer to the next")
+    return layers

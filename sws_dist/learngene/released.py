@@ -1,0 +1,59 @@
+"""TODO: say what this module does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict
+from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD
+from sws_dist.learngene.file import BLOCK, describe_model
+from sws_dist.models import SWSVisionTransformer
+
+
+def convert_released(
+    weights: Mapping[str, Tensor], schedule: tuple[int, ...], num_heads: int, image_size: int = 224
+) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """A learngene from the weights of the paper's released code.
+
+    There the layer of stage i stands under ``blocks.block.<part>.instances.i``. The file says neither the repeats
+    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5; its pixels are ImageNet's, as that code's.
+
+    Raises:
+        ValueError: a tensor that the layout does not know, or a schedule or head count that does not fit.
+    """
+    renamed = {_released_name(name): tensor for name, tensor in weights.items()}
+    stages = {int(match[1]) for name in renamed if (match := BLOCK.match(name))}
+    if stages != set(range(len(schedule))):
+        raise ValueError(f"schedule {list(schedule)} has {len(schedule)} stages, the checkpoint has {len(stages)}")
+    for name in ("patch_embed.proj.weight", "pos_embed", "head.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in renamed:
+            raise ValueError(f"the checkpoint has no {name}: not an auxiliary model of the released code")
+    width, channels, *patch = renamed["patch_embed.proj.weight"].shape
+    if width % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the width {width}")
+    model = SWSVisionTransformer(
+        schedule=schedule,
+        img_size=image_size,
+        patch_size=tuple(patch),
+        in_chans=channels,
+        embed_dim=width,
+        num_heads=num_heads,
+        mlp_ratio=renamed["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in renamed,
+        num_classes=renamed["head.weight"].shape[0],
+        norm_eps=1e-5,
+    )
+    load_weights_strict(model, renamed, "the released checkpoint")
+    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": 0.875}
+    return describe_model(model, "learngene", pixels=pixels | {"interpolation": "bicubic"}), renamed
+
+
+def _released_name(name: str) -> str:
+    shared = re.fullmatch(r"(?:module\.)?blocks\.block\.(.+)\.instances\.(\d+)\.(weight|bias)", name)
+    if shared:
+        part, stage, kind = shared.groups()
+        return f"blocks.{stage}.{part}.{kind}"
+    return name.removeprefix("module.")

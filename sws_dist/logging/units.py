@@ -1,0 +1,18 @@
+"""TODO: say what this module does."""
+
+from __future__ import annotations
+
+
+def format_bytes(num_bytes: int) -> str:
+    """A number of bytes for people: ``147.80 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+def format_duration(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

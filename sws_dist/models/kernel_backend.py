@@ -1,0 +1,124 @@
+"""A stage through the Triton kernels: when that is possible, how it is chosen, and the call itself.
+
+``sws_kernels`` is imported where it is used: triton takes a second to import, and who runs the reference path does
+not need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kernels = Literal["auto", "triton", "reference"]
+
+MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores
+
+
+def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Set ``model`` to run as ``model.kernels`` asks; the sentence that says what was chosen.
+
+    Raises:
+        ValueError: ``triton`` where the kernels cannot run: another device, precision or architecture.
+    """
+    obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or _model_obstacle(model)
+    if kernels == "triton" and obstacle is not None:
+        raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
+    if kernels == "reference" or obstacle is not None:
+        return "kernels: PyTorch's" + (f" (model.kernels is auto, and {obstacle})" if obstacle else "")
+    model.use_kernels("triton")
+    return "kernels: Triton's" + (" (model.kernels is auto)" if kernels == "auto" else "")
+
+
+def enable_cuda_graphs(model: Any, device: torch.device) -> str:
+    """Let the stages of ``model`` train as CUDA graphs, captured at the first step; the words that say so.
+
+    Raises:
+        ValueError: where they cannot: the stages do not run through the kernels, or not on a GPU.
+    """
+    obstacle = None
+    if not (hasattr(model, "use_kernels") and model.blocks[0].kernels == "triton"):
+        obstacle = "the stages run PyTorch's code, not the kernels (model.kernels)"
+    elif device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    if obstacle is not None:
+        raise ValueError(f"model.cuda_graphs: true was asked for, but {obstacle}; set it to false")
+    from sws_kernels import GraphedStage, GraphPool
+
+    with torch.cuda.device(device):
+        pool = GraphPool()
+    for stage in model.blocks:
+        stage.graphed = GraphedStage(pool)
+    return "each stage's forward and backward a CUDA graph"
+
+
+def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, "
+                "below 8.0"
+            )
+        return None
+    if kernels == "auto":
+        return f"the device is {device.type}"
+    from sws_kernels.common import INTERPRETED
+
+    if not INTERPRETED:
+        return f"the device is {device.type} (without a GPU, TRITON_INTERPRET=1 runs them, slowly, for tests)"
+    return "TRITON_INTERPRET=1 takes no bf16" if dtype == torch.bfloat16 else None
+
+
+def _model_obstacle(model: Any) -> str | None:
+    if not hasattr(model, "use_kernels"):
+        return f"{type(model).__name__} is not one of our models (sws_...)"
+    return next((reason for block in model.blocks if (reason := _stage_obstacle(block)) is not None), None)
+
+
+def _stage_obstacle(stage: Any) -> str | None:
+    """What in a stage the kernels do not compute. It is a plain pre-norm block: our constructor takes no other."""
+    from sws_kernels.add_layer_norm import MAX_WIDTH
+    from sws_kernels.linear_gelu import WIDTH_MULTIPLE
+    from sws_kernels.packed_attention import HEAD_DIMS
+
+    if any(module.p > 0 for module in stage.modules() if isinstance(module, nn.Dropout)):
+        return "the model has dropout (attn_drop_rate, proj_drop_rate)"
+    width, hidden, head_dim = stage.norm1.weight.shape[0], stage.mlp.fc1.out_features, stage.attn.head_dim
+    if width % WIDTH_MULTIPLE or hidden % WIDTH_MULTIPLE:
+        return f"width {width} and MLP width {hidden} are not both divisible by {WIDTH_MULTIPLE}"
+    if width > MAX_WIDTH:
+        return f"width {width} is more than {MAX_WIDTH}"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} are not of {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
+def fused_stage_forward(stage: Any, x: Tensor) -> Tensor:
+    """What ``Stage.forward`` computes, x [batch, tokens, width], by one call of ``sws_kernels.stage``."""
+    from sws_kernels import StageWeights
+    from sws_kernels import stage as run
+
+    attn, mlp = stage.attn, stage.mlp
+    # The parameters themselves: ZeRO-3 frees and gathers them between forward and backward.
+    weights = StageWeights(
+        *(stage.norm1.weight, stage.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias),
+        *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
+    )
+    scales = drop_path_scales(x, stage.drop_rates) if stage.training and any(stage.drop_rates) else None
+    arguments = x, weights, len(stage.drop_rates), attn.num_heads, stage.norm1.eps, scales
+    if stage.training and stage.graphed is not None:
+        return stage.graphed(*arguments, recompute=stage.recompute)
+    return run(*arguments, recompute=stage.recompute, backend="triton")
+
+
+def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:
+    """[positions, 2, batch]: 0 or 1/keep, drawn number by number as timm's ``drop_path`` draws them."""
+    scales = x.new_ones(len(rates), 2, x.shape[0])
+    for scale, rate in zip(scales, rates, strict=True):
+        if rate:
+            for branch in scale:  # two draws, as timm makes them: the attention's, then the MLP's
+                branch.bernoulli_(1 - rate)
+            scale.div_(1 - rate)
+    return scales

@@ -1,0 +1,114 @@
+"""Where a result comes from: commit, versions, hardware."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sws_dist.atomic import atomic_write_text
+from sws_dist.checkpoint.checkpoint import list_checkpoints
+from sws_dist.config.loader import config_to_yaml
+from sws_dist.config.schema import RunConfig
+from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.init import World
+from sws_dist.errors import ConfigError
+
+_PACKAGES = ("sws-dist", "torch", "deepspeed", "triton", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+def collect_provenance() -> dict[str, Any]:
+    """JSON-ready: ``commit``, ``versions``, ``hardware``."""
+    return {"commit": commit(), "versions": _versions(), "hardware": hardware()}
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
+
+
+def commit() -> str:
+    """The checkout's commit, with ``+`` where files differ from it; a snapshot's (``launcher/submit.py``); or empty."""
+    root = Path(__file__).parents[1]
+    if (kept := root / "COMMIT").is_file():
+        return kept.read_text().strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_APPEARS_S = 15.0
+"""What one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
+
+
+def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
+    """Create the run's folder, which all nodes have to see, refusing to mix two runs in one. A collective."""
+    output = Path(config.output)
+    with raise_on_all_ranks("prepare the output folder"):
+        if world.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            if not os.access(output, os.W_OK):
+                raise PermissionError(f"output {output}: no permission to write there")
+            if resume is None and list_checkpoints(output / "checkpoints"):
+                raise ConfigError(
+                    f"output {output}: already holds a run; go on with --resume auto, or --set output=ANOTHER"
+                )
+    _require_shared(output, world)
+    return output
+
+
+def _require_shared(output: Path, world: World) -> None:
+    """Stop all ranks if what rank 0 writes into the run's folder is not there for every one of them. A collective."""
+    if world.nodes == 1:
+        return
+    token = output / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
+    try:
+        with raise_on_all_ranks("write into the output folder"):
+            if world.is_main:
+                token.touch()
+        with raise_on_all_ranks("find there what rank 0 wrote"):
+            deadline = time.monotonic() + _APPEARS_S
+            while not token.exists():
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"output {output}: on {socket.gethostname()} it is another folder than on rank 0's node; "
+                        "all nodes have to share its file system"
+                    )
+                time.sleep(0.1)
+    finally:
+        if world.is_main:
+            token.unlink(missing_ok=True)
+
+
+def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[str, str]:
+    """``config.yaml``, ``deepspeed.json`` and ``environment.json`` in the run's folder; their texts by name."""
+    texts = {
+        "config.yaml": config_to_yaml(config),
+        "deepspeed.json": json.dumps(ds, indent=2) + "\n",
+        "environment.json": json.dumps(collect_provenance(), indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        atomic_write_text(output / name, text)
+    return texts

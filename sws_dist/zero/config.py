@@ -1,0 +1,232 @@
+"""How a run is sharded: load, check and resolve the DeepSpeed JSON. Pure: no torch, no DeepSpeed.
+
+DeepSpeed accepts unknown top-level keys and ``"auto"`` without a word, clips gradients at 1.0 unless told
+otherwise, and lets its JSON overrule the trainer's optimizer. Here each fact has one owner: the JSON holds the
+keys of ``HONOURED``, the run config holds the rest, and what belongs to neither is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from sws_dist.config.schema import RunConfig
+from sws_dist.errors import ConfigError
+
+HONOURED = {
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "comms_logger",
+    "wall_clock_breakdown",
+}
+
+REFUSED = {
+    "train_batch_size": "set train.global_batch in the run config",
+    "optimizer": "set optim.* in the run config",
+    "scheduler": "set optim.* in the run config; the schedule is part of the recipe",
+    "tensorboard": "the trainer writes TensorBoard events to OUTPUT/tensorboard by itself",
+    "activation_checkpointing": "set model.grad_checkpointing in the run config",
+    "elasticity": "DeepSpeed 0.19 has no elastic mode any more",
+    "steps_per_print": "set train.log_every in the run config",
+    "aio": "offloading to NVMe is not supported; offload to the cpu",
+    "flops_profiler": "metrics.json holds the FLOPs; DeepSpeed's profiler is wrong under ZeRO-3",
+}
+
+_OUR_LEAVES = "the trainer marks its own stages as leaf modules; a block marked so asserts, or gives wrong gradients"
+_OUR_CHECKPOINTS = "checkpoints are the trainer's own and fit any world size and ZeRO stage"
+_OLD = "use zero_optimization.offload_param and zero_optimization.offload_optimizer"
+_MASTERS = "the trainer keeps fp32 masters (moving average, checkpoints, exact expansion)"
+
+REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be right here
+    "zero_optimization": {
+        "leaf_module": _OUR_LEAVES,
+        "module_granularity_threshold": f"{_OUR_LEAVES}; on a CPU it crashes",
+        "elastic_checkpoint": _OUR_CHECKPOINTS,
+        "load_from_fp32_weights": _OUR_CHECKPOINTS,
+        "pipeline_loading_checkpoint": _OUR_CHECKPOINTS,
+        "gather_16bit_weights_on_model_save": "launcher/convert.py writes a checkpoint's weights",
+        "gather_fp16_weights_on_model_save": "launcher/convert.py writes a checkpoint's weights",
+        "legacy_stage1": "that implementation is gone",
+        "cpu_offload": _OLD,
+        "cpu_offload_param": _OLD,
+        "cpu_offload_use_pin_memory": _OLD,
+        "zenflow": f"it updates weights behind the optimizer's back; {_MASTERS}",
+    },
+    "zero_optimization.offload_optimizer": {
+        "super_offload": f"it keeps the masters in a process of its own; {_MASTERS}",
+    },
+    "bf16": {"bf16_master_weights_and_grads": _MASTERS, "bf16_optimizer_states": _MASTERS},
+    "fp16": {"fp16_master_weights_and_grads": _MASTERS},
+}
+
+STAGES = (0, 1, 2, 3)
+ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it
+
+
+def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize(config=...)``.
+
+    Of micro batch and accumulation the JSON may give both, one or none (then accumulation is 1); what is missing
+    follows from ``train.global_batch = micro batch x accumulation x world size``.
+
+    Raises:
+        ConfigError: naming the key, the file and what would be right.
+    """
+    ds = load_deepspeed_config(path)
+    zero = ds["zero_optimization"]
+    if config.model.compile and zero["stage"] == 3:
+        raise ConfigError(f"{path}: model.compile does not work under ZeRO-3; use stage 0, 1 or 2, or leave it off")
+    _check_zero3_only(zero, path, world_size)
+    if config.model.cuda_graphs and zero["stage"] == 3:
+        raise ConfigError(
+            f"{path}: model.cuda_graphs does not work under ZeRO-3, which frees and gathers the weights that a graph "
+            "finds by their address; use stage 0, 1 or 2, or leave it off"
+        )
+    if config.model.cuda_graphs and config.model.compile:
+        raise ConfigError(
+            "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to false"
+        )
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if offload and config.optim.name != "cpu_adam":
+        raise ConfigError(
+            f"{path}: offload_optimizer needs optim.name: cpu_adam, not {config.optim.name} "
+            "(add --set optim.name=cpu_adam)"
+        )
+    if config.optim.name == "cpu_adam" and zero["stage"] == 3 and not offload:
+        raise ConfigError(f"{path}: optim.name: cpu_adam under ZeRO-3 needs zero_optimization.offload_optimizer")
+    ds.update(_batch(ds, path, config.train.global_batch, world_size))
+    ds.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default is 1.0
+    ds["zero_allow_untested_optimizer"] = True
+    ds["steps_per_print"] = 10**9  # the trainer prints
+    return ds
+
+
+def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON; ``zero_optimization.stage`` is always there afterwards."""
+    try:
+        ds = json.loads(Path(path).read_text(), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except OSError as error:
+        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(ds, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(ds).__name__}")
+    for key in ds:
+        if key in REFUSED:
+            raise ConfigError(f"{path}: {key} is not read from here; {REFUSED[key]}")
+        if key not in HONOURED:
+            near = difflib.get_close_matches(key, sorted(HONOURED), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(sorted(HONOURED))}"
+            raise ConfigError(f"{path}: unknown key {key}; {hint}")
+    _refuse_auto(ds, path)
+    zero = ds.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.setdefault("stage", 0) not in STAGES:
+        raise ConfigError(f"{path}: zero_optimization.stage must be one of {STAGES}, not {zero!r}")
+    for group, refused in REFUSED_INSIDE.items():
+        for key in _group(ds, group, path):
+            if (reason := refused.get(key.removeprefix(ZERO3_PREFIX))) is not None:
+                raise ConfigError(f"{path}: {group}.{key}: not here: {reason}")
+    for key in ("offload_param", "offload_optimizer"):
+        if _group(zero, key, path).get("device") == "nvme":
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}.device: nvme is not supported: moving average, checkpoints and "
+                "expansion need the masters in memory; offload to the cpu"
+            )
+    if all(ds.get(p, {}).get("enabled") for p in ("bf16", "fp16")):
+        raise ConfigError(f"{path}: bf16 and fp16 are both enabled; choose one")
+    return ds
+
+
+def set_zero3_memory_defaults(zero: dict[str, Any], stage_numel: int) -> None:
+    """Complete a ZeRO-3 group from the size of one stage of shared layers, so that few stages are whole at a time.
+
+    DeepSpeed's own defaults keep a model of up to a billion parameters whole on every rank. What the user gives stays.
+    """
+    settings = {
+        "param_persistence_threshold": 0,  # a leaf module's parameters are gathered in one call: no small ones to save
+        "max_reuse_distance": 2 * stage_numel,  # where forward turns into backward, the last stage stays
+        "max_live_parameters": 3 * stage_numel,
+        "prefetch_bucket_size": stage_numel,  # the next stage while one computes
+    }
+    for key, value in settings.items():
+        if key not in zero:
+            zero.setdefault(ZERO3_PREFIX + key, value)
+
+
+def _check_zero3_only(zero: dict[str, Any], path: str | Path, world_size: int) -> None:
+    """What DeepSpeed ignores below stage 3, and what has to divide the world."""
+    group = zero.get("zero_hpz_partition_size", 1)
+    quantised = any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"))
+    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    if zero["stage"] < 3 and (quantised or offloaded or group != 1):
+        raise ConfigError(
+            f"{path}: offload_param, zero_hpz_partition_size and zero_quantized_*weights do nothing at stage "
+            f"{zero['stage']}; they need zero_optimization.stage 3"
+        )
+    if type(group) is int and (group < 1 or world_size % group):
+        raise ConfigError(
+            f"{path}: zero_optimization.zero_hpz_partition_size {group} does not divide the {world_size} ranks; it is "
+            "usually the number of GPUs in a node"
+        )
+
+
+def _group(ds: dict[str, Any], dotted: str, path: str | Path) -> dict[str, Any]:
+    """The JSON object under a dotted key; empty where there is none."""
+    found: Any = ds
+    for key in dotted.split("."):
+        found = found.get(key, {})
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: {dotted}: expected a JSON object, found {found!r}")
+    return found
+
+
+def precision_of(ds: dict[str, Any]) -> str:
+    """``fp32``, ``bf16`` or ``fp16``: the dtype of the model under this DeepSpeed config."""
+    return next((p for p in ("bf16", "fp16") if ds.get(p, {}).get("enabled")), "fp32")
+
+
+def _unique(pairs: list[tuple[str, Any]], path: str | Path) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{path}: the key {key!r} appears twice; remove one")
+    return dict(pairs)
+
+
+def _refuse_auto(value: Any, path: str | Path, key: str = "") -> None:
+    if value == "auto":
+        raise ConfigError(f'{path}: {key} is "auto", which DeepSpeed does not resolve; leave the key out instead')
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_auto(inner, path, f"{key}.{name}" if key else name)
+
+
+def _batch(ds: dict[str, Any], path: str | Path, global_batch: int, world_size: int) -> dict[str, int]:
+    micro_key, steps_key = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    for key in (micro_key, steps_key):
+        if key in ds and (type(ds[key]) is not int or ds[key] < 1):
+            raise ConfigError(f"{path}: {key} = {ds[key]!r} must be a whole number above 0")
+    if global_batch % world_size:
+        raise ConfigError(
+            f"train.global_batch = {global_batch} cannot be shared evenly by {world_size} ranks; "
+            f"the nearest that can is {max(1, round(global_batch / world_size)) * world_size}"
+        )
+    per_rank = global_batch // world_size
+    micro, steps = ds.get(micro_key), ds.get(steps_key)
+    if micro is None:
+        steps = steps or 1
+        micro = per_rank // steps
+    steps = steps or max(1, per_rank // micro)
+    if micro * steps != per_rank:
+        raise ConfigError(
+            f"{path}: {micro_key} {micro} x {steps_key} {steps} x {world_size} ranks = {micro * steps * world_size} "
+            f"images a step, but train.global_batch is {global_batch}; change one of them"
+        )
+    return {micro_key: micro, steps_key: steps, "train_batch_size": global_batch}

@@ -1,0 +1,127 @@
+"""All that this trainer knows of DeepSpeed's inside: building the engine, its fp32 masters and their place.
+
+Whatever the ZeRO stage and the precision, the weights that the optimizer updates are fp32 tensors of this rank,
+its *masters*: the parameters themselves (stage 0, fp32), fp32 copies (stage 0, bf16 and fp16), or this rank's flat
+shard of them (stages 1, 2, 3). The names below are those of DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+
+from sws_dist.config.schema import OptimConfig
+from sws_dist.distributed.collectives import gather_scalars
+from sws_dist.models import Stage
+from sws_dist.optim import parameter_groups
+from sws_dist.zero.config import precision_of
+from sws_dist.zero.partition import fragments, master_weights
+
+
+def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine around ``model``; ``ds`` is what ``ds_config.resolve`` returned.
+
+    The learning rate is set by the trainer before each step. DeepSpeed's own chatter is reduced to warnings.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, Stage) for m in model.modules()):
+        # Gather a stage's weights once a pass, not once for each of its layers and repeats.
+        set_z3_leaf_modules(model, [Stage])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(optim, model), config=ds)
+    return engine
+
+
+def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
+    arguments: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **arguments)
+    if config.name == "cpu_adam":
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    if not torch.cuda.is_available():
+        raise ValueError("optim.name: fused_adam needs a GPU; use adamw, or cpu_adam")
+    return FusedAdam(groups, adam_w_mode=True, **arguments)
+
+
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """What fp16's loss scaling remembers; empty in bf16 and fp32."""
+    if precision_of(engine.config) != "fp16":
+        return {}
+    scaler = _scaler(engine)
+    return {name: float(getattr(scaler, name)) for name in SCALER if hasattr(scaler, name)}
+
+
+def load_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    for name, value in state.items():
+        setattr(_scaler(engine), name, value if name == "cur_scale" else int(value))
+
+
+def _scaler(engine: Any) -> Any:
+    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+
+
+@torch.no_grad()
+def sync_model_from_masters(engine: Any) -> None:
+    """Make the model's parameters what the masters say. A collective."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        # The prologue partitions everything, the epilogue gathers the persistent parameters anew: without them
+        # those would keep their old values.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp16_groups_flat"):  # stage 0, fp16 or bf16, a fused optimizer
+        for low, master in zip(optimizer.fp16_groups_flat, master_weights(engine), strict=True):
+            low.copy_(master)
+    elif hasattr(optimizer, "fp16_groups"):  # stage 0, fp16 or bf16, any other optimizer
+        low_precision = [p for group in optimizer.fp16_groups for p in group]
+        for low, master in zip(low_precision, master_weights(engine), strict=True):
+            low.data.copy_(master)
+
+
+class StepResult(NamedTuple):
+    """What became of a step: whether the weights were updated, and the gradient's norm before clipping."""
+
+    applied: bool
+    grad_norm: Tensor | float | None
+
+
+def take_step(engine: Any) -> StepResult | None:
+    """The optimizer's step, unless the gradient is not finite; None between the micro-batches of a step.
+
+    DeepSpeed leaves such a step out by itself, on all ranks alike, but at stage 0 in fp32. There each rank has the
+    whole gradient, and parameters without one are not touched.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    if engine.zero_optimization_stage() or precision_of(engine.config) != "fp32":
+        engine.step()
+        return StepResult(engine.was_step_applied(), engine.get_global_grad_norm())
+    norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    applied = math.isfinite(norm)
+    if not applied:
+        engine.module.zero_grad(set_to_none=True)
+    engine.step()
+    return StepResult(applied, norm)
+
+
+def all_weights_finite(engine: Any) -> bool:
+    """Whether every rank's masters are free of infinities and NaN. A collective."""
+    own = master_weights(engine)
+    finite = torch.stack([torch.isfinite(piece.of(own)).all() for piece in fragments(engine)]).all()
+    return bool(gather_scalars(finite.to(torch.uint8)).all())
