@@ -1,66 +1,8 @@
 #!/usr/bin/env python
-"""Expand a learngene into a descendant of any depth, ready to be fine-tuned.
+"""Expand a learngene into a descendant (from a checkout; installed, it is ``sws expand``)."""
 
-examples:
-  # 12 layers, each stage's layer copied evenly
-  python launcher/expand.py --learngene runs/auxiliary/learngene.safetensors --depth 12 --out des12.safetensors
-
-  # other labels and another image size: a fresh head, a resampled position embedding
-  python launcher/expand.py --learngene learngene.safetensors --depth 8 --num-classes 37 --image-size 288 \\
-      --out pets8.safetensors
-
-  # an explicit plan: which stage each layer is copied from
-  python launcher/expand.py --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
-
-Fine-tune the result with
-  launcher/train.py --set model.initial_checkpoint=des12.safetensors --set model.depth=12
-"""
-
-import warnings
-from pathlib import Path
-
-from sws_dist.cli.common import make_parser, run_command, say
-
-
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
-    parser.add_argument("--depth", type=int, required=True, help="the descendant's layers")
-    parser.add_argument(
-        "--plan", default="even", help="even (default), proportional, or the stage of each layer: 0,0,1,2,..."
-    )
-    parser.add_argument("--num-classes", type=int, help="another count than the learngene's gives a fresh head")
-    parser.add_argument("--image-size", type=int, help="another size resamples the position embedding")
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh head (default 0)")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    args = parser.parse_args()
-
-    from sws_dist.checkpoint.model_file import save_model_file
-    from sws_dist.learngene.expand import expand_learngene
-    from sws_dist.learngene.file import load_learngene, read_learngene_info
-    from sws_dist.learngene.plan import expansion_plan, parse_plan
-
-    kind = parse_plan(args.plan)
-    schedule = read_learngene_info(args.learngene).kwargs["schedule"]
-    layers = expansion_plan(schedule, args.depth, kind)  # checked before any tensor is read
-    info, weights = load_learngene(args.learngene)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        described, descendant = expand_learngene(
-            info, weights, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
-        )
-    for warning in caught:
-        say(f"warning: {warning.message}")
-    if described.provenance["fresh_head"]:
-        say(f"the head is new: {described.num_classes} classes, the learngene knows {info.num_classes}")
-    save_model_file(args.out, described, descendant)
-    count = sum(tensor.numel() for tensor in descendant.values())
-    stored = sum(tensor.numel() for tensor in weights.values())
-    say(
-        f"{args.out}: {args.depth} layers from stages {','.join(map(str, layers))}; "
-        f"{count / 1e6:.2f} M parameters from a learngene of {stored / 1e6:.2f} M"
-    )
-
+from sws_dist.cli import expand
+from sws_dist.cli.common import run_command
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(expand.main)

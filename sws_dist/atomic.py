@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and give it its name in one step.
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
 
     A full disk, a kill or a power cut leaves what was there before.
     """

@@ -1,45 +1,182 @@
-"""What a run is put together from: its folder, data, models, and what is known of it beforehand."""
+"""Build a run from its configs: ``build_run`` makes everything that a ``Trainer`` needs, in this order:
+
+process group -> resolved configs -> output folder -> checkpoint to resume -> images -> models -> input pipeline
+-> DeepSpeed engine with its weights -> moving average -> restored state -> recorder
+"""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from sws_dist.checkpoint.checkpoint import latest_valid, verify
+from sws_dist.build_models import ModelParts, build_models
+from sws_dist.checkpoint.checkpoint import (
+    CheckpointState,
+    describe_layout,
+    latest_valid,
+    load_checkpoint,
+    set_aside_newer,
+    verify,
+)
 from sws_dist.config.schema import DataConfig, RunConfig
-from sws_dist.data import manifest
+from sws_dist.data import manifest, pipeline, sampler
+from sws_dist.data.bad_images import BadImages
+from sws_dist.data.draws import Recipe
+from sws_dist.data.loader import Loader
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.mixup import Mixing
 from sws_dist.data.sampler import TrainOrder
 from sws_dist.data.sources import read_classes
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
-from sws_dist.distributed.init import World
-from sws_dist.distributed.traffic import count_traffic
-from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights
-from sws_dist.learngene.file import LearngeneHeader
-from sws_dist.learngene.plan import expansion_plan
-from sws_dist.learngene.sharded_init import TransferMode, choose_transfer, init_by_broadcast, init_by_reading
-from sws_dist.logging.units import format_bytes
+from sws_dist.distributed.heartbeat import Heartbeat
+from sws_dist.distributed.init import World, init_distributed
+from sws_dist.distributed.nonfinite import NonFiniteGuard
+from sws_dist.errors import RunError
+from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, plan_expansion
+from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
-from sws_dist.zero.config import set_zero3_memory_defaults
-from sws_dist.zero.engine import build_engine
-from sws_dist.zero.shard_writer import allocate_shards, master_slices
+from sws_dist.models.losses import DistillationLoss
+from sws_dist.optim import LRSchedule
+from sws_dist.run_dir import prepare_output
+from sws_dist.seed import seed_everything
+from sws_dist.units import format_bytes
+from sws_dist.zero.config import precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
+from sws_dist.zero.ema import ShardedEMA
+from sws_dist.zero.engine import build_engine, connect_deepspeed
+from sws_dist.zero.protocol import ZeroEngine
+from sws_dist.zero.schema import check_against_deepspeed
+from sws_dist.zero.shard_writer import allocate_shards
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
 
 
-def find_checkpoint(output: Path, resume: str | None, world: World, notes: list[str]) -> Path | None:
-    """The checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective.
+@dataclass(frozen=True)
+class DataParts:
+    """The images of a run, their order, and what is drawn for them."""
 
-    Damaged ones are skipped by ``auto``, with a line in ``notes``.
+    train: Manifest
+    val: Manifest
+    order: TrainOrder
+    recipe: Recipe
+    mixing: Mixing
+    bad_train: BadImages
+    bad_val: BadImages
+    val_loader: Loader
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from, and what it says of the run."""
+
+    checkpoint: Path
+    state: CheckpointState
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """Everything that one rank's part of a run is made of. The loop's own state is the ``Trainer``'s."""
+
+    config: RunConfig
+    ds: dict[str, Any]
+    """The resolved DeepSpeed config."""
+    world: World
+    output: Path
+    heartbeat: Heartbeat
+    data: DataParts
+    models: ModelParts
+    dtype: torch.dtype
+    total_steps: int
+    schedule: LRSchedule
+    loss: DistillationLoss
+    engine: ZeroEngine
+    ema: ShardedEMA | None
+    resumed: Resumed | None
+    recorder: Recorder
+    nonfinite: NonFiniteGuard
+
+
+def build_run(config: RunConfig, ds_path: str | Path, resume: str | None = None) -> RunParts:
+    """Build one training run on this rank. A collective.
+
+    Args:
+        config: what to train.
+        ds_path: the DeepSpeed JSON, which says how the run is sharded.
+        resume: ``auto`` (the newest valid checkpoint of ``config.output``, if any), a checkpoint's folder, or None.
 
     Raises:
-        RunError: it is damaged, or all are.
+        ValueError, OSError, RunError: whatever the user can mend, on every rank.
+    """
+    world = init_distributed(config.train.timeout_s)
+    connect_deepspeed()
+    with raise_on_all_ranks("read the DeepSpeed config"):
+        ds = resolve_deepspeed_config(ds_path, config, world.size)
+        check_against_deepspeed(ds, ds_path, world.device)
+    dtype = DTYPES[precision_of(ds)]
+    output = prepare_output(config, resume, world)
+    with raise_on_all_ranks("prepare the heartbeats"):
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+    checkpoint = find_checkpoint(output, resume, world)
+    train, val = load_image_lists(config.data, output, resuming=checkpoint is not None, world=world)
+    with raise_on_all_ranks("build the models"):
+        seed_everything(config.train.seed)
+        models = build_models(config, train.classes, world.device, dtype)
+    expansion = None if checkpoint else plan_expansion(config.model, models.student)
+    with raise_on_all_ranks("build the input pipeline"):
+        data = build_data(config, train, val, world)
+    total_steps = count_steps(config, data.order)
+    engine = build_student_engine(config, models.student, ds, expansion, world, dtype)
+    # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
+    ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+    resumed = None
+    if checkpoint is not None:
+        stream = describe_stream(config, data.order, total_steps)
+        resumed = restore_run(checkpoint, engine, ema, output, world, stream)
+    global_batch = config.train.global_batch
+    return RunParts(
+        config=config,
+        ds=ds,
+        world=world,
+        output=output,
+        heartbeat=heartbeat,
+        data=data,
+        models=models,
+        dtype=dtype,
+        total_steps=total_steps,
+        schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
+        loss=DistillationLoss(config.distill),
+        engine=engine,
+        ema=ema,
+        resumed=resumed,
+        recorder=Recorder(output, world.is_rank_zero, total_steps, resumed.state.step if resumed else 0),
+        nonfinite=NonFiniteGuard(
+            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
+        ),
+    )
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(output: Path, resume: str | None, world: World) -> Path | None:
+    """Find the checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective.
+
+    ``auto`` skips damaged ones with a warning.
+
+    Raises:
+        RunError: the checkpoint is damaged, or all are.
     """
     if resume is None:
         return None
     if resume == "auto":
         found, problems = latest_valid(output / "checkpoints", world)
-        notes += [f"warning: {problem}; going on from {found.name}" for problem in problems if found]
+        for each in problems:
+            log.warning("%s; going on from %s", each, found and found.name)
         return found
     with raise_on_all_ranks("check the checkpoint"):
         problem = verify(Path(resume), world.rank, world.size)
@@ -48,8 +185,34 @@ def find_checkpoint(output: Path, resume: str | None, world: World, notes: list[
     return Path(resume)
 
 
-def load_image_lists(config: RunConfig, output: Path, resuming: bool, world: World) -> tuple[Manifest, Manifest]:
-    """Training and validation images, listed by rank 0 alone: a folder is not read once a rank. A collective.
+def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:
+    """Describe what decides which images and draws a step sees: a run goes on only with the same."""
+    return {
+        "global_batch": config.train.global_batch,
+        "seed": config.train.seed,
+        "epoch_size": order.epoch_size,
+        "total_steps": total_steps,
+    }
+
+
+def restore_run(
+    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, output: Path, world: World, stream: dict[str, int]
+) -> Resumed:
+    """Load a checkpoint, say what is different since, and set later checkpoints aside. A collective."""
+    state = load_checkpoint(checkpoint, engine, ema, world, stream)
+    for key, value in describe_layout(engine, world).items():
+        if getattr(state, key) != value:
+            log.info("going on with %s %s; the checkpoint was written with %s", key, value, getattr(state, key))
+    for aside in set_aside_newer(output / "checkpoints", state.step, world):
+        log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
+    return Resumed(checkpoint, state)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_image_lists(config: DataConfig, output: Path, resuming: bool, world: World) -> tuple[Manifest, Manifest]:
+    """List training and validation images on rank 0 alone, so that a folder is read once. A collective.
 
     A run keeps its lists and goes on with them: a file that went bad or vanished meanwhile is then replaced by rule,
     as it would have been without the interruption, instead of changing the order of all others.
@@ -57,26 +220,46 @@ def load_image_lists(config: RunConfig, output: Path, resuming: bool, world: Wor
     kept = [output / f"images-{split}.npz" for split in ("train", "val")]
     found = None
     with raise_on_all_ranks("list the images"):
-        if world.is_main and resuming and all(path.is_file() for path in kept):
+        if world.is_rank_zero and resuming and all(path.is_file() for path in kept):
             train, val = (Manifest.load(path) for path in kept)
             found = train, val
-        elif world.is_main:
-            found = list_images(config.data)
+        elif world.is_rank_zero:
+            found = list_images(config)
             for path, images in zip(kept, found, strict=True):
                 images.save(path)
     return broadcast_from_rank0(found)
 
 
-def list_images(data: DataConfig) -> tuple[Manifest, Manifest]:
-    """Training and validation images."""
-    classes = read_classes(data.classes) if data.classes else None
-    train = manifest.scan(data.root, data.train_split, classes, max_bad_share=data.max_bad_share)
-    val = manifest.scan(data.root, data.val_split, train.classes, max_bad_share=data.max_bad_share)
+def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
+    """List training and validation images."""
+    classes = read_classes(config.classes) if config.classes else None
+    train = manifest.scan(config.root, config.train_split, classes, max_bad_share=config.max_bad_share)
+    val = manifest.scan(config.root, config.val_split, train.classes, max_bad_share=config.max_bad_share)
     return train, val
 
 
+def build_data(config: RunConfig, train: Manifest, val: Manifest, world: World) -> DataParts:
+    """Build what reads, draws and mixes this rank's images."""
+    bad_val = BadImages(val.bad)
+    batches = sampler.eval_batches(len(val), world.rank, world.size, config.train.eval_batch)
+    return DataParts(
+        train=train,
+        val=val,
+        order=train_order(config, train),
+        recipe=Recipe(config.augment, config.data.image_size),
+        mixing=Mixing(config.augment, len(train.classes), config.train.seed),
+        bad_train=BadImages(train.bad),
+        bad_val=bad_val,
+        val_loader=pipeline.eval_loader(val, batches, config.data, world.device, bad_val),
+    )
+
+
 def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
-    """Raises ValueError for a shard window over images that are not in shards."""
+    """Return the order of the training images.
+
+    Raises:
+        ValueError: a shard window over images that are not in shards.
+    """
     shards = None if images.spans is None else images.spans[:, 0]
     window = config.data.shuffle_shards
     if window is not None and shards is None:
@@ -84,76 +267,55 @@ def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
     return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
 
 
-class Expansion(NamedTuple):
-    """A learngene that the run starts from, and how it becomes the student."""
-
-    path: str
-    header: LearngeneHeader
-    way: TransferMode
-    design: WeightMapping
-
-
-def plan_expansion(config: RunConfig, model: Any) -> Expansion | None:
-    """What ``model.initial_learngene`` asks for, checked against the student before anything is filled. A collective.
+def count_steps(config: RunConfig, order: TrainOrder) -> int:
+    """Return the number of optimizer steps of the whole run.
 
     Raises:
-        RunError: a file that is no learngene or of another geometry, a plan that does not fit.
+        RunError: a step needs more images than the run has.
     """
-    path = config.model.initial_learngene
-    if path is None:
-        return None
-    header, way = choose_transfer(path, config.model.expand)
-    with raise_on_all_ranks("plan the expansion"):
-        if not isinstance(model, SWSVisionTransformer):
-            raise ValueError(f"model.initial_learngene: {config.model.name} is not one of our models (sws_...)")
-        layers = expansion_plan(header.info.kwargs["schedule"], len(model.blocks), config.model.plan)
-        try:
-            design = map_weights(header.info, header.shapes, model, layers)
-        except ValueError as error:
-            raise ValueError(f"model.initial_learngene {path}: {error}") from None
-    return Expansion(path, header, way, design)
+    num_images = config.train.epochs * order.epoch_size
+    total_steps = num_images // config.train.global_batch
+    if total_steps == 0:
+        raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {num_images} images")
+    return total_steps
+
+
+# ---- engine ----------------------------------------------------------------------------------------------------------
 
 
 def build_student_engine(
-    config: RunConfig, model: Any, ds: dict[str, Any], found: Expansion | None, world: World, dtype: torch.dtype
-) -> tuple[Any, list[str]]:
-    """The DeepSpeed engine around the student with its initial weights, and what there is to say of them. A collective.
+    config: RunConfig,
+    student: Any,
+    ds: dict[str, Any],
+    expansion: Expansion | None,
+    world: World,
+    dtype: torch.dtype,
+) -> ZeroEngine:
+    """Build the DeepSpeed engine around the student with its initial weights. A collective.
 
-    A student on the meta device without ``found`` gets zeros: a checkpoint will be loaded.
+    A student on the meta device without ``expansion`` gets zeros: a checkpoint will be loaded.
     """
-    if ds["zero_optimization"]["stage"] == 3 and isinstance(model, SWSVisionTransformer):
-        set_zero3_memory_defaults(ds["zero_optimization"], sum(p.numel() for p in model.blocks[0].parameters()))
-    if not next(model.parameters()).is_meta:
-        return build_engine(model, ds, config.optim), []
-    num_bytes = dtype.itemsize * sum(p.numel() for p in model.parameters())
-    with count_traffic() as allocating:
-        allocate_shards(model, ds, world.device, dtype)
-    with count_traffic() as initialising:
-        engine = build_engine(model, ds, config.optim)
-    if found is None:
-        return engine, []
-    path, header, way, design = found
-    fresh = fresh_head(model, config.train.seed) if design.fresh else {}
-    masters = master_slices(engine)
-    with count_traffic() as moving:
-        if way == "read":
-            filled = init_by_reading(model, path, header, design, fresh, masters)
-        else:
-            filled = init_by_broadcast(model, path, header, design, fresh, masters, world.device)
-    lines = [f"{len(design.layers)} layers from stages {','.join(map(str, design.layers))} of {path}"]
-    if design.dropped:
-        lines.append(f"warning: stages {design.dropped} are dropped, their layers are not used")
-    if design.fresh:
-        lines.append(f"the head is new: {model.num_classes} classes, the learngene knows {header.info.num_classes}")
-    how = "read by this rank" if way == "read" else "broadcast by rank 0"
-    lines.append(f"{format_bytes(filled.num_bytes)} of the learngene {how}; collectives: {moving}")
-    if filled.gathered:
-        lines.append(f"{len(filled.gathered)} parameters, on NVMe or quantised, were gathered, written and cut again")
-    lines.append(
-        f"before that: zero.Init {allocating}, deepspeed.initialize {initialising}; "
-        f"to gather and broadcast every parameter would have been {format_bytes(2 * num_bytes)}"
-    )
-    return engine, lines
+    if ds["zero_optimization"]["stage"] == 3 and isinstance(student, SWSVisionTransformer):
+        set_zero3_memory_defaults(ds["zero_optimization"], sum(p.numel() for p in student.blocks[0].parameters()))
+    if next(student.parameters()).is_meta:
+        allocate_shards(student, ds, world.device, dtype)
+    engine = build_engine(student, ds, config.optim)
+    if expansion is not None:
+        report = init_from_learngene(engine, expansion, config.train.seed, world.device)
+        mapping, header = expansion.mapping, expansion.header
+        log.info("%d layers from stages %s of %s", len(mapping.layers), _commas(mapping.layers), expansion.path)
+        if mapping.dropped:
+            log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
+        if mapping.fresh:
+            log.info(
+                "the head is new: %d classes, the learngene knows %d", student.num_classes, header.info.num_classes
+            )
+        how = "read by this rank" if expansion.mode == "read" else "broadcast by rank 0"
+        log.info("%s of the learngene %s", format_bytes(report.num_bytes), how)
+        if report.gathered:
+            log.info("%d parameters, on NVMe or quantised, were gathered, written and cut again", len(report.gathered))
+    return engine
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def _commas(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,9 +1,10 @@
-"""TODO: say what this module does."""
+"""Build the models of a run: the student with its initial weights, and its teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from sws_dist.checkpoint.model_file import (
     load_weights_strict,
     read_model_info,
 )
-from sws_dist.config.schema import DistillConfig, RunConfig
-from sws_dist.learngene.file import describe_model as describe_ours
+from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
+from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import forward_flops
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
@@ -29,96 +30,76 @@ from sws_dist.models.teacher import Teacher
 from sws_dist.run_dir import collect_provenance
 
 
-def load_teacher(
-    config: DistillConfig,
-    num_classes: int,
-    classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-) -> Teacher | None:
-    """The configured teacher with its local weights, or None where none is configured.
+@dataclass(frozen=True)
+class ModelParts:
+    """The models of a run, before DeepSpeed wraps the student."""
 
-    Raises:
-        ValueError: unknown model, missing or unfit weights, or other labels than the data's.
-    """
-    if config.teacher is None:
-        return None
-    if Path(config.teacher).suffix == ".safetensors":
-        info, weights = load_model_file(config.teacher)
-        if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
-            raise ValueError(
-                f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
-            )
-        model, source = info.build(), config.teacher
-        own = {key: info.pixels[key] for key in ("mean", "std")} if info.pixels else {"mean": mean, "std": std}
-    else:
-        if config.teacher_weights is None:
-            raise ValueError(
-                f"distill.teacher {config.teacher}: set distill.teacher_weights to a local file of its weights; "
-                "nothing is fetched from a hub"
-            )
-        weights = load_state_dict_file(config.teacher_weights)
-        labels = infer_num_labels(config.teacher, weights, num_classes)
-        model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
-        weights = apply_timm_filter(model, weights)
-        own = {key: model.pretrained_cfg[key] for key in ("mean", "std")}
-    found = getattr(model, "num_classes", num_classes)
-    if found != num_classes:
-        raise ValueError(
-            f"distill.teacher {config.teacher} knows {found} labels, the data has {num_classes}; "
-            "fit a teacher to these data first (a run config with a timm model.name does it)"
-        )
-    load_weights_strict(model, weights, source)
-    expected = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if expected is not None and tuple(expected) != (image_size, image_size):
-        raise ValueError(
-            f"distill.teacher {config.teacher} takes {expected[0]} pixels, data.image_size is {image_size}"
-        )
-    return Teacher(model, mean, std, own)
+    student: Any
+    """With its initial weights; on the meta device if it starts from a learngene, which is written into its shards
+    later."""
+    teacher: Teacher | None
+    kernels: str
+    """A log message: which code runs the student's stages."""
+    flops: Flops
+    num_parameters: int
+    info: ModelInfo
+    """What the run's weight files will say of the student."""
 
 
-def build_models(
-    config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Teacher | None, str]:
-    """The student with its initial weights, the teacher if there is one, and who runs the student's stages.
+class Flops(NamedTuple):
+    """Floating-point operations of one forward pass over one image."""
 
-    A student that starts from a learngene is on the meta device; ``start`` fills it.
+    student: int
+    teacher: int | None
+    """None: torch cannot count the operations of this model."""
+
+
+def build_models(config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype) -> ModelParts:
+    """Build student and teacher.
 
     Args:
-        device, dtype: where and in what the student will run; nothing is moved there yet.
+        device, dtype: where and in what they will run. The teacher is moved there, the student by DeepSpeed later.
 
     Raises:
         ValueError: an unknown model or argument, weights that do not fit, kernels that cannot run.
     """
-    data = config.data
     with torch.device("meta") if config.model.initial_learngene else nullcontext():
-        model = build_student(config, len(classes))
+        student = build_student(config, len(classes))
     if config.model.initial_checkpoint:
-        _initialise(model, config.model.initial_checkpoint)
-    if config.optim.ema_decay and any(b.is_floating_point() for b in model.buffers()):
+        _load_initial_checkpoint(student, config.model.initial_checkpoint)
+    if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
             "set optim.ema_decay to null"
         )
-    kernels = select_kernels(config.model.kernels, model, device, dtype)
-    if config.model.cuda_graphs:
-        kernels += f", {enable_cuda_graphs(model, device)}"
-    if config.model.grad_checkpointing:
+    kernels = _configure_execution(config.model, student, device, dtype)
+    teacher = load_teacher(config.distill, classes, config.data)
+    if teacher is not None:
+        teacher.to(device, dtype)
+    num_parameters = sum(p.numel() for p in student.parameters())
+    info = _describe_student(config, student, classes)
+    return ModelParts(student, teacher, kernels, count_flops(config, len(classes)), num_parameters, info)
+
+
+def _configure_execution(config: ModelConfig, student: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose kernels, CUDA graphs, recomputation and compilation. Returns a log message about the kernels."""
+    kernels = select_kernels(config.kernels, student, device, dtype)
+    if config.cuda_graphs:
+        kernels += f", {enable_cuda_graphs(student, device)}"
+    if config.grad_checkpointing:
         if use_reentrant_ckpt():
             raise ValueError(
                 "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
-        model.set_grad_checkpointing(True)
-    if config.model.compile:
-        model.compile()
-    teacher = load_teacher(config.distill, len(classes), classes, data.mean, data.std, data.image_size)
-    return model, teacher, kernels
+        student.set_grad_checkpointing(True)
+    if config.compile:
+        student.compile()
+    return kernels
 
 
 def build_student(config: RunConfig, num_classes: int) -> Any:
-    """The configured model with random weights."""
+    """Build the configured model with random weights."""
     kwargs: dict[str, Any] = {"num_classes": num_classes, **config.model.kwargs}
     if config.model.name.startswith("sws_"):
         kwargs["img_size"] = config.data.image_size
@@ -130,8 +111,8 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
     return create_model(config.model.name, **kwargs)
 
 
-def _initialise(model: nn.Module, path: str) -> None:
-    """Load ``model.initial_checkpoint``; what two geometries of equal shapes would hide is compared as well."""
+def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
+    """Load ``model.initial_checkpoint``, and compare the geometries, which equal shapes could hide."""
     if Path(path).suffix == ".safetensors" and isinstance(model, SWSVisionTransformer):
         info, weights = load_model_file(path)
         ours = geometry(model)
@@ -147,15 +128,8 @@ def _initialise(model: nn.Module, path: str) -> None:
     load_weights_strict(model, weights, path)
 
 
-class Flops(NamedTuple):
-    """Of one forward pass over one image."""
-
-    student: int
-    teacher: int | None
-    """None: torch cannot count this model's."""
-
-
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
+    """Count the operations of student and teacher."""
     size = config.data.image_size
     student = forward_flops(lambda: build_student(config, num_classes), size)
     if config.distill.teacher is None:
@@ -169,24 +143,74 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
 
 
 def num_layers(model: nn.Module) -> int | None:
-    """Layers that an image passes through, for our models."""
+    """Return the number of layers that an image passes through; None for models that are not ours."""
     return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
 
 
-def describe_student(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> ModelInfo:
-    """What the run's weight files will say of themselves."""
-    pixels = {key: getattr(config.data, key) for key in ("mean", "std", "image_size", "crop_pct", "interpolation")}
-    about = {
-        "run": config.output,
-        "model": config.model.name,
-        "epochs": config.train.epochs,
-        "seed": config.train.seed,
-        "teacher": config.distill.teacher,
-        "initial_checkpoint": config.model.initial_checkpoint,
-        "initial_learngene": config.model.initial_learngene,
-        **collect_provenance(),
+def _describe_student(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> ModelInfo:
+    """Return what the run's weight files will say of the student."""
+    keys = ("mean", "std", "image_size", "crop_pct", "interpolation")
+    about: dict[str, Any] = {
+        "preprocessing": {key: getattr(config.data, key) for key in keys},
+        "classes": list(classes),
+        "provenance": {
+            "run": config.output,
+            "model": config.model.name,
+            "epochs": config.train.epochs,
+            "seed": config.train.seed,
+            "teacher": config.distill.teacher,
+            "initial_checkpoint": config.model.initial_checkpoint,
+            "initial_learngene": config.model.initial_learngene,
+            **collect_provenance(),
+        },
     }
     if isinstance(model, SWSVisionTransformer):
-        kind = "learngene" if model.is_shared else "model"
-        return describe_ours(model, kind, pixels=pixels, classes=list(classes), provenance=about)
-    return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), pixels, list(classes), about)
+        return describe_model(model, "learngene" if model.is_shared else "model", **about)
+    return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), **about)
+
+
+def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig) -> Teacher | None:
+    """Load the configured teacher with its local weights. Returns None where none is configured.
+
+    Args:
+        classes: the labels' names.
+        data: how the student's images are normalised, and their size.
+
+    Raises:
+        ValueError: unknown model, missing or unfit weights, or other labels than the data's.
+    """
+    if config.teacher is None:
+        return None
+    num_classes, image_size = len(classes), data.image_size
+    if Path(config.teacher).suffix == ".safetensors":
+        info, weights = load_model_file(config.teacher)
+        if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
+            raise ValueError(
+                f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
+            )
+        model, source = info.build(), config.teacher
+        own = info.preprocessing or {"mean": data.mean, "std": data.std}
+    else:
+        if config.teacher_weights is None:
+            raise ValueError(
+                f"distill.teacher {config.teacher}: set distill.teacher_weights to a local file of its weights; "
+                "nothing is fetched from a hub"
+            )
+        weights = load_state_dict_file(config.teacher_weights)
+        labels = infer_num_labels(config.teacher, weights, num_classes)
+        model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
+        weights = apply_timm_filter(model, weights)
+        own = model.pretrained_cfg
+    found = getattr(model, "num_classes", num_classes)
+    if found != num_classes:
+        raise ValueError(
+            f"distill.teacher {config.teacher} knows {found} labels, the data has {num_classes}; "
+            "fit a teacher to these data first (a run config with a timm model.name does it)"
+        )
+    load_weights_strict(model, weights, source)
+    expected = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if expected is not None and tuple(expected) != (image_size, image_size):
+        raise ValueError(
+            f"distill.teacher {config.teacher} takes {expected[0]} pixels, data.image_size is {image_size}"
+        )
+    return Teacher(model, (data.mean, data.std), (own["mean"], own["std"]))

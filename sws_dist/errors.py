@@ -1,15 +1,15 @@
-"""Errors that a user can mend. Their messages say which value is wrong, where it came from, what would be right."""
+"""Errors that a user can mend, and exit codes. Messages say which value is wrong, where it came from, what is right."""
 
 from __future__ import annotations
 
 EXIT_REQUEUE = 75
-"""The exit code of a run that was told to stop: saved, start again with ``--resume auto``. sysexits' EX_TEMPFAIL."""
+"""Exit code of a run that was told to stop and has saved: start it again with ``--resume auto`` (EX_TEMPFAIL)."""
 EXIT_PEER_LOST = 69
-"""The exit code of a rank whose peers are gone or stand still: no fault of its own. sysexits' EX_UNAVAILABLE."""
+"""Exit code of a rank whose peers are gone or stand still; the fault is not its own (EX_UNAVAILABLE)."""
 
 
 class ConfigError(ValueError):
-    """A value in a config file or on the command line."""
+    """A value in a config file or on the command line is wrong."""
 
 
 class RunError(RuntimeError):
@@ -17,4 +17,4 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved: every rank leaves with ``EXIT_AGAIN``."""
+    """The run was told to stop and has saved: every rank leaves with ``EXIT_REQUEUE``."""

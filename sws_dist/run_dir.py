@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, hardware."""
+"""Prepare a run's output folder: exclusive to one run, shared by all nodes, with configs and provenance inside."""
 
 from __future__ import annotations
 
@@ -24,42 +24,7 @@ from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
 
 _PACKAGES = ("sws-dist", "torch", "deepspeed", "triton", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
-
-
-def collect_provenance() -> dict[str, Any]:
-    """JSON-ready: ``commit``, ``versions``, ``hardware``."""
-    return {"commit": commit(), "versions": _versions(), "hardware": hardware()}
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
-
-
-def commit() -> str:
-    """The checkout's commit, with ``+`` where files differ from it; a snapshot's (``launcher/submit.py``); or empty."""
-    root = Path(__file__).parents[1]
-    if (kept := root / "COMMIT").is_file():
-        return kept.read_text().strip()
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-_APPEARS_S = 15.0
+_VISIBLE_WITHIN_S = 15.0
 """What one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
 
 
@@ -67,7 +32,7 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
     """Create the run's folder, which all nodes have to see, refusing to mix two runs in one. A collective."""
     output = Path(config.output)
     with raise_on_all_ranks("prepare the output folder"):
-        if world.is_main:
+        if world.is_rank_zero:
             output.mkdir(parents=True, exist_ok=True)
             if not os.access(output, os.W_OK):
                 raise PermissionError(f"output {output}: no permission to write there")
@@ -86,10 +51,10 @@ def _require_shared(output: Path, world: World) -> None:
     token = output / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
     try:
         with raise_on_all_ranks("write into the output folder"):
-            if world.is_main:
+            if world.is_rank_zero:
                 token.touch()
         with raise_on_all_ranks("find there what rank 0 wrote"):
-            deadline = time.monotonic() + _APPEARS_S
+            deadline = time.monotonic() + _VISIBLE_WITHIN_S
             while not token.exists():
                 if time.monotonic() > deadline:
                     raise ConfigError(
@@ -98,12 +63,16 @@ def _require_shared(output: Path, world: World) -> None:
                     )
                 time.sleep(0.1)
     finally:
-        if world.is_main:
+        if world.is_rank_zero:
             token.unlink(missing_ok=True)
 
 
 def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[str, str]:
-    """``config.yaml``, ``deepspeed.json`` and ``environment.json`` in the run's folder; their texts by name."""
+    """Write ``config.yaml``, ``deepspeed.json`` and ``environment.json`` into the run's folder.
+
+    Returns:
+        Their texts by name.
+    """
     texts = {
         "config.yaml": config_to_yaml(config),
         "deepspeed.json": json.dumps(ds, indent=2) + "\n",
@@ -112,3 +81,41 @@ def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[s
     for name, text in texts.items():
         atomic_write_text(output / name, text)
     return texts
+
+
+def collect_provenance() -> dict[str, Any]:
+    """Collect where a result comes from, JSON-ready: ``commit``, ``versions``, ``hardware``."""
+    return {"commit": commit(), "versions": _versions(), "hardware": hardware()}
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
+
+
+def commit() -> str:
+    """Return the checkout's commit, with ``+`` where files differ from it; empty for an installed package.
+
+    A snapshot that ``submit`` made carries its commit in a file.
+    """
+    root = Path(__file__).parents[1]
+    if (kept := root / "COMMIT").is_file():
+        return kept.read_text().strip()
+    if not (root / ".git").exists():  # git would look further up, and find the commit of another project
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,12 +1,13 @@
-"""The training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
+"""Run the training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
 
-What a step does is a function of its number (see ``data/sampler.py``, ``optim.Schedule``, ``comm.seed_everything``),
+What a step does is a function of its number (see ``data/sampler.py``, ``optim.LRSchedule``, ``seed.seed_everything``),
 so a run that is stopped and resumed takes the steps that it would have taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,116 +17,50 @@ from typing import Any
 import torch
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.build import DTYPES, build_student_engine, find_checkpoint, load_image_lists, plan_expansion, train_order
-from sws_dist.build_models import build_models, count_flops, describe_student, num_layers
-from sws_dist.checkpoint.checkpoint import (
-    describe_layout,
-    export_weights,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    set_aside_newer,
-)
-from sws_dist.config.schema import RunConfig
+from sws_dist.build import RunParts, describe_stream
+from sws_dist.build_models import num_layers
+from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
-from sws_dist.data.draws import Recipe
 from sws_dist.data.loader import Batch, Loader
-from sws_dist.data.mixup import Mixing, erase
+from sws_dist.data.mixup import erase
 from sws_dist.distributed.collectives import average_buffers, raise_on_all_ranks
-from sws_dist.distributed.heartbeat import DATA, LOG, Heartbeat
-from sws_dist.distributed.init import init_distributed
-from sws_dist.distributed.nonfinite import NonFiniteGuard
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_sync import StepStatus, StepSync, StopAwareIterator
+from sws_dist.distributed.step_timer import DATA, LOG
 from sws_dist.errors import RunError, Stopped
 from sws_dist.evaluate import Scores, evaluate
 from sws_dist.logging.images import log_first_batch
-from sws_dist.logging.recorder import Recorder
-from sws_dist.logging.startup import log_run_header
-from sws_dist.logging.throughput import LogWindow, SlowStepDetector
+from sws_dist.logging.startup import RunHeader, log_run_header
+from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
 from sws_dist.models.flops import TRAIN_FACTOR
-from sws_dist.models.losses import DistillationLoss, LossParts
-from sws_dist.optim import LRSchedule
-from sws_dist.run_dir import collect_provenance, prepare_output
+from sws_dist.models.losses import LossParts
+from sws_dist.run_dir import collect_provenance, write_configs
 from sws_dist.seed import seed_everything
-from sws_dist.zero.config import precision_of, resolve_deepspeed_config
-from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
-from sws_dist.zero.schema import check_against_deepspeed
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One training run on this rank.
+    """Train the run that ``build_run`` has built, on this rank."""
 
-    Args:
-        config: what to train.
-        ds_path: the DeepSpeed JSON.
-        resume: ``auto`` (the newest whole checkpoint of ``config.output``, if any), a checkpoint's folder, or None.
-
-    Raises:
-        ValueError, OSError, RunError: whatever the user can mend, on every rank.
-    """
-
-    def __init__(self, config: RunConfig, ds_path: str | Path, resume: str | None = None) -> None:
-        self.config = config
-        self.world = world = init_distributed(config.train.timeout_s)
-        with raise_on_all_ranks("read the DeepSpeed config"):
-            self.ds = resolve_deepspeed_config(ds_path, config, world.size)
-            check_against_deepspeed(self.ds, ds_path, world.device)
-        self.dtype = DTYPES[precision_of(self.ds)]
-        self.output = prepare_output(config, resume, world)
-        with raise_on_all_ranks("prepare the heartbeats"):
-            self.watch = Heartbeat(self.output / "heartbeats", world, config.train.timeout_s)
-        self.notes: list[str] = []
-        """What the first lines of the log should say of the resume."""
-        found = find_checkpoint(self.output, resume, world, self.notes)
-        self.train_set, self.val_set = load_image_lists(config, self.output, resuming=found is not None, world=world)
-        with raise_on_all_ranks("build the models"):
-            seed_everything(config.train.seed)
-            self.model, self.teacher, self.kernels = build_models(
-                config, self.train_set.classes, world.device, self.dtype
-            )
-        expansion = None if found else plan_expansion(config, self.model)
-        self.flops = count_flops(config, len(self.train_set.classes))
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        if self.teacher is not None:
-            self.teacher.to(world.device, self.dtype)
-        self.info = describe_student(config, self.model, self.train_set.classes)
-
-        self.bad, self.bad_val = BadImages(self.train_set.bad), BadImages(self.val_set.bad)
-        batches = sampler.eval_batches(len(self.val_set), world.rank, world.size, config.train.eval_batch)
-        with raise_on_all_ranks("build the input pipeline"):
-            self.order = train_order(config, self.train_set)
-            self.recipe = Recipe(config.augment, config.data.image_size)
-            self._val_loader = pipeline.eval_loader(self.val_set, batches, config.data, world.device, self.bad_val)
-        images = config.train.epochs * self.order.epoch_size
-        self.total_steps = images // config.train.global_batch
-        if self.total_steps == 0:
-            raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {images} images")
-        self.schedule = LRSchedule(
-            config.optim,
-            config.train.global_batch,
-            self.order.epoch_size / config.train.global_batch,
-            self.total_steps,
-        )
-        self.loss = DistillationLoss(config.distill)
-        self.mixing = Mixing(config.augment, len(self.train_set.classes), config.train.seed)
-
-        self.engine, beginning = build_student_engine(config, self.model, self.ds, expansion, world, self.dtype)
-        self.notes += beginning
-        self.ema = ShardedEMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay else None
-        self._taken = StepResult(applied=False, grad_norm=None)
-        self._checkpoint: Path | None = None
-        self.step, self.seconds = 0, 0.0
+    def __init__(self, parts: RunParts) -> None:
+        self.parts = parts
+        self.step = 0
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
-        self._resume(found)
-        self._clock = time.perf_counter()
-        self.recorder = Recorder(self.output, world.is_main, self.total_steps, self.step)
-        with raise_on_all_ranks("prepare to skip steps"):
-            limit = config.train.skip_nonfinite
-            self.nonfinite = NonFiniteGuard(limit, self.ds, self.output, self.train_set, self.recorder)
+        self._seconds_before, self._start = 0.0, time.perf_counter()
+        self._checkpoint: Path | None = None
+        self._result = StepResult(applied=False, grad_norm=None)
+        if parts.resumed is not None:
+            state = parts.resumed.state
+            self.step, self.best_top1, self.history = state.step, state.best_top1, list(state.history)
+            self._seconds_before, self._checkpoint = state.seconds, parts.resumed.checkpoint
+        config = parts.config.train
+        self._last_step = min(parts.total_steps, config.max_steps or parts.total_steps)
+        self._loader = self._build_loader()
+        self._window = LogWindow(config.global_batch, parts.world.size)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -133,106 +68,121 @@ class Trainer:
         """Train to the end (or ``train.max_steps``), then write the run's results.
 
         Raises:
-            Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``signals.py``).
+            Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``distributed/signals.py``).
         """
-        with deferred_signals(), self.watch.watching():
+        with deferred_signals(), self.parts.heartbeat.monitoring():
             try:
-                log_run_header(self)
-                self._fit()
+                self._log_start()
+                self._prune()  # a kill after saving leaves one checkpoint too many
+                self._train()
             finally:
-                self.recorder.close()
+                self.parts.recorder.close()
 
-    def _fit(self) -> None:
-        last_step = min(self.total_steps, self.config.train.max_steps or self.total_steps)
-        self._loader = self._batches(last_step)
-        batches, window = iter(self._loader), LogWindow(self)
-        ranks = StepSync([self._require_sound, self.nonfinite.judge, SlowStepDetector(self.recorder.say).judge])
-        self._catch_up()
-        self.watch.lap()
-        while self.step < last_step:
+    def _train(self) -> None:
+        heartbeat, batches = self.parts.heartbeat, iter(self._loader)
+        sync = StepSync([self._require_no_failure, self.parts.nonfinite.check, SlowStepDetector().check])
+        self._run_pending_evaluation()
+        heartbeat.finish_step()
+        self._window.reset()
+        while self.step < self._last_step:
             losses = self._train_step(batches)
-            told = ranks.read()
-            self.watch.step = self.step = self.step + 1
-            lap, failed = self.watch.lap(), self._failure() is not None
-            ranks.call(self.step, losses.total, lap, applied=self._taken.applied, failed=failed)
-            window.add(losses, lap.data)
-            self.recorder.advance()
-            if self.step % self.config.train.log_every == 0 or self.step == last_step:
-                with self.watch.doing(LOG):
-                    window.log()
-            if told or self._ends_epoch() or self.step == last_step:
-                told = ranks.read() or told
-                self._pause(told)
-                window = LogWindow(self)
-                self.watch.lap()
-        if self.step == self.total_steps:
+            stop = sync.collect()  # of the step before
+            heartbeat.step = self.step = self.step + 1
+            times = heartbeat.finish_step()
+            failed = self._failure() is not None
+            sync.post(self.step, losses.total, times, applied=self._result.applied, failed=failed)
+            self._window.add(losses, times.data)
+            self.parts.recorder.advance()
+            if self.step % self.parts.config.train.log_every == 0 or self.step == self._last_step:
+                self._log_step()
+            if stop or self._ends_epoch() or self.step == self._last_step:
+                stop = sync.collect() or stop
+                self._evaluate_and_save(stop)
+                self._window.reset()
+                heartbeat.finish_step()
+        if self.step == self.parts.total_steps:
             self._finish()
         else:
-            self.recorder.say(
-                f"stopped at step {self.step} of {self.total_steps} (train.max_steps); --resume auto goes on"
+            log.info(
+                f"stopped at step {self.step} of {self.parts.total_steps} (train.max_steps); --resume auto goes on"
             )
 
     def _train_step(self, batches: Iterator[Batch]) -> LossParts:
-        """One optimizer step; the losses' means over this rank's micro-batches."""
-        parts: list[LossParts] = []
+        """Take one optimizer step. Returns the losses' means over this rank's micro-batches."""
+        parts, engine = self.parts, self.parts.engine
+        losses: list[LossParts] = []
         seen = []
-        self.nonfinite.begin(self.engine.module)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.schedule(self.step)
-        for _ in range(self.engine.gradient_accumulation_steps()):
-            with self.watch.doing(DATA):
+        parts.nonfinite.before_step(engine.module)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = parts.schedule(self.step)
+        for _ in range(engine.gradient_accumulation_steps()):
+            with parts.heartbeat.phase(DATA):
                 batch = next(batches)
             seen.append(batch.indices)
-            seed_everything(self.config.train.seed, batch.position)
-            images = batch.images
-            if batch.erase is not None:
-                images = erase(images, batch.erase, self.config.augment.re_mode)
-            images, targets = self.mixing(images, batch.labels, batch.position)
-            images = images.to(self.dtype)
-            teacher_logits = None if self.teacher is None else self.teacher(images)
-            if self.step == 0 and not parts:
-                log_first_batch(self, images, batch, teacher_logits)
-            parts.append(self.loss(self.engine(images), targets, teacher_logits))
-            self.engine.backward(parts[-1].total)
-            self._taken = take_step(self.engine) or self._taken
-        if self.ema is not None and self._taken.applied:
-            self.ema.update()
-        self.nonfinite.end(self.step + 1, seen, self._taken.applied)
-        means = [torch.stack([p[i].detach().float() for p in parts]).mean() for i in range(len(LossParts._fields))]
-        return LossParts(*means)
+            losses.append(self._forward(batch, is_first=self.step == 0 and not losses))
+            engine.backward(losses[-1].total)
+            self._result = take_step(engine) or self._result
+        if parts.ema is not None and self._result.applied:
+            parts.ema.update()
+        parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
+        columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
+        return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 
-    def _catch_up(self) -> None:
-        """The evaluation before the first step, or one that a stop has put off."""
+    def _forward(self, batch: Batch, is_first: bool) -> LossParts:
+        """Augment one micro-batch on the device, and compute its losses."""
+        parts, config = self.parts, self.parts.config
+        seed_everything(config.train.seed, batch.position)
+        images = batch.images
+        if batch.erase is not None:
+            images = erase(images, batch.erase, config.augment.re_mode)
+        images, targets = parts.data.mixing(images, batch.labels, batch.position)
+        images = images.to(parts.dtype)
+        teacher_logits = None if parts.models.teacher is None else parts.models.teacher(images)
+        if is_first:
+            log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
+        return parts.loss(parts.engine(images), targets, teacher_logits)
+
+    # ---- evaluating and saving -----------------------------------------------------------------------------------
+
+    def _run_pending_evaluation(self) -> None:
+        """Run the evaluation before the first step, or one that a stop has put off."""
         evaluated = bool(self.history) and self.history[-1]["step"] == self.step
-        if self.step == 0 and self.config.train.eval_at_start:
+        if self.step == 0 and self.parts.config.train.eval_at_start:
             if self._evaluate() is None:
                 raise Stopped("told to stop before the first step: there is nothing to save")
         elif self._evaluation_due() and not evaluated:
-            self._pause(None)
+            self._evaluate_and_save(None)
 
-    def _pause(self, told: str | None) -> None:
-        """Evaluate and save where that is due. Told to stop, only save: an evaluation is whole, or after the resume.
+    def _evaluate_and_save(self, stop: str | None) -> None:
+        """Evaluate and save where that is due. A run that is told to stop only saves, and evaluates after the resume.
+
+        Args:
+            stop: why the run is to stop, or None.
 
         Raises:
             Stopped: on all ranks.
         """
         top1 = None
-        if told is None and self._evaluation_due():
+        if stop is None and self._evaluation_due():
             top1 = self._evaluate()
-            told = "during the evaluation" if top1 is None else None
-        last = self.step in (self.total_steps, self.config.train.max_steps)
-        epoch = self._epochs_done(self.step)
-        if told or last or (self._ends_epoch() and epoch % self.config.checkpoint.every == 0):
+            stop = "during the evaluation" if top1 is None else None
+        epoch, config = self._num_epochs(self.step), self.parts.config
+        is_last = self.step in (self.parts.total_steps, config.train.max_steps)
+        if stop or is_last or (self._ends_epoch() and epoch % config.checkpoint.every == 0):
             self._save(epoch, top1)
-        if told:
-            raise Stopped(f"told to stop ({told}): saved at step {self.step} of {self.total_steps}")
+        if stop:
+            raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
     def _evaluate(self) -> float | None:
-        """Score the weights, and their average where one is kept. Returns the weights' top-1; None: told to stop."""
-        average_buffers(self.engine.module)
+        """Score the weights, and their average where one is kept.
+
+        Returns:
+            The weights' top-1, or None if the run was told to stop meanwhile.
+        """
+        average_buffers(self.parts.engine.module)
         found = {"val": self._score()}
-        if self.ema is not None and found["val"] is not None:
-            with self.ema.applied():
+        if self.parts.ema is not None and found["val"] is not None:
+            with self.parts.ema.applied():
                 found["val_ema"] = self._score()
         scores = {group: s for group, s in found.items() if s is not None}
         if len(scores) < len(found):
@@ -240,175 +190,200 @@ class Trainer:
         values = {
             f"{group}/{name}": getattr(s, name) for group, s in scores.items() for name in ("top1", "top5", "loss")
         }
-        epoch = self._epochs_done(self.step)
-        self.recorder.scalars(self.step, values)
-        self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed(), **values})
-        top1 = scores["val"].top1
-        self.best_top1 = max(top1, self.best_top1 or 0.0)
+        epoch, val = self._num_epochs(self.step), scores["val"]
+        self.parts.recorder.scalars(self.step, values)
+        self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed_s(), **values})
+        self.best_top1 = max(val.top1, self.best_top1 or 0.0)
         averaged = f"  averaged {100 * scores['val_ema'].top1:.2f} %" if "val_ema" in scores else ""
-        self.recorder.say(
-            f"epoch {epoch}/{self.config.train.epochs}  step {self.step}/{self.total_steps}  "
-            f"val top-1 {100 * top1:.2f} %{averaged}  loss {scores['val'].loss:.4f}  ({scores['val'].images} images)"
+        log.info(
+            f"epoch {epoch}/{self.parts.config.train.epochs}  step {self.step}/{self.parts.total_steps}  "
+            f"val top-1 {100 * val.top1:.2f} %{averaged}  loss {val.loss:.4f}  ({val.images} images)"
         )
-        return top1
+        return val.top1
 
     def _score(self) -> Scores | None:
-        self.engine.eval()
-        self.bad_val.clear()
-        batches = StopAwareIterator(self._val_loader, self.world.device, self.watch.moved)
-        with self.watch.doing("evaluating"):
-            scores = evaluate(self.engine, batches, self.dtype)
-        self._tell_of(self.bad_val, 0, len(self.val_set))
-        self.engine.train()
-        return None if batches.told else scores
+        """Score what the model holds. Returns None if the run was told to stop meanwhile."""
+        parts = self.parts
+        parts.engine.eval()
+        parts.data.bad_val.clear()
+        batches = StopAwareIterator(parts.data.val_loader, parts.world.device, parts.heartbeat.tick)
+        with parts.heartbeat.phase("evaluating"):
+            scores = evaluate(parts.engine, batches, parts.dtype)
+        self._report_bad_images(parts.data.bad_val, 0, len(parts.data.val))
+        parts.engine.train()
+        return None if batches.stop_requested else scores
 
     def _save(self, epoch: int, top1: float | None) -> None:
+        parts = self.parts
         state = {
             "step": self.step,
             "epoch": epoch,
-            "seconds": self._elapsed(),
+            "seconds": self._elapsed_s(),
             "top1": top1,
             "best_top1": self.best_top1,
             "history": self.history,
-        } | self._stream()
-        if not all_weights_finite(self.engine):
+        } | describe_stream(parts.config, parts.data.order, parts.total_steps)
+        if not all_weights_finite(parts.engine):
             raise RunError(
                 f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
                 "is untouched. A lower optim.lr, more warm-up or gradient_clipping usually helps"
             )
-        average_buffers(self.engine.module)
-        folder, keep = self.output / "checkpoints", self.config.checkpoint
-        info = self._described()
-        with self.watch.doing("saving"):
-            self._checkpoint = save_checkpoint(folder, self.engine, self.ema, info, self.world, state)
-        if self.world.is_main:
+        average_buffers(parts.engine.module)
+        last_top1 = self.history[-1]["val/top1"] if self.history else None
+        provenance = parts.models.info.provenance | {"step": self.step, "top1": last_top1}
+        info = dataclasses.replace(parts.models.info, provenance=provenance)
+        folder = parts.output / "checkpoints"
+        with parts.heartbeat.phase("saving"):
+            self._checkpoint = save_checkpoint(folder, parts.engine, parts.ema, info, parts.world, state)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete checkpoints that are no longer to be kept."""
+        keep = self.parts.config.checkpoint
+        if self.parts.world.is_rank_zero:
             try:
-                prune_checkpoints(folder, keep.keep_last, keep.keep_best)
-            except OSError as error:  # the new checkpoint is whole: what is left of old ones costs room, no more
-                self.recorder.say(f"an old checkpoint could not be deleted: {error}")
+                prune_checkpoints(self.parts.output / "checkpoints", keep.keep_last, keep.keep_best)
+            except OSError as error:  # the newest checkpoint is whole: what is left of old ones costs room, no more
+                log.warning("an old checkpoint could not be deleted: %s", error)
 
     def _finish(self) -> None:
-        """The run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
-        name = "learngene" if self.info.kind == "learngene" else "model"
+        """Write the run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
+        parts = self.parts
+        name = "learngene" if parts.models.info.kind == "learngene" else "model"
         with raise_on_all_ranks("write the final weights"):
-            if self.world.is_main:
+            if parts.world.is_rank_zero:
                 assert self._checkpoint is not None
-                export_weights(self._checkpoint, self.output / f"{name}.safetensors")
-                if self.ema is not None:
-                    export_weights(self._checkpoint, self.output / f"{name}_ema.safetensors", average=True)
-        if self.world.is_main:
-            result = self._results()
-            atomic_write_json(self.output / "metrics.json", result)
-            settings = {"model": self.config.model.name, "seed": self.config.train.seed, "lr": self.schedule.peak}
-            settings |= {"epochs": self.config.train.epochs, "batch": self.config.train.global_batch}
-            self.recorder.hparams(settings, {"final/top1": result["top1"]})
-            self.recorder.say(f"done: top-1 {100 * result['top1']:.2f} %, {self.output / name}.safetensors")
+                export_weights(self._checkpoint, parts.output / f"{name}.safetensors")
+                if parts.ema is not None:
+                    export_weights(self._checkpoint, parts.output / f"{name}_ema.safetensors", average=True)
+        if parts.world.is_rank_zero:
+            result, train = self._results(), parts.config.train
+            atomic_write_json(parts.output / "metrics.json", result)
+            settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.schedule.peak}
+            settings |= {"epochs": train.epochs, "batch": train.global_batch}
+            parts.recorder.hparams(settings, {"final/top1": result["top1"]})
+            log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
 
     def _results(self) -> dict[str, Any]:
-        images, teacher = self.total_steps * self.config.train.global_batch, self.flops.teacher
-        last = self.history[-1]
+        """Return what ``metrics.json`` holds."""
+        parts, train, flops = self.parts, self.parts.config.train, self.parts.models.flops
+        num_images, last = parts.total_steps * train.global_batch, self.history[-1]
         return {
-            "model": self.config.model.name,
-            "depth": num_layers(self.model),
-            "parameters": self.parameters,
+            "model": parts.config.model.name,
+            "depth": num_layers(parts.models.student),
+            "parameters": parts.models.num_parameters,
             "top1": last["val/top1"],
             "top5": last["val/top5"],
             "top1_ema": last.get("val_ema/top1"),
             "best_top1": self.best_top1,
             "history": self.history,
-            "seed": self.config.train.seed,
-            "epochs": self.config.train.epochs,
-            "steps": self.total_steps,
-            "images": images,
-            "validation_images": len(self.val_set),
-            "seconds": self._elapsed(),
-            "rank_seconds": round(self._elapsed() * self.world.size, 3),
-            "flops_forward": self.flops.student,
-            "flops_teacher": teacher,
-            "flops": None if teacher is None else images * (TRAIN_FACTOR * self.flops.student + teacher),
-            **describe_layout(self.engine, self.world),
+            "seed": train.seed,
+            "epochs": train.epochs,
+            "steps": parts.total_steps,
+            "images": num_images,
+            "validation_images": len(parts.data.val),
+            "seconds": self._elapsed_s(),
+            "rank_seconds": round(self._elapsed_s() * parts.world.size, 3),
+            "flops_forward": flops.student,
+            "flops_teacher": flops.teacher,
+            "flops": None if flops.teacher is None else num_images * (TRAIN_FACTOR * flops.student + flops.teacher),
+            **describe_layout(parts.engine, parts.world),
             **collect_provenance(),
         }
 
-    # ---- help ----------------------------------------------------------------------------------------------------
+    # ---- logging -------------------------------------------------------------------------------------------------
 
-    def _batches(self, last_step: int) -> Loader:
-        accumulation = self.engine.gradient_accumulation_steps()
-        num_micros = accumulation * self.world.size
-        positions = (
-            sampler.micro_batch_positions(
-                step, self.config.train.global_batch, i * self.world.size + self.world.rank, num_micros
+    def _log_start(self) -> None:
+        """Write the first lines of the log, and the resolved configs into the run's folder."""
+        parts = self.parts
+        if parts.world.is_rank_zero:
+            for name, text in write_configs(parts.config, parts.ds, parts.output).items():
+                parts.recorder.text(name, text)
+        layout = describe_layout(parts.engine, parts.world)
+        header = RunHeader(
+            output=parts.output,
+            model=parts.config.model.name,
+            num_parameters=parts.models.num_parameters,
+            teacher=parts.config.distill.teacher,
+            first_step=self.step,
+            total_steps=parts.total_steps,
+            global_batch=parts.config.train.global_batch,
+            world=str(parts.world),
+            device=parts.world.device.type,
+            zero_stage=layout["zero_stage"],
+            precision=layout["precision"],
+            kernels=parts.models.kernels,
+        )
+        log_run_header(header, parts.data.train, parts.data.val)
+
+    def _log_step(self) -> None:
+        """Write a line of the log about the steps since the last one. A collective."""
+        parts = self.parts
+        with parts.heartbeat.phase(LOG):
+            means = self._window.take_means()
+            epoch = (self.step * parts.config.train.global_batch - 1) // parts.data.order.epoch_size
+            self._report_bad_images(parts.data.bad_train, epoch, parts.data.order.epoch_size)
+            if means is None:
+                return
+            grad_norm = self._result.grad_norm
+            now = Progress(
+                step=self.step,
+                total_steps=parts.total_steps,
+                images_left=(parts.total_steps - self.step) * parts.config.train.global_batch,
+                lr=parts.schedule(self.step - 1),
+                grad_norm=math.nan if grad_norm is None else float(grad_norm),
+                num_bad_images=len(parts.data.bad_train),
+                is_distilled=parts.models.teacher is not None,
             )
-            for step in range(self.step, last_step)
-            for i in range(accumulation)
-        )
-        seed, data = self.config.train.seed, self.config.data
-        return pipeline.train_loader(
-            self.train_set, self.order, positions, self.recipe, seed, data, self.world.device, self.bad
-        )
+            log_progress(parts.recorder, means, now, parts.world.device)
 
-    def tell_of_bad_images(self) -> None:
+    def _report_bad_images(self, bad: BadImages, epoch: int, epoch_size: int) -> None:
         """Log what could not be read since the last call; RunError on all ranks if it is too much. A collective."""
-        epoch = (self.step * self.config.train.global_batch - 1) // self.order.epoch_size
-        self._tell_of(self.bad, epoch, self.order.epoch_size)
+        parts = self.parts
+        for line in bad.exchange(parts.world.device, epoch, epoch_size, parts.config.data.max_bad_share):
+            log.warning(line)
 
-    def _tell_of(self, bad: BadImages, epoch: int, epoch_size: int) -> None:
-        for line in bad.exchange(self.world.device, epoch, epoch_size, self.config.data.max_bad_share):
-            self.recorder.say(line)
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def _build_loader(self) -> Loader:
+        """Build the loader of the steps that are left."""
+        parts, config = self.parts, self.parts.config
+        accumulation = parts.engine.gradient_accumulation_steps()
+        num_micros = accumulation * parts.world.size
+        micros = range(parts.world.rank, num_micros, parts.world.size)
+        positions = (
+            sampler.micro_batch_positions(step, config.train.global_batch, micro, num_micros)
+            for step in range(self.step, self._last_step)
+            for micro in micros
+        )
+        data, seed = parts.data, config.train.seed
+        return pipeline.train_loader(
+            data.train, data.order, positions, data.recipe, seed, config.data, parts.world.device, data.bad_train
+        )
 
     def _ends_epoch(self) -> bool:
-        return self.step > 0 and self._epochs_done(self.step) > self._epochs_done(self.step - 1)
+        return self.step > 0 and self._num_epochs(self.step) > self._num_epochs(self.step - 1)
 
     def _evaluation_due(self) -> bool:
-        every = self.config.train.eval_every
-        return self.step == self.total_steps or (self._ends_epoch() and self._epochs_done(self.step) % every == 0)
+        every = self.parts.config.train.eval_every
+        return self.step == self.parts.total_steps or (self._ends_epoch() and self._num_epochs(self.step) % every == 0)
 
-    def _epochs_done(self, step: int) -> int:
-        if step == self.total_steps:  # what is left of the last epoch is less than a batch
-            return self.config.train.epochs
-        return step * self.config.train.global_batch // self.order.epoch_size
+    def _num_epochs(self, step: int) -> int:
+        """Return how many epochs are complete after ``step``."""
+        if step == self.parts.total_steps:  # what is left of the last epoch is less than a batch
+            return self.parts.config.train.epochs
+        return step * self.parts.config.train.global_batch // self.parts.data.order.epoch_size
 
-    def _elapsed(self) -> float:
-        """Seconds of this run, over all its resumes."""
-        return round(self.seconds + time.perf_counter() - self._clock, 3)
-
-    def _stream(self) -> dict[str, int]:
-        """What decides which images and draws a step sees: a run goes on only with the same."""
-        return {
-            "global_batch": self.config.train.global_batch,
-            "seed": self.config.train.seed,
-            "epoch_size": self.order.epoch_size,
-            "total_steps": self.total_steps,
-        }
-
-    def _described(self) -> Any:
-        top1 = self.history[-1]["val/top1"] if self.history else None
-        return dataclasses.replace(self.info, provenance=self.info.provenance | {"step": self.step, "top1": top1})
-
-    def grad_norm(self) -> float:
-        """Of the latest step's gradient, before clipping."""
-        norm = self._taken.grad_norm
-        return math.nan if norm is None else float(norm)
+    def _elapsed_s(self) -> float:
+        """Return the seconds of this run, over all its resumes."""
+        return round(self._seconds_before + time.perf_counter() - self._start, 3)
 
     def _failure(self) -> Exception | None:
-        """Why this rank cannot go on, if so."""
-        return self._loader.failure or self.recorder.failure
+        """Return why this rank cannot go on, or None."""
+        return self._loader.failure or self.parts.recorder.failure
 
-    def _require_sound(self, answers: StepStatus) -> None:
-        if answers.failed:
-            with raise_on_all_ranks(f"take step {answers.step}"):
+    def _require_no_failure(self, status: StepStatus) -> None:
+        if status.failed:
+            with raise_on_all_ranks(f"take step {status.step}"):
                 if (failure := self._failure()) is not None:
                     raise failure
-
-    def _resume(self, found: Path | None) -> None:
-        self._checkpoint = found
-        if found is None:
-            return
-        state = load_checkpoint(found, self.engine, self.ema, self.world, self._stream())
-        for key, value in describe_layout(self.engine, self.world).items():
-            if getattr(state, key) != value:
-                self.notes.append(f"going on with {key} {value}; the checkpoint was written with {getattr(state, key)}")
-        for aside in set_aside_newer(self.output / "checkpoints", state.step, self.world):
-            self.notes.append(f"set aside as {aside}: it is later than the checkpoint that this run goes on from")
-        self.step, self.seconds = state.step, state.seconds
-        self.best_top1, self.history = state.best_top1, list(state.history)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that any world size and any ZeRO stage can read.
+"""Save and load checkpoints that are whole or absent, and that any world size and any ZeRO stage can read.
 
     OUTPUT/checkpoints/
       step-00000880/                        has this name only once everything in it is on the disk
@@ -29,6 +29,7 @@ from sws_dist.zero.config import precision_of
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import load_loss_scaler_state, loss_scaler_state, sync_model_from_masters
 from sws_dist.zero.partition import master_weights, optimizer_steps
+from sws_dist.zero.protocol import ZeroEngine
 
 VERSION = 2
 _HEADROOM = 1.05
@@ -40,7 +41,7 @@ _ANEW = (
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of itself. ``seconds`` and ``history`` run on over resumes."""
+    """What a checkpoint says of its run. ``seconds`` and ``history`` run on over resumes."""
 
     version: int
     step: int
@@ -52,26 +53,26 @@ class CheckpointState:
     global_batch: int
     seed: int
     epoch_size: int
-    """Images."""
+    """Images of an epoch."""
     total_steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     world_size: int
     zero_stage: int
     precision: str
     num_micros: int
-    """Micro-batches of a step, over all ranks."""
+    """Number of micro-batches of a step, over all ranks."""
     optimizer_steps: int
     loss_scaler: dict[str, float]
     model: dict[str, Any]
-    """``ModelInfo``'s fields."""
+    """The fields of ``ModelInfo``."""
     shapes: dict[str, list[int]]
-    """Of every parameter, in the model's order."""
+    """The shape of every parameter, in the model's order."""
     files: dict[str, FileDigest]
-    """What every other file of the folder must be: how damage is noticed before anything is loaded."""
+    """Size and checksum of every other file of the folder, to notice damage before anything is loaded."""
 
 
-def describe_layout(engine: Any, world: World) -> dict[str, Any]:
-    """How the run is spread: free to change from one start to the next."""
+def describe_layout(engine: ZeroEngine, world: World) -> dict[str, Any]:
+    """Describe how the run is spread over ranks; this may change from one start to the next."""
     return {
         "world_size": world.size,
         "zero_stage": engine.zero_optimization_stage(),
@@ -81,12 +82,15 @@ def describe_layout(engine: Any, world: World) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path, engine: Any, ema: ShardedEMA | None, info: ModelInfo, world: World, state: dict[str, Any]
+    folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, info: ModelInfo, world: World, state: dict[str, Any]
 ) -> Path:
     """Write one checkpoint under ``folder``; the last good one stays until this one is whole. A collective.
 
     Args:
-        state: ``State``'s fields from ``step`` to ``total_steps``.
+        state: the fields of ``CheckpointState`` from ``step`` to ``total_steps``.
+
+    Returns:
+        The checkpoint's folder.
     """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}"
@@ -94,13 +98,13 @@ def save_checkpoint(
         final.exists()
     ):  # what a step leaves is always the same, but for scores that a stop put off
         with raise_on_all_ranks("complete a checkpoint"):
-            if world.is_main and state["top1"] is not None:
+            if world.is_rank_zero and state["top1"] is not None:
                 scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
                 scored = replace(read_state(final), model=asdict(info), **scores)
                 atomic_write_json(final / "state.json", asdict(scored))
         return final
     with raise_on_all_ranks("prepare a checkpoint"):
-        if world.is_main:
+        if world.is_rank_zero:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -113,7 +117,7 @@ def save_checkpoint(
             raise OSError(f"{partial / name}: cannot be written ({error}); the last checkpoint is whole") from None
     listed = gather_on_rank0((name, written))
     with raise_on_all_ranks("complete a checkpoint"):
-        if world.is_main:
+        if world.is_rank_zero:
             assert listed is not None
             complete = CheckpointState(
                 version=VERSION,
@@ -132,12 +136,12 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under ``folder``, oldest first."""
+    """List the checkpoints under ``folder``, oldest first."""
     return sorted(path.parent for path in folder.glob("step-*/state.json"))
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """A checkpoint's own description.
+    """Read what a checkpoint says of its run.
 
     Raises:
         ValueError: not a checkpoint of ours.
@@ -158,7 +162,11 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a checkpoint, if anything: every ``world_size``-th of its files is read and compared."""
+    """Read every ``world_size``-th file of a checkpoint and compare it with its checksum.
+
+    Returns:
+        What is wrong, or None.
+    """
     try:
         state = read_state(checkpoint)
     except ValueError as error:
@@ -175,7 +183,7 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 
 def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint under ``folder`` and what is wrong with newer ones. A collective.
+    """Find the newest undamaged checkpoint under ``folder``, and what is wrong with newer ones. A collective.
 
     Raises:
         RunError: there are checkpoints, and all are damaged.
@@ -193,14 +201,14 @@ def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(
-    checkpoint: Path, engine: Any, ema: ShardedEMA | None, world: World, stream: dict[str, int]
+    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, world: World, stream: dict[str, int]
 ) -> CheckpointState:
-    """Bring engine and moving average to where ``checkpoint`` left them. A collective.
+    """Restore engine and moving average from ``checkpoint``. A collective.
 
     Each rank reads what it needs; world size, ZeRO stage and precision may be others than those of the run that saved.
 
     Args:
-        stream: ``State``'s fields ``global_batch`` to ``total_steps``, as this run has them.
+        stream: the fields ``global_batch`` to ``total_steps`` of ``CheckpointState``, as this run has them.
 
     Raises:
         RunError: a damaged checkpoint, or one of another model or another stream of images.
@@ -235,7 +243,7 @@ def export_weights(
         ValueError: no checkpoint, or one without a moving average.
     """
     state = read_state(checkpoint)
-    info, kind = ModelInfo(**state.model), AVERAGE if average else WEIGHT
+    info, kind = ModelInfo.from_fields(state.model), AVERAGE if average else WEIGHT
     with ShardReader(checkpoint / name for name in state.files) as reader:
         if not reader.has(kind):
             raise ValueError(f"{checkpoint}: holds no moving average; the run kept none (optim.ema_decay)")
@@ -244,14 +252,14 @@ def export_weights(
 
 
 def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
-    """Set aside what is later than ``step``: a run that goes back must not meet it again. A collective.
+    """Rename checkpoints later than ``step``: a run that goes back must not meet them again. A collective.
 
     Returns:
         The new names, on rank 0.
     """
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
-        if world.is_main:
+        if world.is_rank_zero:
             for unfinished in folder.glob(".step-*"):  # a kill in the middle of saving leaves one
                 shutil.rmtree(unfinished, ignore_errors=True)
             for later in sorted(path for path in folder.glob("step-*") if int(path.name[len("step-") :]) > step):
@@ -262,7 +270,7 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest ``keep_last`` and the best. For rank 0."""
+    """Delete all checkpoints but the newest ``keep_last`` and the best. For rank 0."""
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
     if keep_best:
@@ -275,13 +283,13 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _shapes(engine: Any) -> dict[str, list[int]]:
+def _shapes(engine: ZeroEngine) -> dict[str, list[int]]:
     # Under ZeRO-3 a parameter's own shape is empty.
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def _require_space(folder: Path, engine: Any, ema: ShardedEMA | None, world_size: int) -> None:
-    """Refuse to begin what the disk cannot hold: weights, two moments and the moving average, over all ranks."""
+def _require_space(folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, world_size: int) -> None:
+    """Raise OSError if the disk cannot hold weights, two moments and the moving average of all ranks."""
     shard = sum(master.numel() * 4 for master in master_weights(engine))
     # Stage 0 keeps one copy of the optimizer's state; the sharded stages keep one shard a rank.
     total = shard if engine.zero_optimization_stage() == 0 else shard * world_size

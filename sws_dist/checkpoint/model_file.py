@@ -1,6 +1,6 @@
-"""One ``.safetensors`` file for a model: its weights, how to build it, what it expects to see, where it is from.
+"""Store a model in one ``.safetensors`` file: its weights, how to build it, how to preprocess images, where it is from.
 
-Learngenes, descendants, teachers and finished runs are all stored so. The metadata holds one JSON document under
+Learngenes, descendants, teachers and finished runs are all stored this way. The metadata holds one JSON document under
 ``sws_dist``; reading a file never executes anything in it.
 """
 
@@ -22,28 +22,33 @@ from sws_dist.atomic import atomic_write
 from sws_dist.checkpoint.safetensors_stream import TensorEntry, tensor_entry, write_safetensors
 from sws_dist.models import create_model
 
-VERSION = 1
+VERSION = 2  # version 1 had the key "pixels" for "preprocessing"
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a file says of itself.
-
-    ``kind``: ``learngene`` (an auxiliary model's distinct layers) or ``model``. ``name`` and ``kwargs`` are for
-    ``create_model``. ``pixels`` is what evaluation needs: ``mean``, ``std``, ``image_size``, ``crop_pct``,
-    ``interpolation``. ``classes`` are the labels' names in order. ``provenance`` says how the weights came to be.
-    """
+    """What a file says of its model."""
 
     kind: Literal["learngene", "model"]
+    """``learngene``: an auxiliary model's distinct layers."""
     name: str
+    """For ``create_model``, with ``kwargs``."""
     kwargs: dict[str, Any]
     num_classes: int
-    pixels: dict[str, Any] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """What evaluation needs: ``mean``, ``std``, ``image_size``, ``crop_pct``, ``interpolation``."""
     classes: list[str] = field(default_factory=list)
+    """The labels' names in order."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """How the weights came to be."""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelInfo:
+        """Build from the fields of a file of this version or version 1."""
+        return cls(**{"preprocessing" if name == "pixels" else name: value for name, value in fields.items()})
 
     def build(self, **overrides: Any) -> Any:
-        """The model, with random weights."""
+        """Build the model, with random weights."""
         return create_model(self.name, **(self.kwargs | {"num_classes": self.num_classes} | overrides))
 
 
@@ -53,19 +58,19 @@ def save_model_file(path: str | Path, info: ModelInfo, weights: Mapping[str, Ten
 
 
 def write_model_file(path: str | Path, info: ModelInfo, entries: Iterable[TensorEntry]) -> Path:
-    """The same, with weights that are read one at a time."""
+    """Write a file like ``save_model_file``, with weights that are read one at a time."""
     metadata = {"format": "pt", "sws_dist": json.dumps({"version": VERSION, **asdict(info)})}
     return atomic_write(path, lambda temporary: write_safetensors(temporary, entries, metadata))
 
 
 def is_described(path: str | Path) -> bool:
-    """Whether a safetensors file says which model it is of. Raises ``ValueError`` if it is none."""
+    """Return True if a safetensors file says which model it is of. Raises ``ValueError`` for any other file."""
     with _open(path) as file:
         return "sws_dist" in (file.metadata() or {})
 
 
 def read_model_info(path: str | Path) -> ModelInfo:
-    """The metadata alone.
+    """Read the metadata alone.
 
     Raises:
         ValueError: the file is missing, cut short, not safetensors, or was not written by this trainer.
@@ -76,23 +81,24 @@ def read_model_info(path: str | Path) -> ModelInfo:
         raise ValueError(f"{path}: holds tensors but no description of a model; it was not written by sws_dist")
     document = json.loads(metadata["sws_dist"])
     version = document.pop("version")
-    if version != VERSION:
-        raise ValueError(f"{path}: written in version {version} of the format, this program reads version {VERSION}")
-    return ModelInfo(**document)
+    if version not in (1, VERSION):
+        raise ValueError(f"{path}: written in version {version} of the format, this program reads up to {VERSION}")
+    return ModelInfo.from_fields(document)
 
 
 def load_model_file(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """Metadata and all tensors, on the CPU. Raises ``ValueError`` as ``read_info`` does."""
+    """Read metadata and all tensors, on the CPU. Raises ``ValueError`` as ``read_model_info`` does."""
     return read_model_info(path), load_tensors(path)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, on the CPU."""
     with _open(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a PyTorch file without executing anything in it.
+    """Read a state dict from ``.safetensors``, or from a PyTorch file without executing anything in it.
 
     A dictionary with the weights under ``model`` or ``state_dict`` is unwrapped.
     """
@@ -119,8 +125,8 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def infer_num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:
-    """How many labels foreign weights know, read off the classifier that timm names for the model ``name``."""
-    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # of unknown names, create_model speaks
+    """Infer how many labels a state dict knows from the classifier that timm names for the model ``name``."""
+    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # create_model refuses unknown names
     classifier = (about and about.classifier) or ()
     for layer in (classifier,) if isinstance(classifier, str) else classifier:
         if f"{layer}.weight" in weights:
@@ -129,7 +135,7 @@ def infer_num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> 
 
 
 def apply_timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Foreign weights of a timm model as timm itself would take them: renamed, and without what it once stored."""
+    """Convert a timm model's state dict as timm itself does: renamed, and without what earlier versions stored."""
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return filter_fn(weights, model) if filter_fn is not None else weights
 

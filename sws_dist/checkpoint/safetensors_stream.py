@@ -1,4 +1,4 @@
-"""Write a ``.safetensors`` file one tensor at a time: as much memory as the largest of them, and a checksum.
+"""Write a ``.safetensors`` file one tensor at a time, with a checksum: memory for the largest tensor is enough.
 
 The safetensors library itself wants all tensors in memory. The format is eight bytes of length, a JSON header, and
 the tensors' bytes (github.com/huggingface/safetensors); its library reads what is written here.
@@ -33,7 +33,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to write: ``read`` is asked for it when its turn comes, and may take it from any device."""
+    """A tensor to write: ``read`` is called when its turn comes, and may return it on any device."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,28 +42,32 @@ class TensorEntry:
 
 
 def tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
-    """A tensor that is there already."""
+    """Return the entry of a tensor that is in memory already."""
     return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file must be when it is read again."""
+    """Size and checksum of a file, to be compared when it is read again."""
 
     bytes: int
     sha256: str
 
 
 def write_safetensors(path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> FileDigest:
-    """Write ``entries`` in their order, and flush them to the disk."""
+    """Write ``entries`` in their order, and flush them to the disk.
+
+    Returns:
+        Size and checksum of the file.
+    """
     entries = list(entries)
-    digest, size = hashlib.sha256(), 0
+    checksum, size = hashlib.sha256(), 0
     with path.open("wb") as file:
 
         def put(piece: bytes | memoryview) -> None:
             nonlocal size
             file.write(piece)
-            digest.update(piece)
+            checksum.update(piece)
             size += len(piece)
 
         put(_header(entries, metadata))
@@ -75,16 +79,16 @@ def write_safetensors(path: Path, entries: Iterable[TensorEntry], metadata: Mapp
             put(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    return FileDigest(size, digest.hexdigest())
+    return FileDigest(size, checksum.hexdigest())
 
 
 def digest(path: Path) -> FileDigest:
-    """Size and checksum of what is on the disk."""
+    """Measure size and checksum of a file on the disk."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
+        checksum = hashlib.sha256()
         while piece := file.read(1 << 22):
-            digest.update(piece)
-        return FileDigest(file.tell(), digest.hexdigest())
+            checksum.update(piece)
+        return FileDigest(file.tell(), checksum.hexdigest())
 
 
 def _header(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:

@@ -1,9 +1,9 @@
-"""A run's state as named pieces of parameters: any world size and any ZeRO stage can write them, and read them.
+"""Write and read a run's state as named pieces of parameters, for any world size and any ZeRO stage.
 
 Each rank that holds something writes one ``.safetensors`` file. Its tensors are ``KIND/PARAMETER``, flat pieces in fp32
 of the weights (``weight``), of Adam's moments (``exp_avg``, ``exp_avg_sq``) and of the moving average (``average``);
 its metadata says at which element of the flattened parameter each piece starts. Rank 0 adds the model's buffers, whole.
-Whoever reads takes the elements it needs from whichever files have them, and executes nothing.
+A reader takes the elements it needs from whichever files have them, and executes nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sws_dist.checkpoint.safetensors_stream import FileDigest, TensorEntry, tensor_entry, write_safetensors
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.partition import fragments, init_optimizer_state, master_weights, optimizer_moments
+from sws_dist.zero.protocol import ZeroEngine
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
 
@@ -30,8 +31,8 @@ def shard_name(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_shard(path: Path, engine: Any, ema: ShardedEMA | None) -> FileDigest | None:
-    """Write what this rank holds; None where others hold all of it (stage 0, ranks above 0)."""
+def write_shard(path: Path, engine: ZeroEngine, ema: ShardedEMA | None) -> FileDigest | None:
+    """Write what this rank holds. Returns None where rank 0 holds all of it (stage 0, ranks above 0)."""
     main = engine.global_rank == 0
     if engine.zero_optimization_stage() == 0 and not main:
         return None
@@ -47,11 +48,11 @@ def write_shard(path: Path, engine: Any, ema: ShardedEMA | None) -> FileDigest |
 
 
 @torch.no_grad()
-def read_shards(paths: Iterable[Path], engine: Any, ema: ShardedEMA | None, steps: int) -> None:
-    """Fill this rank's masters, moments and average; the model's own parameters follow with ``engine.publish``.
+def read_shards(paths: Iterable[Path], engine: ZeroEngine, ema: ShardedEMA | None, steps: int) -> None:
+    """Fill this rank's masters, moments and average; ``sync_model_from_masters`` has to follow.
 
     Args:
-        steps: that the optimizer has taken; without any it has no moments yet.
+        steps: number of steps that the optimizer has taken; without any it has no moments yet.
     """
     if steps:
         init_optimizer_state(engine, steps)
@@ -68,7 +69,7 @@ def read_shards(paths: Iterable[Path], engine: Any, ema: ShardedEMA | None, step
 
 
 class ShardReader:
-    """Any elements of any parameter, out of the shards of all ranks. A context manager."""
+    """Read any elements of any parameter from the shards of all ranks. A context manager."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._files = ExitStack()
@@ -92,7 +93,7 @@ class ShardReader:
         return any(key.startswith(f"{kind}/") for key in self._pieces)
 
     def read(self, kind: str, parameter: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened parameter: [stop - start], fp32.
+        """Read elements ``start`` to ``stop`` of the flattened parameter: [stop - start], fp32.
 
         Raises:
             ValueError: no shard holds some of them.
@@ -108,14 +109,14 @@ class ShardReader:
         return out
 
     def read_buffer(self, buffer: str) -> Tensor:
-        """A buffer, in its own shape and dtype."""
+        """Read a buffer, in its own shape and dtype."""
         key = f"{BUFFER}/{buffer}"
         if key not in self._pieces:
             raise ValueError(f"the shards hold no buffer {buffer}")
         return self._pieces[key][0][2].get_tensor(key)
 
     def entries(self, shapes: Mapping[str, Sequence[int]], kind: str, dtype: torch.dtype) -> list[TensorEntry]:
-        """The whole model for ``tensor_file.write``: parameters in ``dtype``, buffers as they are."""
+        """List the whole model for ``write_safetensors``: parameters in ``dtype``, buffers as they are."""
 
         def reading(parameter: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
             return lambda: self.read(kind, parameter, 0, torch.Size(shape).numel()).reshape(shape)
@@ -129,7 +130,7 @@ class ShardReader:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a state dict holds."""
+    """Return the buffers that a state dict holds."""
     kept = model.state_dict().keys()
     return {n: buffer for n, buffer in model.named_buffers() if n in kept}
 

@@ -1,49 +1,59 @@
-"""What the entry points under ``launcher/`` share: help that keeps its layout, and errors without tracebacks."""
+"""Share what all commands need: a parser that keeps the help's layout, logging options, errors without tracebacks."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
 
-from sws_dist.distributed.launch_env import local_rank, rank
+from sws_dist.distributed.launch_env import ANY_RANK, local_rank, rank
 from sws_dist.errors import EXIT_REQUEUE, ConfigError, RunError, Stopped
+from sws_dist.logging.console import setup_console
+
+log = logging.getLogger(__name__)
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """An argument parser whose help is the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return an argument parser whose help is the command's docstring, with ``--quiet`` and ``--debug``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    level.add_argument("--debug", action="store_true", help="print details, and tracebacks of errors")
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and show the log as it asks for."""
+    args = parser.parse_args()
+    setup_console(logging.WARNING if args.quiet else logging.DEBUG if args.debug else logging.INFO)
+    return args
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Call ``main``; an error that a user can mend becomes one message and exit code 1 on every rank.
 
-    A run that was told to stop leaves with ``EXIT_AGAIN``. Anything else is a bug and keeps its traceback.
+    A run that was told to stop exits with ``EXIT_REQUEUE``. Any other exception is a bug and keeps its traceback.
     """
+    setup_console()
     try:
         main()
     except Stopped as stopped:
-        say(f"{stopped}; start again with --resume auto")
-        _leave(EXIT_REQUEUE)
+        log.warning("%s; start again with --resume auto", stopped)
+        _exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
-        _leave(130)
+        _exit(130)
     except (ValueError, OSError, RunError) as error:
-        # What all ranks know of is for rank 0 to say; a config, which each node reads for itself, for the first rank
-        # there; and what a rank met on its own it says itself.
+        # What all ranks know of is reported by rank 0; a config, which each node reads for itself, by the first rank
+        # there; and what a rank met on its own it reports itself.
         silent = rank() if isinstance(error, RunError) else local_rank() if isinstance(error, ConfigError) else 0
         if not silent:
-            print(f"error: {error}", file=sys.stderr)
-        _leave(1)
+            log.error("%s", error, extra=ANY_RANK, exc_info=log.isEnabledFor(logging.DEBUG))
+        _exit(1)
 
 
-def _leave(code: int) -> None:
+def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a tidy exit would wait for ranks that may be gone
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if rank() == 0:
-        print(text, flush=True)

@@ -34,6 +34,12 @@ class KeyConflictError(ValueError):
         self.key = key
 
 
+def _require_range(key: str, dotted: str, low_high: tuple[float, float], limit: float) -> None:
+    if not 0 < low_high[0] <= low_high[1] <= limit:
+        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
+        raise KeyConflictError(key, f"{dotted} {list(low_high)}: expected [smallest, largest], both above 0{most}")
+
+
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     name: str
@@ -275,9 +281,3 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-
-
-def _require_range(key: str, dotted: str, low_high: tuple[float, float], limit: float) -> None:
-    if not 0 < low_high[0] <= low_high[1] <= limit:
-        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
-        raise KeyConflictError(key, f"{dotted} {list(low_high)}: expected [smallest, largest], both above 0{most}")

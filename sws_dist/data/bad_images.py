@@ -1,4 +1,4 @@
-"""The account of what could not be read: each bad image named once, all of them counted, too many stop the run."""
+"""Keep account of images that cannot be read: each is named once, all are counted, too many stop the run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class BadImages:
             with raise_on_all_ranks("read the images"):
                 bad = [BadFile(*item) for item in self.known.items()]
                 refuse_too_many(max(missed), epoch_size, max_share, f"epoch {epoch + 1}: ", bad)
-        return named(first_seen)
+        return describe_bad_files(first_seen)
 
     def clear(self) -> None:
         """A new pass over the same images begins: what was missed before does not count against it."""
@@ -69,7 +69,7 @@ class BadImages:
         self._first_open = 0
 
 
-def named(files: Sequence[BadFile]) -> list[str]:
+def describe_bad_files(files: Sequence[BadFile]) -> list[str]:
     """A line for each bad file, the first hundred."""
     lines = [f"bad image: {file.path}: {file.reason}" for file in files[:_NAMED]]
     return lines + ([f"... and {len(files) - _NAMED} more bad images"] if len(files) > _NAMED else [])

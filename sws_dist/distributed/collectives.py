@@ -1,4 +1,7 @@
-"""TODO: say what this module does."""
+"""Exchange values between ranks, and fail on all of them together.
+
+Every function here is a collective: all ranks must call it. Without a process group, a process is its own rank 0.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,38 @@ from sws_dist.errors import RunError
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank did not take part."""
-    # gloo's errors have no type of their own, but the place in its sources that they come from.
+    """Return True if a collective failed because another rank did not take part. Not itself a collective."""
+    # gloo's errors have no type of their own, but they name the place in its sources that they come from.
     return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
 
 
 @contextmanager
 def raise_on_all_ranks(what: str) -> Iterator[None]:
-    """Run a block that holds no collectives; if it fails anywhere, every rank raises the same ``RunError``.
+    """Run a block that holds no collectives; if it fails on any rank, every rank raises the same ``RunError``.
 
     A rank that raised alone would leave the others waiting in their next collective.
+
+    Args:
+        what: what the block does, for the message: ``read the learngene``.
+
+    Raises:
+        RunError: the block raised a ``ValueError``, ``OSError`` or ``RunError`` on some rank. On one rank alone the
+            error itself is raised.
+        Exception: any other error of this rank is a bug: its traceback is worth more than a tidy end.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _is_alone():
         if failure is not None:
             raise failure
         return
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
     if failure is not None and not isinstance(failure, (ValueError, OSError, RunError)):
-        raise failure  # a bug: its traceback is worth more than a tidy end
+        raise failure
     failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
     if failed:
         rank, text = failed[0]
@@ -46,8 +57,8 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Return rank 0's ``value`` on every rank; it is pickled for the way."""
+    if _is_alone():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -55,8 +66,8 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def gather_on_rank0(value: Any) -> list[Any] | None:
-    """Every rank's value in rank order, on rank 0; None elsewhere."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Return every rank's ``value`` in rank order on rank 0, and None elsewhere; values are pickled for the way."""
+    if _is_alone():
         return [value]
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, gathered, dst=0)
@@ -64,7 +75,7 @@ def gather_on_rank0(value: Any) -> list[Any] | None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all ranks; ``values`` stays as it was."""
+    """Return the sum of ``values`` over all ranks; ``values`` stays as it was."""
     total = values.clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -72,7 +83,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_rows(row: Tensor) -> Tensor:
-    """[n] on each rank -> [world, n] on every rank."""
+    """Gather [n] of each rank into [world, n] on every rank."""
     if not dist.is_initialized():
         return row[None]
     out = torch.empty(dist.get_world_size(), len(row), dtype=row.dtype, device=row.device)
@@ -81,15 +92,19 @@ def gather_rows(row: Tensor) -> Tensor:
 
 
 def gather_scalars(value: Tensor) -> Tensor:
-    """[] on each rank -> [world] on every rank."""
+    """Gather [] of each rank into [world] on every rank."""
     return gather_rows(value.reshape(1))[:, 0]
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Running statistics (batch norm), which each rank keeps for itself, made equal on all ranks. A collective."""
-    if dist.get_world_size() == 1:
+    """Make running statistics (batch norm), which each rank keeps for itself, equal on all ranks."""
+    if _is_alone():
         return
     for buffer in model.buffers():
         if buffer.is_floating_point():
             dist.all_reduce(buffer)
             buffer /= dist.get_world_size()
+
+
+def _is_alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1

@@ -1,102 +1,95 @@
-"""Who keeps the others waiting: a heartbeat of every rank, and a message that names the rank that went silent.
+"""Notice a run that hangs: every rank writes a heartbeat, and a message names the rank whose heartbeat stopped.
 
-    OUTPUT/heartbeats/rank-00003.json    rank, host, process, step, and what it is doing; rewritten every few seconds
+    OUTPUT/heartbeats/rank-00003.json    rank, host, process, step, and its phase; rewritten every few seconds
 
 A thread of each rank writes its file, and looks at the others' only once its own run has stood still for a while.
-A rank is silent when its file does not change: no two clocks are compared.
+A rank is stale when its file does not change: no two clocks are compared.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sws_dist.distributed.collectives import is_peer_lost
 from sws_dist.distributed.init import World
+from sws_dist.distributed.launch_env import ANY_RANK
+from sws_dist.distributed.step_timer import StepTimer, StepTimes
 from sws_dist.errors import EXIT_PEER_LOST, Stopped
 
-DATA, LOG = "waiting for data", "writing the log"
 _STEP = "taking a step"
 _TICK_S = 0.5
-_NAMED = 8
+_MAX_NAMED = 8
 
-
-class StepTimes(NamedTuple):
-    """Seconds since the lap before, and of these: waiting for data, writing the log."""
-
-    seconds: float
-    data: float
-    log: float
+log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """This rank's heartbeat and account of its time.
+    """Write this rank's heartbeat, and end the process when the run has made no progress for too long.
 
     Args:
         folder: where all ranks' files are.
-        timeout_s: without progress for so long, the process says who is missing and ends (``train.timeout_s``).
+        timeout_s: seconds without progress after which the process says which ranks are missing and ends
+            (``train.timeout_s``).
     """
 
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
         self.step = 0
         self._folder, self._world, self._timeout_s = folder, world, timeout_s
-        self._beat_s = min(5.0, max(1.0, timeout_s / 60))
+        self._interval_s = min(5.0, max(1.0, timeout_s / 60))
         self._patience_s = min(60.0, timeout_s / 4)
-        self._doing, self._moved = _STEP, time.monotonic()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._lap = time.monotonic()
-        self._beats = 0
-        self._end, self._leaving = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        if world.is_main:
+        self._phase, self._last_progress = _STEP, time.monotonic()
+        self._timer = StepTimer()
+        self._num_written = 0
+        self._stop, self._exiting = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._monitor, name="heartbeat", daemon=True)
+        if world.is_rank_zero:
             folder.mkdir(exist_ok=True)
             for old in folder.glob("*.json"):  # of a run with more ranks
                 old.unlink(missing_ok=True)
 
-    # ---- what this rank does -------------------------------------------------------------------------------------
+    # ---- progress of this rank -----------------------------------------------------------------------------------
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """The block is ``what`` to the others, and its time counts as such. Outside, the run takes a step."""
-        start = self._moved = time.monotonic()
-        self._doing = what
+    def phase(self, name: str) -> Iterator[None]:
+        """Report the block as phase ``name`` and count its time as such. Outside, the run takes a step."""
+        start = self._last_progress = time.monotonic()
+        self._phase = name
         try:
             yield
         finally:
-            self._moved = time.monotonic()
-            self._doing = _STEP
-            self._seconds[what] += self._moved - start
+            self._last_progress = time.monotonic()
+            self._phase = _STEP
+            self._timer.add(name, self._last_progress - start)
 
-    def moved(self) -> None:
-        """Something went on, within a long ``doing``."""
-        self._moved = time.monotonic()
+    def tick(self) -> None:
+        """Report progress inside a long phase."""
+        self._last_progress = time.monotonic()
 
-    def lap(self) -> StepTimes:
-        self.moved()
-        lap = StepTimes(self._moved - self._lap, self._seconds[DATA], self._seconds[LOG])
-        self._lap = self._moved
-        self._seconds.clear()
-        return lap
+    def finish_step(self) -> StepTimes:
+        """Report progress, and return the times since the last call."""
+        self.tick()
+        return self._timer.finish_step()
 
-    # ---- the others ----------------------------------------------------------------------------------------------
+    # ---- the other ranks -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the run inside the block. A lost connection ends the process and says who is missing.
+    def monitoring(self) -> Iterator[None]:
+        """Monitor the run inside the block. A lost connection ends the process and names the missing ranks.
 
         A run that fails leaves its heartbeats behind: they say where it was.
         """
-        self.moved()
+        self.tick()
         self._thread.start()
         try:
             yield
@@ -108,95 +101,99 @@ class Heartbeat:
                 raise
             # gloo: [file:line] what happened. Advice
             what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
-            self._leave(f"lost the connection to other ranks ({what})")
+            self._exit(f"lost the connection to other ranks ({what})")
         self._close()
 
     def _close(self) -> None:
-        self._end.set()
+        self._stop.set()
         self._thread.join(timeout=5)  # not for ever: the disk may hang
-        self._file(self._world.rank).unlink(missing_ok=True)
+        self._path(self._world.rank).unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        beat = asked = 0.0
-        while not self._end.wait(_TICK_S):
+    def _monitor(self) -> None:
+        written = reported = 0.0
+        while not self._stop.wait(_TICK_S):
             now = time.monotonic()
-            if now - beat >= self._beat_s:
-                beat = now
-                self._beat()
-            idle = now - self._moved
+            if now - written >= self._interval_s:
+                written = now
+                self._write()
+            idle = now - self._last_progress
             if idle >= self._timeout_s and self._world.size > 1:
-                self._leave(f"no progress for {idle:.0f} s (train.timeout_s {self._timeout_s:g})")
-            elif idle >= self._patience_s and now - max(asked, self._moved) >= self._patience_s:
-                asked = now
-                account = self._account()
-                if account and self._moved + self._patience_s < time.monotonic():
-                    print(f"no progress for {idle:.0f} s: {account}", flush=True)
+                self._exit(f"no progress for {idle:.0f} s (train.timeout_s {self._timeout_s:g})")
+            elif idle >= self._patience_s and now - max(reported, self._last_progress) >= self._patience_s:
+                reported = now
+                report = self._describe_stall()
+                if report and self._last_progress + self._patience_s < time.monotonic():
+                    log.warning("no progress for %.0f s: %s", idle, report, extra=ANY_RANK)
 
-    def _leave(self, why: str) -> None:
-        self._leaving.acquire()  # the other thread may come here too, when a rank that has said it is gone
-        account = self._account()
-        if account is None:
-            time.sleep(4 * _TICK_S)  # so that the rank that knows can say so first
+    def _exit(self, reason: str) -> None:
+        self._exiting.acquire()  # the other thread may come here too, when a rank that has reported it is gone
+        report = self._describe_stall()
+        if report is None:
+            time.sleep(4 * _TICK_S)  # so that the rank that reports can do so first
         else:
-            print(f"error: {why}; {account}. The last checkpoint is whole", file=sys.stderr, flush=True)
+            log.error("%s; %s. The last checkpoint is whole", reason, report, extra=ANY_RANK)
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(EXIT_PEER_LOST)
 
-    def _account(self) -> str | None:
-        """Who is silent, or what each rank is doing; None where a rank before this one is there to say it."""
-        if self._world.rank and not self._silent([0]):
+    def _describe_stall(self) -> str | None:
+        """Describe the stale ranks, or each rank's phase. Returns None where a lower rank is alive to report it."""
+        if self._world.rank and not self._stale_ranks([0]):
             return None
         ranks = range(self._world.size)
-        silent = self._silent(ranks)
-        if any(rank not in silent for rank in range(self._world.rank)):
+        stale = self._stale_ranks(ranks)
+        if any(rank not in stale for rank in range(self._world.rank)):
             return None
-        if silent:
-            return _describe(silent, "silent, last seen")
+        if stale:
+            return _describe(stale, "silent, last seen")
         found = {rank: json.loads(text) for rank in ranks if (text := self._read(rank))}
         busy = {rank: last for rank, last in found.items() if last["doing"] != _STEP}
         if not busy:
             return "all ranks are alive and taking a step: compiling, computing, or waiting for the network"
         return _describe(busy, "alive,")
 
-    def _silent(self, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Those whose file does not change within two beats, and what it says. Takes as long; this rank beats on."""
+    def _stale_ranks(self, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Return the ranks whose file does not change within two intervals, with its contents.
+
+        The call takes as long, and this rank's own heartbeat goes on meanwhile.
+        """
         before = {rank: self._read(rank) for rank in ranks if rank != self._world.rank}
-        until = time.monotonic() + 2 * self._beat_s + _TICK_S
+        until = time.monotonic() + 2 * self._interval_s + _TICK_S
         while time.monotonic() < until:
-            self._beat()
-            time.sleep(min(self._beat_s, max(0.0, until - time.monotonic())))
+            self._write()
+            time.sleep(min(self._interval_s, max(0.0, until - time.monotonic())))
         return {rank: json.loads(text or "{}") for rank, text in before.items() if text == self._read(rank)}
 
-    def _beat(self) -> None:
-        self._beats += 1
+    def _write(self) -> None:
+        self._num_written += 1
         own = {
             "rank": self._world.rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "step": self.step,
-            "doing": self._doing,
-            "beat": self._beats,
+            "doing": self._phase,
+            "beat": self._num_written,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        with suppress(OSError):  # a full or absent disk is for the run itself to complain of
-            self._file(self._world.rank).write_text(json.dumps(own) + "\n")
+        with suppress(OSError):  # a full or absent disk is for the run itself to report
+            self._path(self._world.rank).write_text(json.dumps(own) + "\n")
 
     def _read(self, rank: int) -> str:
-        """Empty where there is none, or where it is being written."""
+        """Return a rank's file as text; empty where there is none, or where it is being written."""
         try:
-            text = self._file(rank).read_text()
+            text = self._path(rank).read_text()
         except OSError:
             return ""
         return text if text.endswith("\n") else ""
 
-    def _file(self, rank: int) -> Path:
+    def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
 
 
 def _describe(ranks: dict[int, dict[str, Any]], state: str) -> str:
-    """The first few of ``ranks``, with what their files say."""
+    """Describe the first few of ``ranks`` by what their files say."""
     lines = []
-    for rank, last in list(ranks.items())[:_NAMED]:
+    for rank, last in list(ranks.items())[:_MAX_NAMED]:
         if last:
             where = f"{last['host']} (process {last['pid']})"
             lines.append(f"rank {rank} on {where}: {state} {last['doing']} after step {last['step']}, {last['time']}")

@@ -1,4 +1,4 @@
-"""What started this process, what it says of the rank, and what it promised the run. Imports no torch.
+"""Find out what started this process, which rank it is, and how many ranks were asked for. Imports no torch.
 
 Five ways lead here: DeepSpeed's launcher (hostfile or one node), DeepSpeed's ``--launcher slurm``, ``torchrun``, plain
 ``srun``, and plain ``python``, a world of one. DeepSpeed's and torchrun set RANK, WORLD_SIZE, ... for every process;
@@ -22,23 +22,25 @@ import psutil
 
 from sws_dist.errors import ConfigError
 
+ANY_RANK = {"any_rank": True}
+"""``extra=ANY_RANK`` lets a log record be shown by whichever rank writes it; others are shown by rank 0 alone."""
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 def rank() -> int:
-    """This process's rank, as its launcher gave it."""
+    """Return this process's rank, as its launcher gave it."""
     return int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if _is_task(os.environ) else 0))
 
 
 def local_rank() -> int:
-    """This process's rank on its node."""
+    """Return this process's rank on its node."""
     return int(os.environ.get("LOCAL_RANK", os.environ["SLURM_LOCALID"] if _is_task(os.environ) else 0))
 
 
 def complete_environment(env: MutableMapping[str, str]) -> None:
     """Set what torch and DeepSpeed read of ``env``: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and the master's address.
 
-    What is set already stays.
+    Variables that are set already keep their values.
     """
     if "RANK" not in env and _is_task(env):
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
@@ -57,19 +59,19 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class ExpectedWorld:
-    """The world that was asked for: so many nodes with at least so many ranks in all."""
+    """Describe the world that was asked for: a number of nodes with at least a number of ranks in all."""
 
     nodes: int
     ranks: int
     by: str
-    """Who promised it, and what to do where it is not kept."""
+    """Names what asked for it, and says what to do where the world differs."""
 
-    def broken_by(self, nodes: int, ranks: int) -> bool:
+    def mismatches(self, nodes: int, ranks: int) -> bool:
         return nodes != self.nodes or ranks < self.ranks
 
 
 def expected_worlds() -> Iterator[ExpectedWorld]:
-    """What the launchers above this process promised.
+    """Yield the worlds that the launchers above this process were asked for.
 
     Raises:
         ConfigError: DeepSpeed was given a hostfile that is not there, and went on with this machine alone.
@@ -87,21 +89,21 @@ def expected_worlds() -> Iterator[ExpectedWorld]:
 
 
 def node_name() -> str:
-    """This node, as SLURM or its kernel calls it. Two nodes never share one: equal names have unequal kernels."""
+    """Return this node's name, unique to it: equal host names are told apart by the running kernel's boot id."""
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{name} {boot.read_text().strip()}" if boot.is_file() else name
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
+    """Return the first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
     assert found is not None, nodelist
     return f"{found[1]}{found[2] or ''}{found[3]}"
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's short form, node by node: ``8(x2),4`` -> ``[8, 8, 4]``."""
+    """Expand SLURM's short form, node by node: ``8(x2),4`` -> ``[8, 8, 4]``."""
     return [
         int(count)
         for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
@@ -110,11 +112,13 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def choose_gloo_interface(env: MutableMapping[str, str]) -> str | None:
-    """Gloo announces the address of the machine's own name. Where that is loopback (Debian writes ``127.0.1.1 NAME``
-    into /etc/hosts) or nothing, no other node can reach it: name the interface that leads to rank 0 instead.
+    """Set GLOO_SOCKET_IFNAME where gloo would announce an address that other nodes cannot reach.
+
+    Gloo announces the address of the machine's own name. Where that is loopback (Debian writes ``127.0.1.1 NAME``
+    into /etc/hosts) or nothing, the interface that leads to rank 0 is named instead.
 
     Returns:
-        What was done, for the user to read; None where nothing was to be done.
+        A message for the user; None where nothing was to be done.
 
     Raises:
         ConfigError: on rank 0's own node, if there is more than one to choose from.
@@ -144,7 +148,7 @@ def choose_gloo_interface(env: MutableMapping[str, str]) -> str | None:
 
 
 def _address(host: str) -> str:
-    """Loopback where the name is unknown, as gloo takes it."""
+    """Resolve a host name; an unknown one gives loopback, as in gloo."""
     try:
         return socket.gethostbyname(host)
     except OSError:
@@ -152,7 +156,7 @@ def _address(host: str) -> str:
 
 
 def _own_address_towards(host: str) -> str:
-    """The address that a packet to ``host`` would leave with; none is sent."""
+    """Return the address that a packet to ``host`` would leave with; none is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 1))
@@ -162,7 +166,10 @@ def _own_address_towards(host: str) -> str:
 
 
 def _is_task(env: MutableMapping[str, str]) -> bool:
-    """Whether ``srun`` started this process. A batch script's own commands see SLURM_PROCID too, but no node list."""
+    """Return True if ``srun`` started this process.
+
+    A batch script's own commands see SLURM_PROCID too, but no node list.
+    """
     return "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env
 
 
@@ -172,13 +179,13 @@ def _slurm(env: MutableMapping[str, str]) -> Iterator[ExpectedWorld]:
         yield ExpectedWorld(nodes, tasks, "srun (is RANK set in its environment? a rank reads it as its own)")
     elif "SLURM_JOB_NUM_NODES" in env:
         nodes = int(env["SLURM_JOB_NUM_NODES"])
-        # Below a launcher of one task a node, SLURM's tasks say nothing of ranks.
+        # Below a launcher with one task a node, SLURM's number of tasks says nothing about ranks.
         tasks = int(env.get("SLURM_NTASKS", nodes)) if env["WORLD_SIZE"] == "1" else nodes
         yield ExpectedWorld(nodes, tasks, f"SLURM, to job {env['SLURM_JOB_ID']} (put srun before the command)")
 
 
 def _ancestors() -> Iterator[list[str]]:
-    """The command lines of the processes above this one, as far as they may be read."""
+    """Yield the command lines of the processes above this one, as far as they may be read."""
     try:
         for process in psutil.Process().parents():
             yield process.cmdline()
@@ -187,7 +194,7 @@ def _ancestors() -> Iterator[list[str]]:
 
 
 def _hostfile(command: list[str]) -> str | None:
-    """The hostfile that a ``deepspeed`` command names."""
+    """Return the hostfile that a ``deepspeed`` command names, if any."""
     for place, word in enumerate(command[:4]):
         if Path(word).name in ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"):
             parser = argparse.ArgumentParser(add_help=False)
@@ -197,7 +204,7 @@ def _hostfile(command: list[str]) -> str | None:
 
 
 def _world_info(command: list[str]) -> dict[str, list[int]] | None:
-    """Host -> slots, as DeepSpeed's launcher gives them to its helper on every node."""
+    """Return host -> slots, as DeepSpeed's launcher gives them to its helper on every node."""
     for word in command:
         if word.startswith("--world_info="):
             try:

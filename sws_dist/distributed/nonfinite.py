@@ -1,98 +1,93 @@
-"""Steps whose loss or gradient is infinite or NaN: named with their images, skipped as often as the config allows."""
+"""Handle steps whose loss or gradient is infinite or NaN: name their images, skip as many as the config allows."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.data.manifest import Manifest
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.step_sync import StepStatus
-from sws_dist.errors import ConfigError, RunError
-from sws_dist.logging.recorder import Recorder
-from sws_dist.zero.config import precision_of
+from sws_dist.errors import RunError
 
 _ADVICE = "A lower optim.lr, more warm-up or gradient_clipping usually helps"
 
+log = logging.getLogger(__name__)
+
 
 class NonFiniteGuard:
-    """Decides, on all ranks alike, whether such a step is skipped or the run stops.
+    """Decide, on all ranks alike, whether a non-finite step is skipped or the run stops.
 
-    The step itself is left out by ``engine.step``, before anybody here knows of it: weights, optimizer and averages
-    stay as they were.
+    The step itself is left out by ``zero.engine.take_step`` before this class knows of it: weights, optimizer and
+    averages stay as they were.
 
     Args:
         limit: how many steps in a row may be skipped (``train.skip_nonfinite``).
-        ds: the resolved DeepSpeed config.
-
-    Raises:
-        ConfigError: steps are to be skipped, but the DeepSpeed config turns off what would find them.
+        overflow_expected: True in fp16, whose loss scale is found by gradients that overflow.
+        folder: where a file with the images of each non-finite step is written.
+        image_path: maps an image's place in the manifest to its path.
     """
 
-    def __init__(self, limit: int, ds: dict[str, Any], output: Path, images: Manifest, recorder: Recorder) -> None:
-        if limit and not (
-            ds["zero_optimization"].get("compute_grad_norm", True)
-            and ds.get("bf16", {}).get("check_grad_overflow", True)
-        ):
-            raise ConfigError(
-                f"train.skip_nonfinite {limit}: the DeepSpeed config turns off what finds such gradients "
-                "(compute_grad_norm, check_grad_overflow)"
-            )
-        self._limit, self._output, self._images, self._recorder = limit, output, images, recorder
-        self._overflows = precision_of(ds) == "fp16"  # its loss scale is found by gradients that overflow
-        self._in_a_row = 0
-        self._batches: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # a step is judged while the next one runs
+    def __init__(self, limit: int, overflow_expected: bool, folder: Path, image_path: Callable[[int], str]) -> None:
+        self._limit, self._overflow_expected = limit, overflow_expected
+        self._folder, self._image_path = folder, image_path
+        self._skipped_in_a_row = 0
+        self._batches: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # a step is checked while the next one runs
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, model: nn.Module) -> None:
-        """Before a step: remember running statistics (batch norm), which forward changes."""
+    def before_step(self, model: nn.Module) -> None:
+        """Remember the running statistics (batch norm), which forward changes."""
         if self._limit:
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def end(self, step: int, indices: Sequence[np.ndarray], applied: bool) -> None:
-        """After step number ``step`` over the images ``indices`` (places in the manifest) of this rank."""
+    def after_step(self, step: int, indices: Sequence[np.ndarray], applied: bool) -> None:
+        """Remember which images of this rank step number ``step`` saw; put the statistics back if it was skipped.
+
+        Args:
+            indices: places in the manifest, one array for each micro-batch.
+        """
         self._batches.append((step, np.concatenate(indices)))
         if not applied:
             with torch.no_grad():
                 for buffer, before in self._buffers:
                     buffer.copy_(before)
 
-    def judge(self, answers: StepStatus) -> None:
-        """A collective where something is wrong.
+    def check(self, status: StepStatus) -> None:
+        """Check a step's losses and gradient. A collective where one is not finite.
 
         Raises:
-            RunError: one step too many.
+            RunError: one step too many was not finite.
         """
-        bad = [(rank, loss) for rank, loss in enumerate(answers.losses) if not math.isfinite(loss)]
-        if not bad and (answers.applied or self._overflows):
-            self._in_a_row = 0
+        bad = [(rank, loss) for rank, loss in enumerate(status.losses) if not math.isfinite(loss)]
+        if not bad and (status.applied or self._overflow_expected):
+            self._skipped_in_a_row = 0
             return
-        self._in_a_row += 1
-        file = self._output / f"nonfinite-step-{answers.step:08d}.json"
-        self._write(file, answers)
+        self._skipped_in_a_row += 1
+        file = self._folder / f"nonfinite-step-{status.step:08d}.json"
+        self._write(file, status)
         what = f"the loss is {bad[0][1]}" if bad else "the gradient is not finite"
         where = f" on rank {bad[0][0]}" if bad else ""
-        found = f"{what} at step {answers.step}{where} (its images: {file})"
-        if answers.applied or self._in_a_row > self._limit:
+        found = f"{what} at step {status.step}{where} (its images: {file})"
+        if status.applied or self._skipped_in_a_row > self._limit:
             skipped = f" after {self._limit} skipped steps (train.skip_nonfinite)" if self._limit else ""
             raise RunError(f"{found}{skipped}; the last checkpoint is untouched. {_ADVICE}")
-        self._recorder.say(f"{found}: skipped, {self._in_a_row} in a row of at most {self._limit}")
+        log.warning("%s: skipped, %d in a row of at most %d", found, self._skipped_in_a_row, self._limit)
 
-    def _write(self, file: Path, answers: StepStatus) -> None:
-        indices = next(indices for step, indices in self._batches if step == answers.step)
-        everyone = gather_on_rank0([str(self._images.paths[i]) for i in indices])
+    def _write(self, file: Path, status: StepStatus) -> None:
+        """Write which images each rank's step saw. A collective."""
+        indices = next(indices for step, indices in self._batches if step == status.step)
+        paths = gather_on_rank0([self._image_path(int(index)) for index in indices])
         with raise_on_all_ranks("write which images a step had"):
-            if everyone is not None:
+            if paths is not None:
                 ranks = [
                     {"rank": rank, "loss": loss if math.isfinite(loss) else str(loss), "images": images}
-                    for rank, (loss, images) in enumerate(zip(answers.losses, everyone, strict=True))
+                    for rank, (loss, images) in enumerate(zip(status.losses, paths, strict=True))
                 ]
-                atomic_write_json(file, {"step": answers.step, "skipped": not answers.applied, "ranks": ranks})
+                atomic_write_json(file, {"step": status.step, "skipped": not status.applied, "ranks": ranks})

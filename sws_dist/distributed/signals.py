@@ -1,12 +1,13 @@
-"""Being told to stop: SIGUSR1 and SIGTERM (SLURM, launchers), Ctrl-C and a connection that ended let a run finish its
-step and save.
+"""Stop on request: SIGUSR1 and SIGTERM (SLURM, launchers), Ctrl-C, or a closed terminal.
 
-A thread acts on the signals, not their handlers: Python runs a handler only when the main thread comes back from
-what it does, and that may be a collective with a rank that is gone.
+A run that is told to stop finishes its step and saves. A thread acts on the signals, not their handlers: Python runs
+a handler only when the main thread comes back from what it does, and that may be a collective with a rank that is
+gone.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -16,20 +17,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sws_dist.cli.common import say
 from sws_dist.errors import EXIT_REQUEUE
 
 _EXIT_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 _TWICE_S = 1.0  # one Ctrl-C may arrive twice, from the terminal and from the launcher
 
-_PRINTED = (1, 2)  # standard output and standard error
+_OUTPUTS = (1, 2)  # standard output and standard error
 
-_asked = 0
+_requested = 0
 _deferred = False
+
+log = logging.getLogger(__name__)
 
 
 def install_handlers() -> None:
-    """From now on a signal ends this process with ``EXIT_AGAIN``, and inside ``deferred()`` it only sets ``asked()``.
+    """From now on, let a signal end this process with ``EXIT_REQUEUE``; see ``deferred_signals`` for the exception.
 
     Called once, from the main thread. What is ignored (Ctrl-C by a shell's background job, SIGHUP by nohup) stays so.
     """
@@ -45,18 +47,18 @@ def install_handlers() -> None:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Inside the block, and after it if one came, a signal waits to be asked for."""
+    """Inside the block, and after it if one came, let a signal only set ``requested_signal``."""
     global _deferred
     _deferred = True
     try:
         yield
     finally:
-        _deferred = bool(_asked)
+        _deferred = bool(_requested)
 
 
 def requested_signal() -> int:
-    """The first signal that told this process to stop, or 0."""
-    return _asked
+    """Return the first signal that told this process to stop, or 0."""
+    return _requested
 
 
 def signal_name(number: float) -> str:
@@ -64,44 +66,47 @@ def signal_name(number: float) -> str:
 
 
 def _act(reader: int) -> None:
-    global _asked
+    """Wait for signals, and act on each."""
+    global _requested
     first = -_TWICE_S
     poll = select.poll()
     poll.register(reader, select.POLLIN)
-    for stream in _PRINTED:
+    for stream in _OUTPUTS:
         poll.register(stream, 0)  # a hang-up is reported unasked
     while True:
-        number = _next(reader, poll)
+        number = _next_signal(reader, poll)
+        name = signal_name(number)
         if not _deferred:
-            _leave(
-                f"{signal_name(number)}: stopped at once, no step was under way; start again with --resume auto",
-                EXIT_REQUEUE,
-            )
-        if number == signal.SIGINT and _asked and time.monotonic() - first > _TWICE_S:
-            _leave(f"{signal_name(number)} again: stopped at once, without saving", _EXIT_INTERRUPTED)
-        if not _asked:
-            _asked, first = number, time.monotonic()
+            _exit(f"{name}: stopped at once, no step was under way; start again with --resume auto", EXIT_REQUEUE)
+        if number == signal.SIGINT and _requested and time.monotonic() - first > _TWICE_S:
+            _exit(f"{name} again: stopped at once, without saving", _EXIT_INTERRUPTED)
+        if not _requested:
+            _requested, first = number, time.monotonic()
             hint = "; once more: stop at once" if number == signal.SIGINT else ""
-            say(f"{signal_name(number)}: the step under way is finished, then the run is saved{hint}")
+            log.warning("%s: the step under way is finished, then the run is saved%s", name, hint)
 
 
-def _next(reader: int, poll: select.poll) -> int:
-    """The next signal; SIGHUP where nobody is left to read what this process prints: ssh hung up, or a pipe ended."""
+def _next_signal(reader: int, poll: select.poll) -> int:
+    """Wait for the next signal. Returns SIGHUP where nobody is left to read what this process prints.
+
+    That is the case when ssh hung up, or when a pipe ended.
+    """
     while True:
         for descriptor, event in poll.poll():
             if descriptor == reader:
                 return os.read(reader, 1)[0]
-            for stream in _PRINTED:
+            for stream in _OUTPUTS:
                 poll.unregister(stream)
             if event & (select.POLLHUP | select.POLLERR):
                 nothing = os.open(os.devnull, os.O_WRONLY)
-                for stream in _PRINTED:  # from now on printing goes nowhere, which is no error
+                for stream in _OUTPUTS:  # from now on printing goes nowhere, which is no error
                     os.dup2(nothing, stream)
                 return signal.SIGHUP
             break
 
 
-def _leave(message: str, code: int) -> None:
-    say(message)
+def _exit(message: str, code: int) -> None:
+    log.warning(message)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

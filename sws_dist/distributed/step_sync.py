@@ -1,87 +1,96 @@
-"""What the ranks tell each other after every step, so that all of them go on or all of them stop."""
+"""Exchange the ranks' status after every step, so that all ranks go on or all of them stop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sws_dist.data.loader import Batch
 from sws_dist.distributed.collectives import gather_rows
-from sws_dist.distributed.heartbeat import StepTimes
 from sws_dist.distributed.signals import requested_signal, signal_name
+from sws_dist.distributed.step_timer import StepTimes
+
+T = TypeVar("T")
 
 
 class StepStatus(NamedTuple):
-    """Of all ranks after one step, each list in the order of the ranks."""
+    """Status of every rank after one step; lists are indexed by rank."""
 
     step: int
-    """Counted from 1."""
+    """Number of the step, counted from 1."""
     losses: list[float]
+    """Loss of each rank."""
     applied: bool
-    """Whether the weights were updated (the same on all ranks)."""
+    """True if the weights were updated; this is the same on all ranks."""
     failed: bool
-    """Whether any rank cannot go on."""
-    told: str | None
-    """Which signal reached which rank, if any did."""
-    laps: list[StepTimes]
-    """How long the step took."""
+    """True if any rank cannot go on."""
+    stop_requested: str | None
+    """Names the signal and the rank that it reached, if one was told to stop."""
+    times: list[StepTimes]
+    """Times of the step on each rank."""
 
 
 class StepSync:
-    """The ranks' answers, read one step late: by then they have arrived without making the device wait.
+    """Gather the status of all ranks without making the device wait.
 
-    All ranks read the same table, so they decide alike.
+    A step's status is collected while the next step runs; by then it has arrived. All ranks read the same table, so
+    they decide alike.
 
     Args:
-        judges: each is given the answers, on all ranks, and may raise.
+        callbacks: each is called with every ``StepStatus`` on all ranks, and may raise on all of them.
     """
 
-    def __init__(self, judges: Sequence[Callable[[StepStatus], None]]) -> None:
-        self._judges = judges
-        self._step, self._table, self._unread = 0, torch.empty(0), False
+    def __init__(self, callbacks: Sequence[Callable[[StepStatus], None]]) -> None:
+        self._callbacks = callbacks
+        self._step, self._table, self._pending = 0, torch.empty(0), False
 
-    def call(self, step: int, loss: Tensor, lap: StepTimes, *, applied: bool, failed: bool) -> None:
-        """Give this rank's answers, see ``Answers``; ``loss`` [] on the device. A collective."""
-        own = torch.tensor([applied, failed, requested_signal(), *lap], dtype=loss.dtype)
+    def post(self, step: int, loss: Tensor, times: StepTimes, *, applied: bool, failed: bool) -> None:
+        """Send this rank's status of ``step``. A collective.
+
+        Args:
+            loss: [] on the device of the process group.
+            applied, failed: see ``StepStatus``.
+        """
+        own = torch.tensor([applied, failed, requested_signal(), *times], dtype=loss.dtype)
         row = torch.cat([loss.reshape(1), own.to(loss.device, non_blocking=True)])
-        self._step, self._table, self._unread = step, gather_rows(row), True
+        self._step, self._table, self._pending = step, gather_rows(row), True
 
-    def read(self) -> str | None:
-        """Let the judges see the answers to the latest call, once. Returns ``told``."""
-        if not self._unread:
+    def collect(self) -> str | None:
+        """Pass the latest posted status to the callbacks, once. Returns its ``stop_requested``."""
+        if not self._pending:
             return None
-        self._unread = False
-        losses, applied, failed, told, *times = self._table.T.tolist()
-        first = next((f"{signal_name(number)} on rank {rank}" for rank, number in enumerate(told) if number), None)
-        laps = [StepTimes(*lap) for lap in zip(*times, strict=True)]
-        answers = StepStatus(self._step, losses, all(applied), any(failed), first, laps)
-        for judge in self._judges:
-            judge(answers)
-        return answers.told
+        self._pending = False
+        losses, applied, failed, signals, *times = self._table.T.tolist()
+        first = next((f"{signal_name(number)} on rank {rank}" for rank, number in enumerate(signals) if number), None)
+        rank_times = [StepTimes(*row) for row in zip(*times, strict=True)]
+        status = StepStatus(self._step, losses, all(applied), any(failed), first, rank_times)
+        for callback in self._callbacks:
+            callback(status)
+        return status.stop_requested
 
 
-class StopAwareIterator:
-    """Passes batches on until any rank is told to stop; ``told`` says whether that was so. For loops of equal length.
+class StopAwareIterator(Generic[T]):
+    """Iterate ``items`` until any rank is told to stop; ``stop_requested`` then says so.
 
-    Read one batch late, like ``RollCall``.
+    The iterators of all ranks must be equally long. The ranks' votes are read one item late, as in ``StepSync``.
 
     Args:
-        moved: called for each batch.
+        device: where the votes are gathered.
+        on_item: called after each item.
     """
 
-    def __init__(self, batches: Iterable[Batch], device: torch.device, moved: Callable[[], None]) -> None:
-        self.told = False
-        self._batches, self._device, self._moved = batches, device, moved
+    def __init__(self, items: Iterable[T], device: torch.device, on_item: Callable[[], None]) -> None:
+        self.stop_requested = False
+        self._items, self._device, self._on_item = items, device, on_item
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         votes = None
-        for batch in self._batches:
-            yield batch
-            self._moved()
-            before, votes = votes, gather_rows(torch.full([1], requested_signal(), device=self._device))
-            if before is not None and before.any():
-                self.told = True
+        for item in self._items:
+            yield item
+            self._on_item()
+            previous, votes = votes, gather_rows(torch.full([1], requested_signal(), device=self._device))
+            if previous is not None and previous.any():
+                self.stop_requested = True
                 return

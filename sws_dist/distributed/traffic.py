@@ -1,11 +1,11 @@
-"""What the collectives of this process move: calls and bytes, counted at torch's process groups.
+"""Count the calls and bytes of this process's collectives, for tests and benchmarks.
 
-Everything above them is counted alike: torch.distributed, DeepSpeed, objects that are pickled for the way. What
-counts as bytes is the whole tensor that a collective spreads or combines, once, as this rank sees it: a broadcast's
-tensor, the gathered result of an all-gather, the input of an all-reduce or a reduce-scatter. How a backend routes
-them (rings, trees) multiplies all of them much alike and is not in the figures.
+The counters stand at torch's process groups, so everything above them is counted alike: torch.distributed, DeepSpeed,
+objects that are pickled for the way. What counts as bytes is the whole tensor that a collective spreads or combines,
+once, as this rank sees it: a broadcast's tensor, the gathered result of an all-gather, the input of an all-reduce or a
+reduce-scatter. How a backend routes them (rings, trees) multiplies all of them much alike and is not in the figures.
 
-    with counted() as traffic:
+    with count_traffic() as traffic:
         ...
     print(traffic)
 """
@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sws_dist.logging.units import format_bytes
+from sws_dist.units import format_bytes
 
 # Method of torch's ProcessGroup -> kind of collective, and which positional argument holds the whole tensor.
 METHODS = {
@@ -53,7 +53,7 @@ METHODS = {
 
 @dataclass
 class Traffic:
-    """Calls and bytes by kind of collective; barriers move nothing and are not counted."""
+    """Calls and bytes by kind of collective. Barriers move nothing and are not counted."""
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ class Traffic:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Count what this process gives to its process groups inside the block, by whatever road. Blocks may nest."""
+    """Count what this process gives to its process groups inside the block, on whatever path. Blocks may nest."""
     traffic = Traffic()
     originals = {name: method for name, method in vars(ProcessGroup).items() if name in METHODS}
     for name in originals:
@@ -93,7 +93,7 @@ def _counting(original: Callable[..., Any], kind: str, argument: int, traffic: T
 
 
 def _num_bytes(value: Any) -> int:
-    """Of a tensor, or of all tensors of nested lists."""
+    """Add up the bytes of a tensor, or of all tensors of nested lists."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(_num_bytes(item) for item in value)

@@ -1,15 +1,14 @@
-"""From a learngene to a descendant: which stage's layer goes where, and the copying.
+"""Expand a learngene into a descendant: turn a plan into layers.
 
-``plan`` is pure and checked before anything is loaded; ``design`` says where each weight of a descendant comes from;
-``expand`` makes a state dict under timm's names. ``filling.py`` fills models by the same design whose weights lie
-spread over many ranks.
-Source: SWS (IJCAI 2024), section 3.3 and the one published map (12 layers: 0,0,0,1,1,1,2,2,3,3,4,4).
+``map_weights`` says where each weight of a descendant comes from, before anything is loaded; ``expand_learngene``
+copies them into a state dict under timm's names. ``sharded_init.py`` uses the same mapping for models whose weights lie
+sharded over many ranks. Source: SWS (IJCAI 2024), section 3.3.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,24 +25,27 @@ from sws_dist.models import SWSVisionTransformer, geometry
 
 HEAD = ("head.weight", "head.bias")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """Where a descendant's weights come from.
-
-    ``copies``: for each tensor of the learngene, in the learngene's order, the descendant's that are copies of it;
-    none where its stage is dropped. ``fresh``: the head's names where the learngene's head is of other labels.
-    ``grid``: rows and columns of patches that the position embedding is resampled to, or None.
-    """
+    """Where each weight of a descendant comes from."""
 
     layers: tuple[int, ...]
+    """The expansion plan: the stage of each layer."""
     copies: dict[str, tuple[str, ...]]
+    """For each tensor of the learngene, in its order: the descendant's tensors that are copies of it; none where its
+    stage is dropped."""
     fresh: tuple[str, ...]
+    """The head's tensors, where the learngene's head is of other labels; else empty."""
     grid: tuple[int, int] | None
+    """Rows and columns of patches that the position embedding is resampled to, or None."""
     prefix_tokens: int
+    """Tokens in front of the patches (class token) that resampling leaves alone."""
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """The learngene's tensor ``name`` as the descendant has it: itself, or the resampled position embedding."""
+        """Return the learngene's tensor ``name`` as the descendant has it; a position embedding may be resampled."""
         if name != "pos_embed" or self.grid is None:
             return tensor
         return resample_abs_pos_embed(tensor, new_size=list(self.grid), num_prefix_tokens=self.prefix_tokens)
@@ -58,7 +60,7 @@ class WeightMapping:
 def map_weights(
     info: ModelInfo, shapes: Mapping[str, Sequence[int]], model: SWSVisionTransformer, layers: Sequence[int]
 ) -> WeightMapping:
-    """How ``model`` gets its weights from a learngene; nothing is read or copied yet.
+    """Map the weights of a learngene to those of ``model``; nothing is read or copied yet.
 
     Args:
         info, shapes: the learngene's metadata, and the shape of each of its tensors.
@@ -96,15 +98,15 @@ def map_weights(
             targets[source].append(name)
     problems += [
         f"{name}: not in the model"
-        for name, to in targets.items()
-        if not to and not BLOCK.match(name) and name not in fresh
+        for name, copies in targets.items()
+        if not copies and not BLOCK.match(name) and name not in fresh
     ]
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError("the learngene does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
     return WeightMapping(
         layers=tuple(layers),
-        copies={name: tuple(to) for name, to in targets.items()},
+        copies={name: tuple(copies) for name, copies in targets.items()},
         fresh=fresh,
         grid=tuple(model.patch_embed.grid_size) if resampled else None,
         prefix_tokens=model.num_prefix_tokens,
@@ -112,7 +114,7 @@ def map_weights(
 
 
 def fresh_head(model: SWSVisionTransformer, seed: int) -> dict[str, Tensor]:
-    """A new classifier in fp32 on the CPU, as timm would initialise it.
+    """Draw a new classifier in fp32 on the CPU, initialised as timm does it.
 
     The draws depend on ``seed`` and the layer's name alone: every rank of any world draws the same.
     """
@@ -136,13 +138,16 @@ def expand_learngene(
     image_size: int | None = None,
     seed: int = 0,
 ) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """A descendant's metadata and weights.
+    """Expand a learngene into a descendant's metadata and weights.
 
     Args:
-        info, learngene: what ``learngene.load`` returned.
-        layers: the expansion plan.
+        info, learngene: what ``load_learngene`` returned.
+        layers: the expansion plan (``expansion_plan``).
         num_classes: another count than the learngene's gives a fresh head, drawn from ``seed``.
         image_size: another size than the learngene's resamples the position embedding as timm does.
+
+    Returns:
+        Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
     """
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
     changed: dict[str, Any] = {"schedule": [1] * len(layers), "img_size": size}
@@ -150,22 +155,18 @@ def expand_learngene(
         model = SWSVisionTransformer(
             **(info.kwargs | changed), num_classes=info.num_classes if num_classes is None else num_classes
         )
-    to = map_weights(info, {name: tensor.shape for name, tensor in learngene.items()}, model, layers)
-    warn_dropped_stages(to)
-    weights = fresh_head(model, seed) if to.fresh else {}
-    for source, targets in to.copies.items():
-        adapted = to.adapt(source, learngene[source])
+    mapping = map_weights(info, {name: tensor.shape for name, tensor in learngene.items()}, model, layers)
+    if mapping.dropped:
+        log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), mapping.dropped)
+    weights = fresh_head(model, seed) if mapping.fresh else {}
+    for source, targets in mapping.copies.items():
+        adapted = mapping.adapt(source, learngene[source])
         weights |= {name: adapted.clone() for name in targets}
     described = describe_model(
         model,
         "model",
-        pixels=info.pixels | {"image_size": size[0]},
-        classes=[] if to.fresh else info.classes,
-        provenance={"plan": list(layers), "fresh_head": bool(to.fresh), "learngene": info.provenance},
+        preprocessing=info.preprocessing | {"image_size": size[0]},
+        classes=[] if mapping.fresh else info.classes,
+        provenance={"plan": list(layers), "fresh_head": bool(mapping.fresh), "learngene": info.provenance},
     )
     return described, {name: weights[name] for name, _ in model.named_parameters()}
-
-
-def warn_dropped_stages(to: WeightMapping) -> None:
-    if to.dropped:
-        warnings.warn(f"a depth of {len(to.layers)} drops stages {to.dropped}: their layers are not used", stacklevel=3)

@@ -1,7 +1,7 @@
-"""The learngene: an auxiliary model's distinct layers, the only thing that has to be kept of it.
+"""Read learngene files: an auxiliary model's distinct layers, the only thing that has to be kept of it.
 
-One ``.safetensors`` file (see ``model_file.py``) of kind ``learngene``. Its tensors carry timm's names, with
-``blocks.i`` the layer of stage i; the schedule and the geometry stand in the metadata's ``kwargs``.
+A learngene is one ``.safetensors`` file (see ``checkpoint/model_file.py``) of kind ``learngene``. Its tensors carry
+timm's names, with ``blocks.i`` the layer of stage i; schedule and geometry stand in the metadata's ``kwargs``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def describe_model(model: SWSVisionTransformer, kind: str, **fields: Any) -> ModelInfo:
-    """The metadata of one of our models; ``fields`` are ModelInfo's ``pixels``, ``classes``, ``provenance``."""
+    """Return the metadata of one of our models; ``fields`` are ModelInfo's other fields, such as ``classes``."""
     kwargs = geometry(model)
     num_classes = kwargs.pop("num_classes")
     return ModelInfo(kind=kind, name="sws_vit", kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
 
 
 def read_learngene_info(path: str | Path) -> ModelInfo:
-    """A learngene's metadata. Raises ``ValueError`` for any other file."""
+    """Read a learngene's metadata. Raises ``ValueError`` for any other file."""
     info = read_model_info(path)
     if info.kind != "learngene":
         raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
@@ -41,7 +41,7 @@ def read_learngene_info(path: str | Path) -> ModelInfo:
 
 
 def load_learngene(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """A learngene's metadata and tensors.
+    """Read a learngene's metadata and tensors.
 
     Raises:
         ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
@@ -53,7 +53,7 @@ def load_learngene(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class LearngeneHeader:
-    """All that a learngene's file says before its numbers.
+    """What a learngene's file says before its numbers.
 
     ``fingerprint`` is equal where two ranks see the same file: a checksum over its header, its size and its last MiB.
     """
@@ -61,12 +61,12 @@ class LearngeneHeader:
     info: ModelInfo
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
-    """The widest of its tensors'."""
+    """The widest dtype of its tensors."""
     fingerprint: str
 
 
 def read_learngene_header(path: str | Path) -> LearngeneHeader:
-    """Read no more than a learngene's header and its last MiB. Raises ``ValueError`` as ``load`` does."""
+    """Read no more than a learngene's header and its last MiB. Raises ``ValueError`` as ``load_learngene`` does."""
     info = read_learngene_info(path)
     with Path(path).open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))

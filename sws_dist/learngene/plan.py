@@ -1,4 +1,7 @@
-"""TODO: say what this module does."""
+"""Plan an expansion: choose, for each layer of a descendant, the stage that it is copied from.
+
+Source: SWS (IJCAI 2024), section 3.3 and the one published map (12 layers: 0,0,0,1,1,1,2,2,3,3,4,4).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 
 
 def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
-    """The expansion plan: for each of the descendant's ``depth`` layers, the stage that it is copied from.
+    """Return the expansion plan: for each of the descendant's ``depth`` layers, the stage that it is copied from.
 
     Args:
         schedule: repeats of each stage of the auxiliary model.
@@ -32,7 +35,7 @@ def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int
 
 
 def parse_plan(text: str) -> str | tuple[int, ...]:
-    """``plan``'s ``kind`` from a command line: a name, or comma-separated stage numbers."""
+    """Parse ``expansion_plan``'s ``kind`` from a command line: a name, or comma-separated stage numbers."""
     if text in ("even", "proportional"):
         return text
     try:
@@ -47,7 +50,7 @@ def _even(stages: int, depth: int) -> list[int]:
 
 
 def _proportional(schedule: Sequence[int], depth: int) -> list[int]:
-    """Largest remainder; where remainders tie, the earlier stage gets the layer."""
+    """Share layers by largest remainder; where remainders tie, the earlier stage gets the layer."""
     exact = [depth * repeats / sum(schedule) for repeats in schedule]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda stage: (counts[stage] - exact[stage], stage))

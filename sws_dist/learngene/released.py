@@ -1,4 +1,4 @@
-"""TODO: say what this module does."""
+"""Read auxiliary models of the paper's released code as learngenes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from sws_dist.models import SWSVisionTransformer
 def convert_released(
     weights: Mapping[str, Tensor], schedule: tuple[int, ...], num_heads: int, image_size: int = 224
 ) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """A learngene from the weights of the paper's released code.
+    """Convert the weights of the paper's released code into a learngene.
 
     There the layer of stage i stands under ``blocks.block.<part>.instances.i``. The file says neither the repeats
-    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5; its pixels are ImageNet's, as that code's.
+    nor the heads, so both are asked for. Its LayerNorms have epsilon 1e-5, and its images are normalised as ImageNet's.
+
+    Returns:
+        The learngene's metadata, and its tensors under timm's names.
 
     Raises:
         ValueError: a tensor that the layout does not know, or a schedule or head count that does not fit.
@@ -47,8 +50,8 @@ def convert_released(
         norm_eps=1e-5,
     )
     load_weights_strict(model, renamed, "the released checkpoint")
-    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": 0.875}
-    return describe_model(model, "learngene", pixels=pixels | {"interpolation": "bicubic"}), renamed
+    preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": 0.875}
+    return describe_model(model, "learngene", preprocessing=preprocessing | {"interpolation": "bicubic"}), renamed
 
 
 def _released_name(name: str) -> str:

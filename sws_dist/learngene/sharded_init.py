@@ -1,24 +1,19 @@
-"""A learngene into a descendant whose weights lie spread over many ranks, without the whole of it anywhere.
+"""Initialise a descendant whose weights lie sharded over many ranks from a learngene, without the whole of it anywhere.
 
-    header, way = choose(path, "auto")                    # the file's description on every rank; read or broadcast
-    to = expansion.design(header.info, header.shapes, model, layers)   # the model is on the meta device
-    allocate(model, ds, device, dtype)                    # each rank its shards, one tensor after another
-    engine = ...                                          # deepspeed.initialize
-    read_into(model, path, to, fresh, masters(engine))    # or broadcast_into
+    expansion = plan_expansion(config.model, model)       # the model is on the meta device; nothing is read yet
+    allocate_shards(model, ds, device, dtype)             # each rank its shards, one tensor after another
+    engine = build_engine(model, ds, optim)
+    init_from_learngene(engine, expansion, seed, device)
 
-``read_into`` moves nothing between ranks: each reads the rows that it needs from the file, which all of them see.
-``broadcast_into`` sends each tensor of the learngene over the wire once, however many layers are copies of it, and
-each rank cuts its own slices from it. Both hold no more than the largest tensor beside the shards, and both write the
-fp32 masters as well: what a low-precision run trains is the file's numbers, not rounded ones.
-
-Under ZeRO-3 a parameter's shard ``ds_tensor`` is the flat slice [rank x n, (rank + 1) x n) of it, n = ceil(numel /
-world), the last one padded. At the stages below, each rank has whole parameters, and slices of the masters only.
+In mode ``read`` nothing moves between ranks: each reads the rows that it needs from the file, which all of them see.
+In mode ``broadcast`` each tensor of the learngene goes over the wire once, however many layers are copies of it, and
+each rank cuts its own slices from it. Both hold no more than the largest tensor beside the shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,30 +21,67 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from sws_dist.config.schema import ModelConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0, raise_on_all_ranks
 from sws_dist.errors import RunError
-from sws_dist.learngene.expand import WeightMapping
+from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
-from sws_dist.zero.shard_writer import Fetch, MasterSlice, _fill, _numel
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.models import SWSVisionTransformer
+from sws_dist.zero.protocol import ZeroEngine
+from sws_dist.zero.shard_writer import Fetch, ShardWriter
 
 TransferMode = Literal["read", "broadcast"]
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """A learngene that a run starts from, and how it becomes the descendant."""
+
+    path: str
+    header: LearngeneHeader
+    mode: TransferMode
+    mapping: WeightMapping
+
+
 @dataclass
 class InitReport:
-    """What filling a model took. ``gathered``: parameters whose layout had to be gathered, written and cut again."""
+    """What an initialisation took: bytes read by this rank or broadcast, and the parameters that had to be gathered."""
 
-    num_bytes: int = 0
-    """Read from the file by this rank, or broadcast."""
-    gathered: list[str] = field(default_factory=list)
+    num_bytes: int
+    gathered: list[str]
+
+
+def plan_expansion(config: ModelConfig, model: Any) -> Expansion | None:
+    """Plan what ``model.initial_learngene`` asks for, and check it against ``model``. A collective.
+
+    Returns:
+        None where the run starts from no learngene.
+
+    Raises:
+        RunError: a file that is no learngene or of another geometry, or a plan that does not fit.
+    """
+    path = config.initial_learngene
+    if path is None:
+        return None
+    header, mode = choose_transfer(path, config.expand)
+    with raise_on_all_ranks("plan the expansion"):
+        if not isinstance(model, SWSVisionTransformer):
+            raise ValueError(f"model.initial_learngene: {config.name} is not one of our models (sws_...)")
+        layers = expansion_plan(header.info.kwargs["schedule"], len(model.blocks), config.plan)
+        try:
+            mapping = map_weights(header.info, header.shapes, model, layers)
+        except ValueError as error:
+            raise ValueError(f"model.initial_learngene {path}: {error}") from None
+    return Expansion(path, header, mode, mapping)
 
 
 def choose_transfer(
-    path: str | Path, way: Literal["auto", "read", "broadcast"]
+    path: str | Path, wanted: Literal["auto", "read", "broadcast"]
 ) -> tuple[LearngeneHeader, TransferMode]:
-    """The learngene's header, on every rank, and how the ranks will get its tensors. A collective.
+    """Return the learngene's header on every rank, and how the ranks get its tensors. A collective.
 
     ``auto``: every rank reads for itself if all of them see the same file, else rank 0 broadcasts.
 
@@ -58,105 +90,105 @@ def choose_transfer(
     """
     header: LearngeneHeader | None = None
     with raise_on_all_ranks("read the learngene"):
-        if way == "read" or dist.get_rank() == 0 or (way == "auto" and Path(path).is_file()):
+        if wanted == "read" or dist.get_rank() == 0 or (wanted == "auto" and Path(path).is_file()):
             header = read_learngene_header(path)
     seen = gather_on_rank0(header and header.fingerprint)
     others = broadcast_from_rank0(seen and [rank for rank, print_ in enumerate(seen) if print_ != seen[0]])
-    if way == "read" and others:
+    if wanted == "read" and others:
         raise RunError(
             f"model.expand: read, but rank(s) {', '.join(map(str, others))} see another file under {path} than rank 0; "
             "put it where all of them see it, or set model.expand to broadcast"
         )
-    return broadcast_from_rank0(header), "broadcast" if way == "broadcast" or others else "read"
+    return broadcast_from_rank0(header), "broadcast" if wanted == "broadcast" or others else "read"
 
 
-def init_by_broadcast(
-    model: nn.Module,
-    path: str | Path,
-    header: LearngeneHeader,
-    to: WeightMapping,
-    fresh: Mapping[str, Tensor],
-    masters: Mapping[str, MasterSlice],
-    device: torch.device,
-) -> InitReport:
-    """Fill ``model``; rank 0 reads ``path``, and each tensor goes over the wire once. A collective.
+def init_from_learngene(engine: ZeroEngine, expansion: Expansion, seed: int, device: torch.device) -> InitReport:
+    """Write a learngene's tensors into this rank's shards and fp32 masters. A collective.
+
+    Args:
+        seed: of a fresh head, where the descendant has other labels than the learngene.
+    """
+    writer = ShardWriter(engine)
+    move = _read_slices if expansion.mode == "read" else _broadcast
+    num_bytes = move(writer, expansion, device)
+    if expansion.mapping.fresh:
+        for name, tensor in fresh_head(engine.module, seed).items():  # type: ignore[arg-type]
+            writer.write((name,), _slices_of(tensor.reshape(-1)))
+    return InitReport(num_bytes, writer.gathered)
+
+
+def _read_slices(writer: ShardWriter, expansion: Expansion, device: torch.device) -> int:
+    """Read the rows of this rank's slices from a file that every rank sees. Returns the bytes read."""
+    num_bytes = 0
+    for name, targets in expansion.mapping.copies.items():
+        if targets:
+            reader = _SliceReader(expansion, name)
+            writer.write(targets, reader.fetch)
+            num_bytes += reader.num_bytes
+    return num_bytes
+
+
+def _broadcast(writer: ShardWriter, expansion: Expansion, device: torch.device) -> int:
+    """Let rank 0 read the file and broadcast each tensor once. Returns the bytes broadcast. A collective.
 
     Buckets are no larger than the largest tensor. The wire carries the model's dtype, or fp32 where there are fp32
     masters of a low-precision model to be filled; never more than the file holds.
     """
-    parameters, filled = dict(model.named_parameters()), InitReport()
-    sizes = {name: _numel(parameters[targets[0]]) for name, targets in to.copies.items() if targets}
-    is_main = dist.get_rank() == 0
-    needed = torch.float32 if masters else next(model.parameters()).dtype
-    wire = min(header.dtype, needed, key=lambda dtype: dtype.itemsize)
+    mapping, num_bytes = expansion.mapping, 0
+    sizes = {name: writer.numel(targets[0]) for name, targets in mapping.copies.items() if targets}
+    needed = torch.float32 if writer.has_masters else writer.dtype
+    wire = min(expansion.header.dtype, needed, key=lambda dtype: dtype.itemsize)
     for names in _buckets(sizes):
         bucket = torch.empty(sum(sizes[name] for name in names), dtype=wire, device=device)
         parts = dict(zip(names, bucket.split([sizes[name] for name in names]), strict=True))
-        if is_main:
+        if dist.get_rank() == 0:
             # Opened anew for each bucket: the pages of an open file stay in memory.
-            with safe_open(path, framework="pt") as file:
+            with safe_open(expansion.path, framework="pt") as file:
                 for name, part in parts.items():
-                    part.copy_(to.adapt(name, file.get_tensor(name)).reshape(-1))
+                    part.copy_(mapping.adapt(name, file.get_tensor(name)).reshape(-1))
         dist.broadcast(bucket, src=0)
-        filled.num_bytes += bucket.numel() * bucket.element_size()
+        num_bytes += bucket.numel() * bucket.element_size()
         for name, part in parts.items():
-            _fill(to.copies[name], _cutter(part), parameters, masters, filled)
-    _fill_fresh(fresh, parameters, masters, filled)
-    return filled
+            writer.write(mapping.copies[name], _slices_of(part))
+    return num_bytes
 
 
-def init_by_reading(
-    model: nn.Module,
-    path: str | Path,
-    header: LearngeneHeader,
-    to: WeightMapping,
-    fresh: Mapping[str, Tensor],
-    masters: Mapping[str, MasterSlice],
-) -> InitReport:
-    """Fill ``model`` from a file that every rank sees: each reads the rows of its own slices, nothing is moved."""
-    parameters, filled = dict(model.named_parameters()), InitReport()
-    for name, targets in to.copies.items():
-        if targets:
-            _fill(targets, _reader(path, name, header.shapes[name], to, filled), parameters, masters, filled)
-    _fill_fresh(fresh, parameters, masters, filled)
-    return filled
-
-
-def _fill_fresh(
-    fresh: Mapping[str, Tensor], parameters: dict[str, Any], masters: Mapping[str, MasterSlice], filled: InitReport
-) -> None:
-    for name, tensor in fresh.items():
-        _fill((name,), _cutter(tensor.reshape(-1)), parameters, masters, filled)
-
-
-def _cutter(flat: Tensor) -> Fetch:
+def _slices_of(flat: Tensor) -> Fetch:
     return lambda start, stop: flat[start:stop]
 
 
-def _reader(path: str | Path, name: str, shape: tuple[int, ...], to: WeightMapping, filled: InitReport) -> Fetch:
-    """Reads only the rows in question; copies of a tensor ask for the same range, which is read once."""
-    if name == "pos_embed" and to.grid is not None:
-        with safe_open(path, framework="pt") as file:
-            whole = to.adapt(name, file.get_tensor(name)).reshape(-1)
-        filled.num_bytes += whole.numel() * whole.element_size()
-        return _cutter(whole)
-    row = torch.Size(shape[1:]).numel()
+class _SliceReader:
+    """Read flat ranges of one tensor: only the rows in question.
 
-    @lru_cache(maxsize=2)
-    def fetch(start: int, stop: int) -> Tensor:
+    Copies of a tensor ask for the same range, which is read once.
+    """
+
+    def __init__(self, expansion: Expansion, name: str) -> None:
+        self.num_bytes = 0
+        self._path, self._name, self._mapping = expansion.path, name, expansion.mapping
+        self._row = torch.Size(expansion.header.shapes[name][1:]).numel()
+        self._read = lru_cache(maxsize=2)(self._read_rows)
+
+    def fetch(self, start: int, stop: int) -> Tensor:
         if start == stop:  # a rank whose shard is all padding
             return torch.empty(0)
-        first, last = start // row, -(-stop // row)
-        with safe_open(path, framework="pt") as file:
-            rows = file.get_slice(name)[first:last].reshape(-1)
-        filled.num_bytes += rows.numel() * rows.element_size()
-        return rows[start - first * row : stop - first * row]
+        if self._name == "pos_embed" and self._mapping.grid is not None:  # resampled from all of it
+            return self._read(0, None)[start:stop]
+        first = start // self._row
+        rows = self._read(first, -(-stop // self._row))
+        return rows[start - first * self._row : stop - first * self._row]
 
-    return fetch
+    def _read_rows(self, first: int, last: int | None) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            rows = file.get_slice(self._name)[first:last]
+        if last is None:
+            rows = self._mapping.adapt(self._name, rows)
+        self.num_bytes += rows.numel() * rows.element_size()
+        return rows.reshape(-1)
 
 
 def _buckets(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Neighbours, as many as fit into the size of the largest tensor."""
+    """Group neighbours, as many as fit into the size of the largest tensor."""
     capacity = max(sizes.values())
     bucket: list[str] = []
     for name, size in sizes.items():

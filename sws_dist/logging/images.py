@@ -1,19 +1,30 @@
-"""TODO: say what this module does."""
+"""Draw what the model sees, for TensorBoard and ``show-batch``."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from sws_dist.config.schema import DataConfig
 from sws_dist.data.loader import Batch
 from sws_dist.data.mixup import denormalise
+from sws_dist.logging.recorder import Recorder
+
+_MAX_SHOWN = 32
 
 
 def labelled_grid(images: Tensor, captions: list[str], columns: int = 8, tile: int = 112) -> np.ndarray:
-    """images [B, 3, S, S] uint8 with a caption of one or more lines under each -> one picture [H, W, 3] uint8."""
+    """Arrange images in a grid, with a caption of one or more lines under each.
+
+    Args:
+        images: [B, 3, S, S] uint8.
+
+    Returns:
+        One picture [H, W, 3] uint8.
+    """
     rows = -(-len(captions) // columns)
     lines = [caption.split("\n") for caption in captions]
     height = tile + 6 + 12 * max(map(len, lines), default=0)
@@ -30,15 +41,26 @@ def labelled_grid(images: Tensor, captions: list[str], columns: int = 8, tile: i
     return np.asarray(picture)
 
 
-def log_first_batch(trainer: Any, images: Tensor, batch: Batch, teacher_logits: Tensor | None) -> None:
-    """The first batch as the model sees it, with its labels and the teacher's guess, for TensorBoard."""
-    if not trainer.world.is_main:
+def log_first_batch(
+    recorder: Recorder,
+    images: Tensor,
+    batch: Batch,
+    teacher_logits: Tensor | None,
+    classes: Sequence[str],
+    config: DataConfig,
+) -> None:
+    """Write the first batch as the model sees it, with its labels and the teacher's guesses.
+
+    Args:
+        images: [B, 3, S, S], normalised, erased and mixed.
+        teacher_logits: [B, classes], or None.
+    """
+    if not recorder.active:
         return
-    count = min(32, len(images))
-    pixels = denormalise(images[:count], trainer.config.data.mean, trainer.config.data.std)
-    names = trainer.train_set.classes
-    captions = [names[label] for label in batch.labels[:count].tolist()]
+    count = min(_MAX_SHOWN, len(images))
+    captions = [classes[label] for label in batch.labels[:count].tolist()]
     if teacher_logits is not None:
         guesses = teacher_logits[:count].argmax(dim=1).tolist()
-        captions = [f"{caption} / {names[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
-    trainer.recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), trainer.step)
+        captions = [f"{caption} / {classes[guess]}" for caption, guess in zip(captions, guesses, strict=True)]
+    pixels = denormalise(images[:count], config.mean, config.std)
+    recorder.image("train/batch (label / teacher)", labelled_grid(pixels, captions), step=0)

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard events, ``log.jsonl``, a progress bar or plain lines. Rank 0 only."""
+"""Record a run's numbers on rank 0: TensorBoard events, ``log.jsonl``, and a progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from tqdm import tqdm
 
 
 class Recorder:
-    """Writes what rank 0 has to say; on the other ranks every method does nothing.
+    """Write scalars, texts and images on rank 0; on the other ranks every method does nothing.
 
     Scalars go to TensorBoard under ``group/name`` and, one JSON object a line, to ``log.jsonl``. Where they cannot be
     written, ``failure`` is set and nothing more is tried: a rank that raised alone would leave the others waiting.
+
+    Args:
+        active: True on rank 0.
     """
 
     def __init__(self, output: Path, active: bool, total_steps: int, first_step: int = 0) -> None:
@@ -37,25 +40,19 @@ class Recorder:
         )
 
     def advance(self) -> None:
+        """Move the progress bar by one step."""
         if self.active:
             self._bar.update()
-
-    def say(self, text: str) -> None:
-        """A line for whoever watches, above the progress bar where there is one."""
-        with self._writing():
-            if self.active:
-                self._bar.write(text, file=sys.stdout)
-                sys.stdout.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._writing() as able:
             if able:
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, step)
-                known = {
+                finite = {
                     name: value if math.isfinite(value) else None for name, value in values.items()
                 }  # JSON has no NaN
-                self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **known}) + "\n")
+                self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
                 self._log.flush()
 
     def text(self, name: str, text: str) -> None:
@@ -64,23 +61,23 @@ class Recorder:
                 self.writer.add_text(name, f"```\n{text}\n```")
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """pixels [H, W, 3] uint8."""
+        """Write a picture: pixels [H, W, 3] uint8."""
         with self._writing() as able:
             if able:
                 self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def hparams(self, settings: dict[str, Any], result: dict[str, float]) -> None:
-        """The run's settings beside its final metrics, in the same event file."""
-        if not self.active or self.failure is not None:
-            return
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-        for summary in hparams(plain, result):
-            self.writer._get_file_writer().add_summary(summary)
-        for name, value in result.items():
-            self.writer.add_scalar(name, value)
+        """Write the run's settings beside its final metrics, into the same event file."""
+        with self._writing() as able:
+            if able:
+                plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+                for summary in hparams(plain, result):
+                    self.writer._get_file_writer().add_summary(summary)
+                for name, value in result.items():
+                    self.writer.add_scalar(name, value)
 
     def close(self) -> None:
-        """Raises OSError where the last lines cannot be written."""
+        """Close the files. Raises OSError where the last lines cannot be written."""
         if not self.active:
             return
         self._bar.close()
@@ -90,10 +87,8 @@ class Recorder:
 
     @contextmanager
     def _writing(self) -> Iterator[bool]:
-        """Whether to write; what goes wrong meanwhile becomes ``failure``."""
+        """Yield True where something is to be written; an OSError inside the block becomes ``failure``."""
         try:
             yield self.active and self.failure is None
-        except BrokenPipeError:  # nobody reads any more: signals.py stops the run
-            return
         except OSError as error:
             self.failure = OSError(f"{self._output}: the log cannot be written ({error.strerror or error})")

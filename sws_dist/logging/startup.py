@@ -1,41 +1,58 @@
-"""TODO: say what this module does."""
+"""Log what a run is about to do: the first lines of its log."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 
-from sws_dist.checkpoint.checkpoint import describe_layout
-from sws_dist.data.bad_images import named
+from sws_dist.data.bad_images import describe_bad_files
 from sws_dist.data.manifest import Manifest
-from sws_dist.run_dir import write_configs
+
+log = logging.getLogger(__name__)
 
 
-def log_run_header(trainer: Any) -> None:
-    """The first lines of the log, and the resolved configs beside the run."""
-    t = trainer
-    if t.world.is_main:
-        for note in t.notes:
-            t.recorder.say(note)
-        for name, text in write_configs(t.config, t.ds, t.output).items():
-            t.recorder.text(name, text)
-    teacher = f", taught by {t.config.distill.teacher}" if t.teacher is not None else ""
-    start = f"from step {t.step}, " if t.step else ""
-    layout = describe_layout(t.engine, t.world)
-    t.recorder.say(
-        f"{t.output}: {t.config.model.name}, {t.parameters / 1e6:.2f} M parameters{teacher}\n"
-        + "".join(f"{line}\n" for line in describe_dataset(t.train_set, t.val_set))
-        + f"{start}{t.total_steps} steps of {t.config.train.global_batch} images, "
-        f"{t.world}, {t.world.device.type}, ZeRO-{layout['zero_stage']}, {layout['precision']}\n"
-        f"{t.kernels}"
-    )
+@dataclass(frozen=True)
+class RunHeader:
+    """What the first lines of a run's log say."""
+
+    output: Path
+    model: str
+    num_parameters: int
+    teacher: str | None
+    first_step: int
+    total_steps: int
+    global_batch: int
+    world: str
+    """Nodes and ranks: ``2 nodes x 8 ranks``."""
+    device: str
+    zero_stage: int
+    precision: str
+    kernels: str
+    """Which code runs the stages."""
+
+
+def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:
+    """Log model, data, length and layout of a run."""
+    teacher = f", taught by {header.teacher}" if header.teacher else ""
+    start = f"from step {header.first_step}, " if header.first_step else ""
+    lines = [
+        f"{header.output}: {header.model}, {header.num_parameters / 1e6:.2f} M parameters{teacher}",
+        *describe_dataset(train, val),
+        f"{start}{header.total_steps} steps of {header.global_batch} images, {header.world}, {header.device}, "
+        f"ZeRO-{header.zero_stage}, {header.precision}",
+        header.kernels,
+    ]
+    for line in lines:
+        log.info(line)
 
 
 def describe_dataset(train: Manifest, val: Manifest) -> list[str]:
-    """What whoever starts a run should hear of its images: how many there are, and which are left out."""
+    """Return lines about a run's images: how many there are, and which are left out."""
     lines = [f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"]
     for kind, images in (("training", train), ("validation", val)):
         lines += images.notes
         if images.bad:
             lines.append(f"{len(images.bad)} bad {kind} image(s) in {images.folder} are left out")
-            lines += named(images.bad)
+            lines += describe_bad_files(images.bad)
     return lines

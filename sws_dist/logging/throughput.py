@@ -1,102 +1,143 @@
-"""What is told of a run's progress: a line of the log every so many steps, and steps that take far too long."""
+"""Report how fast a run trains: a line of the log every so many steps, and steps that take far too long."""
 
 from __future__ import annotations
 
+import logging
 import math
+import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
 from sws_dist.distributed.step_sync import StepStatus
-from sws_dist.logging.units import format_duration
+from sws_dist.logging.recorder import Recorder
 from sws_dist.models.losses import LossParts
+from sws_dist.units import format_duration
 
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank so far: of the GPU where it trains on one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+log = logging.getLogger(__name__)
 
 
 class SlowStepDetector:
-    """Tells of steps that take far longer than the others, and of where the time went.
+    """Report steps that take far longer than the others, and where the time went.
 
-    Args:
-        say: told, on rank 0.
+    A step is slow if it takes at least ``FACTOR`` medians and ``MIN_EXCESS_S`` seconds more than one, once
+    ``MIN_STEPS`` steps are known.
     """
 
-    TIMES, LEAST_S, KNOWN = 5, 1.0, 10  # so many medians, at least so many seconds more, once so many steps are known
+    FACTOR, MIN_EXCESS_S, MIN_STEPS = 5, 1.0, 10
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._steps: deque[float] = deque(maxlen=101)
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=101)
 
-    def judge(self, answers: StepStatus) -> None:
-        took = max(lap.seconds for lap in answers.laps)
-        usual = statistics.median(self._steps) if len(self._steps) >= self.KNOWN else math.inf
-        self._steps.append(took)
-        if took < max(self.TIMES * usual, usual + self.LEAST_S):
+    def check(self, status: StepStatus) -> None:
+        took = max(times.seconds for times in status.times)
+        usual = statistics.median(self._seconds) if len(self._seconds) >= self.MIN_STEPS else math.inf
+        self._seconds.append(took)
+        if took < max(self.FACTOR * usual, usual + self.MIN_EXCESS_S):
             return
-        data, rank = max((lap.data, rank) for rank, lap in enumerate(answers.laps))
-        log = answers.laps[0].log
-        if max(data, log) < took / 2:
+        data, rank = max((times.data, rank) for rank, times in enumerate(status.times))
+        logging_s = status.times[0].log
+        if max(data, logging_s) < took / 2:
             where = "computing, and exchanging gradients"
+        elif data < logging_s:
+            where = f"rank 0 wrote the log for {logging_s:.1f} s"
         else:
-            late = f"rank {rank} waited {data:.1f} s for data", f"rank 0 wrote the log for {log:.1f} s"
-            where = late[data < log]
-        self._say(f"step {answers.step} took {took:.1f} s instead of {usual:.2f} s: {where}")
+            where = f"rank {rank} waited {data:.1f} s for data"
+        log.warning("step %d took %.1f s instead of %.2f s: %s", status.step, took, usual, where)
+
+
+@dataclass(frozen=True)
+class WindowMeans:
+    """Means over the steps since the last line of the log, and over all ranks."""
+
+    loss: float
+    loss_labels: float
+    loss_distill: float
+    images_per_s: float
+    data_wait_share: float
+    """Share of the time that this rank waited for data."""
 
 
 class LogWindow:
-    """Sums of a ``Trainer`` between two lines of its log."""
+    """Add up losses and waiting times of this rank between two lines of the log.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self._reset()
+    Args:
+        global_batch: images of one step, over all ranks.
+        world_size: number of ranks.
+    """
 
-    def _reset(self) -> None:
-        self.sums: Tensor | None = None
-        self.steps, self.waited, self.start = 0, 0.0, time.perf_counter()
+    def __init__(self, global_batch: int, world_size: int) -> None:
+        self._global_batch, self._world_size = global_batch, world_size
+        self.reset()
 
-    def add(self, losses: LossParts, waited: float) -> None:
+    def reset(self) -> None:
+        """Forget what was added, and start the clock anew."""
+        self._sums: Tensor | None = None
+        self._num_steps, self._waited_s, self._start = 0, 0.0, time.perf_counter()
+
+    def add(self, losses: LossParts, waited_s: float) -> None:
+        """Add one step of this rank: its losses, and the seconds that it waited for data."""
         values = torch.stack(losses)
-        self.sums = values if self.sums is None else self.sums + values
-        self.steps += 1
-        self.waited += waited
+        self._sums = values if self._sums is None else self._sums + values
+        self._num_steps += 1
+        self._waited_s += waited_s
 
-    def log(self) -> None:
-        """Write the means since the last line. A collective."""
-        if self.sums is None:
-            return
-        t = self.trainer
-        total, labels, distill = (sum_over_ranks(self.sums) / (self.steps * t.world.size)).tolist()
-        t.tell_of_bad_images()
-        took = time.perf_counter() - self.start
-        rate = self.steps * t.config.train.global_batch / took
-        left = (t.total_steps - t.step) * t.config.train.global_batch / rate
-        values = {"train/loss": total, "train/loss_labels": labels}
-        values |= {"train/loss_distill": distill} if t.teacher is not None else {}
-        values |= {
-            "train/lr": t.schedule(t.step - 1),
-            "train/grad_norm": t.grad_norm(),
-            "perf/images_per_s": rate,
-            "data/bad_images": len(t.bad),
-            "perf/data_wait_share": self.waited / took,
-            "perf/memory_gib": memory_gib(t.world.device),
-            "perf/hours_left": left / 3600,
-        }
-        t.recorder.scalars(t.step, values)
-        t.recorder.say(
-            f"step {t.step}/{t.total_steps}  loss {total:.4f}  lr {values['train/lr']:.2e}  {rate:.0f} images/s  "
-            f"waiting for data {100 * self.waited / took:.0f} %  {format_duration(left)} left"
+    def take_means(self) -> WindowMeans | None:
+        """Return the means since the last call; None if there was no step. A collective."""
+        if self._sums is None:
+            return None
+        losses = (sum_over_ranks(self._sums) / (self._num_steps * self._world_size)).tolist()
+        took_s = time.perf_counter() - self._start
+        loss, labels, distill = losses
+        means = WindowMeans(
+            loss, labels, distill, self._num_steps * self._global_batch / took_s, self._waited_s / took_s
         )
-        self._reset()
+        self.reset()
+        return means
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands when a line of its log is written."""
+
+    step: int
+    total_steps: int
+    images_left: int
+    lr: float
+    grad_norm: float
+    num_bad_images: int
+    is_distilled: bool
+
+
+def log_progress(recorder: Recorder, means: WindowMeans, now: Progress, device: torch.device) -> None:
+    """Write one line of the log, and its scalars."""
+    left_s = now.images_left / means.images_per_s
+    values = {"train/loss": means.loss, "train/loss_labels": means.loss_labels}
+    values |= {"train/loss_distill": means.loss_distill} if now.is_distilled else {}
+    values |= {
+        "train/lr": now.lr,
+        "train/grad_norm": now.grad_norm,
+        "perf/images_per_s": means.images_per_s,
+        "data/bad_images": now.num_bad_images,
+        "perf/data_wait_share": means.data_wait_share,
+        "perf/memory_gib": peak_memory_gib(device),
+        "perf/hours_left": left_s / 3600,
+    }
+    recorder.scalars(now.step, values)
+    log.info(
+        f"step {now.step}/{now.total_steps}  loss {means.loss:.4f}  lr {now.lr:.2e}  "
+        f"{means.images_per_s:.0f} images/s  waiting for data {100 * means.data_wait_share:.0f} %  "
+        f"{format_duration(left_s)} left"
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return this rank's peak memory so far: of the GPU where it trains on one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward pass, counted by torch on the meta device: nothing is computed."""
+"""Count the floating-point operations of a forward pass, by torch on the meta device: nothing is computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ TRAIN_FACTOR = 3  # backward costs two forwards: one for the inputs' gradients, 
 
 
 def forward_flops(build: Callable[[], nn.Module], image_size: int) -> int:
-    """FLOPs (a multiply-add is two) of one image of ``image_size`` squared through the model that ``build`` makes."""
+    """Return the FLOPs of the model that ``build`` makes for one square image; a multiply-add is two.
+
+    Args:
+        image_size: height and width in pixels.
+    """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         build().eval()(torch.empty(1, 3, image_size, image_size))
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""The teacher (the paper's ancestry model) and the loss ``(1 - alpha) CE + alpha tau^2 KL(teacher || student)``."""
+"""Compute the distillation loss ``(1 - alpha) CE + alpha tau^2 KL(teacher || student)``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sws_dist.config.schema import DistillConfig
 
 
 class LossParts(NamedTuple):
-    """Scalars of one micro-batch. ``distill`` is 0 without a teacher."""
+    """Losses of one micro-batch, all []. ``distill`` is 0 without a teacher."""
 
     total: Tensor
     labels: Tensor
@@ -20,7 +20,7 @@ class LossParts(NamedTuple):
 
 
 class DistillationLoss:
-    """Label loss and teacher loss, kept apart for the log.
+    """Combine label loss and teacher loss, which are kept apart for the log.
 
     ``soft``: tau^2 KL(teacher || student) at temperature tau (Hinton et al. 2015). ``hard``: cross-entropy with
     the teacher's most likely label (DeiT, section 4). ``reduction``: ``batchmean`` divides the KL by the batch,
@@ -31,14 +31,14 @@ class DistillationLoss:
         self.config = config
 
     def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> LossParts:
-        """logits, teacher_logits [B, C]; targets [B] class numbers or [B, C] soft labels."""
+        """Compute the loss of logits, teacher_logits [B, C]; targets are [B] class numbers or [B, C] soft labels."""
         logits = logits.float()
         labels = F.cross_entropy(logits, targets)
         if teacher_logits is None:
             return LossParts(labels, labels.detach(), torch.zeros_like(labels.detach()))
         distill = self._teacher_term(logits, teacher_logits.float())
         alpha = self.config.alpha
-        # alpha = 1 must not multiply the labels' term by 0: 0 x inf is not a number
+        # alpha = 1 must not multiply the labels' term by 0: 0 x inf is NaN
         total = distill if alpha == 1 else (1 - alpha) * labels + alpha * distill
         return LossParts(total, labels.detach(), distill.detach())
 

@@ -1,4 +1,4 @@
-"""How a run is sharded: load, check and resolve the DeepSpeed JSON. Pure: no torch, no DeepSpeed.
+"""Load, check and resolve the DeepSpeed JSON, which says how a run is sharded. Imports no torch and no DeepSpeed.
 
 DeepSpeed accepts unknown top-level keys and ``"auto"`` without a word, clips gradients at 1.0 unless told
 otherwise, and lets its JSON overrule the trainer's optimizer. Here each fact has one owner: the JSON holds the
@@ -71,7 +71,7 @@ ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it
 
 
 def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize(config=...)``.
+    """Return the dictionary for ``deepspeed.initialize(config=...)``, checked against the run config.
 
     Of micro batch and accumulation the JSON may give both, one or none (then accumulation is 1); what is missing
     follows from ``train.global_batch = micro batch x accumulation x world size``.
@@ -89,10 +89,6 @@ def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: in
             f"{path}: model.cuda_graphs does not work under ZeRO-3, which frees and gathers the weights that a graph "
             "finds by their address; use stage 0, 1 or 2, or leave it off"
         )
-    if config.model.cuda_graphs and config.model.compile:
-        raise ConfigError(
-            "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to false"
-        )
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and config.optim.name != "cpu_adam":
         raise ConfigError(
@@ -101,6 +97,7 @@ def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: in
         )
     if config.optim.name == "cpu_adam" and zero["stage"] == 3 and not offload:
         raise ConfigError(f"{path}: optim.name: cpu_adam under ZeRO-3 needs zero_optimization.offload_optimizer")
+    _check_nonfinite(ds, path, config.train.skip_nonfinite)
     ds.update(_batch(ds, path, config.train.global_batch, world_size))
     ds.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default is 1.0
     ds["zero_allow_untested_optimizer"] = True
@@ -147,7 +144,8 @@ def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
 def set_zero3_memory_defaults(zero: dict[str, Any], stage_numel: int) -> None:
     """Complete a ZeRO-3 group from the size of one stage of shared layers, so that few stages are whole at a time.
 
-    DeepSpeed's own defaults keep a model of up to a billion parameters whole on every rank. What the user gives stays.
+    DeepSpeed's own defaults keep a model of up to a billion parameters whole on every rank. Keys that the user gives
+    stay.
     """
     settings = {
         "param_persistence_threshold": 0,  # a leaf module's parameters are gathered in one call: no small ones to save
@@ -161,7 +159,7 @@ def set_zero3_memory_defaults(zero: dict[str, Any], stage_numel: int) -> None:
 
 
 def _check_zero3_only(zero: dict[str, Any], path: str | Path, world_size: int) -> None:
-    """What DeepSpeed ignores below stage 3, and what has to divide the world."""
+    """Refuse keys that DeepSpeed ignores below stage 3, and a partition that does not divide the world."""
     group = zero.get("zero_hpz_partition_size", 1)
     quantised = any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"))
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
@@ -177,8 +175,18 @@ def _check_zero3_only(zero: dict[str, Any], path: str | Path, world_size: int) -
         )
 
 
+def _check_nonfinite(ds: dict[str, Any], path: str | Path, limit: int) -> None:
+    """Check that steps which are to be skipped can be found."""
+    finds_overflow = ds.get("bf16", {}).get("check_grad_overflow", True)
+    if limit and not (ds["zero_optimization"].get("compute_grad_norm", True) and finds_overflow):
+        raise ConfigError(
+            f"train.skip_nonfinite {limit}: {path} turns off what finds such gradients "
+            "(compute_grad_norm, check_grad_overflow)"
+        )
+
+
 def _group(ds: dict[str, Any], dotted: str, path: str | Path) -> dict[str, Any]:
-    """The JSON object under a dotted key; empty where there is none."""
+    """Return the JSON object under a dotted key; empty where there is none."""
     found: Any = ds
     for key in dotted.split("."):
         found = found.get(key, {})
@@ -188,7 +196,7 @@ def _group(ds: dict[str, Any], dotted: str, path: str | Path) -> dict[str, Any]:
 
 
 def precision_of(ds: dict[str, Any]) -> str:
-    """``fp32``, ``bf16`` or ``fp16``: the dtype of the model under this DeepSpeed config."""
+    """Return ``fp32``, ``bf16`` or ``fp16``: the dtype of the model under this DeepSpeed config."""
     return next((p for p in ("bf16", "fp16") if ds.get(p, {}).get("enabled")), "fp32")
 
 
@@ -209,6 +217,7 @@ def _refuse_auto(value: Any, path: str | Path, key: str = "") -> None:
 
 
 def _batch(ds: dict[str, Any], path: str | Path, global_batch: int, world_size: int) -> dict[str, int]:
+    """Complete micro batch and accumulation, and check global batch = micro batch x accumulation x ranks."""
     micro_key, steps_key = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
     for key in (micro_key, steps_key):
         if key in ds and (type(ds[key]) is not int or ds[key] < 1):

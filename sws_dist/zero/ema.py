@@ -1,43 +1,57 @@
-"""An exponential moving average of sharded weights."""
+"""Average sharded weights over the steps (EMA)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sws_dist.errors import RunError, Stopped
 from sws_dist.zero.engine import sync_model_from_masters
 from sws_dist.zero.partition import master_weights
+from sws_dist.zero.protocol import ZeroEngine
 
 
 class ShardedEMA:
-    """Exponential moving average of the masters, on each rank for its own shard: no traffic, no whole copy.
+    """Keep an exponential moving average of the masters, on each rank for its own shard: no traffic, no whole copy.
 
-    Built after every weight is in place (learngene, initial checkpoint), so it starts from them. ``average`` is laid
-    out like the masters.
+    Built after every weight is in place (learngene, initial checkpoint), it starts from them. ``average`` is laid out
+    like the masters.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
+    def __init__(self, engine: ZeroEngine, decay: float) -> None:
         self.engine, self.decay = engine, decay
         self.average = [master.clone() for master in master_weights(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the masters by one step."""
         torch._foreach_lerp_(self.average, master_weights(self.engine), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the model holds the average. A collective at both ends."""
+        """Let the model hold the average inside the block, and the trained weights again after it. A collective.
+
+        An exception that is not known to be raised on all ranks puts back this rank's masters alone: the others may
+        not be there to exchange weights with.
+        """
         trained = [master.clone() for master in master_weights(self.engine)]
-        self._put(self.average)
-        yield
-        self._put(trained)
+        self._copy_to_masters(self.average)
+        sync_model_from_masters(self.engine)
+        try:
+            yield
+        except Exception as error:
+            self._copy_to_masters(trained)
+            if isinstance(error, (RunError, Stopped)) or dist.get_world_size() == 1:
+                sync_model_from_masters(self.engine)
+            raise
+        self._copy_to_masters(trained)
+        sync_model_from_masters(self.engine)
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
+    def _copy_to_masters(self, values: list[Tensor]) -> None:
         for master, value in zip(master_weights(self.engine), values, strict=True):
             master.copy_(value)
-        sync_model_from_masters(self.engine)

@@ -1,8 +1,8 @@
-"""All that this trainer knows of DeepSpeed's inside: building the engine, its fp32 masters and their place.
+"""Build DeepSpeed's engine, take its steps, and bring the model in line with its fp32 masters.
 
-Whatever the ZeRO stage and the precision, the weights that the optimizer updates are fp32 tensors of this rank,
-its *masters*: the parameters themselves (stage 0, fp32), fp32 copies (stage 0, bf16 and fp16), or this rank's flat
-shard of them (stages 1, 2, 3). The names below are those of DeepSpeed 0.19.
+``zero/`` is the one place that knows DeepSpeed's inside (names of DeepSpeed 0.19; tests/unit/test_deepspeed_names.py
+checks that each of them exists): ``config.py`` and ``schema.py`` its JSON, ``partition.py`` where the masters lie,
+``shard_writer.py`` how shards are written.
 """
 
 from __future__ import annotations
@@ -24,12 +24,24 @@ from sws_dist.models import Stage
 from sws_dist.optim import parameter_groups
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.partition import fragments, master_weights
+from sws_dist.zero.protocol import ZeroEngine
 
 
-def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine around ``model``; ``ds`` is what ``ds_config.resolve`` returned.
+def connect_deepspeed() -> None:
+    """Let DeepSpeed use the process group that this process has joined. A collective."""
+    # On CPUs DeepSpeed would compile an operator that only its inference uses: minutes where others compile too, and
+    # for ever where a killed run has left the compiler's lock behind.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
-    The learning rate is set by the trainer before each step. DeepSpeed's own chatter is reduced to warnings.
+
+def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> ZeroEngine:
+    """Build the DeepSpeed engine around ``model``. A collective.
+
+    The trainer sets the learning rate before each step. DeepSpeed's own log is reduced to warnings.
+
+    Args:
+        ds: the resolved DeepSpeed config (``config.resolve_deepspeed_config``).
     """
     deepspeed_logger.setLevel(logging.WARNING)
     if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, Stage) for m in model.modules()):
@@ -54,26 +66,27 @@ def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def loss_scaler_state(engine: Any) -> dict[str, float]:
-    """What fp16's loss scaling remembers; empty in bf16 and fp32."""
+def loss_scaler_state(engine: ZeroEngine) -> dict[str, float]:
+    """Return what fp16's loss scaling remembers; empty in bf16 and fp32."""
     if precision_of(engine.config) != "fp16":
         return {}
     scaler = _scaler(engine)
     return {name: float(getattr(scaler, name)) for name in SCALER if hasattr(scaler, name)}
 
 
-def load_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+def load_loss_scaler_state(engine: ZeroEngine, state: dict[str, float]) -> None:
+    """Restore what ``loss_scaler_state`` returned."""
     for name, value in state.items():
         setattr(_scaler(engine), name, value if name == "cur_scale" else int(value))
 
 
-def _scaler(engine: Any) -> Any:
+def _scaler(engine: ZeroEngine) -> Any:
     return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
 
 
 @torch.no_grad()
-def sync_model_from_masters(engine: Any) -> None:
-    """Make the model's parameters what the masters say. A collective."""
+def sync_model_from_masters(engine: ZeroEngine) -> None:
+    """Copy the masters into the model's parameters, in the model's precision. A collective."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         # The prologue partitions everything, the epilogue gathers the persistent parameters anew: without them
@@ -94,17 +107,17 @@ def sync_model_from_masters(engine: Any) -> None:
 
 
 class StepResult(NamedTuple):
-    """What became of a step: whether the weights were updated, and the gradient's norm before clipping."""
+    """The outcome of a step: True if the weights were updated, and the gradient's norm before clipping."""
 
     applied: bool
     grad_norm: Tensor | float | None
 
 
-def take_step(engine: Any) -> StepResult | None:
-    """The optimizer's step, unless the gradient is not finite; None between the micro-batches of a step.
+def take_step(engine: ZeroEngine) -> StepResult | None:
+    """Take the optimizer's step, unless the gradient is not finite. Returns None between a step's micro-batches.
 
-    DeepSpeed leaves such a step out by itself, on all ranks alike, but at stage 0 in fp32. There each rank has the
-    whole gradient, and parameters without one are not touched.
+    DeepSpeed leaves a non-finite step out by itself, on all ranks alike, except at stage 0 in fp32. There each rank
+    has the whole gradient, and parameters without one are not touched.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -120,8 +133,8 @@ def take_step(engine: Any) -> StepResult | None:
     return StepResult(applied, norm)
 
 
-def all_weights_finite(engine: Any) -> bool:
-    """Whether every rank's masters are free of infinities and NaN. A collective."""
+def all_weights_finite(engine: ZeroEngine) -> bool:
+    """Return True if every rank's masters are free of infinities and NaN. A collective."""
     own = master_weights(engine)
     finite = torch.stack([torch.isfinite(piece.of(own)).all() for piece in fragments(engine)]).all()
     return bool(gather_scalars(finite.to(torch.uint8)).all())

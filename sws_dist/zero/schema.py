@@ -1,7 +1,7 @@
-"""What DeepSpeed itself knows of its JSON: keys and types inside its groups, and what a device can do.
+"""Check a DeepSpeed JSON against DeepSpeed's own models: keys and types inside its groups, and what a device can do.
 
-``ds_config`` decides what belongs into the JSON and stays pure; this module asks DeepSpeed's own models, so that there
-is no list of its keys to keep here.
+``config.py`` decides what belongs into the JSON and imports no DeepSpeed; this module asks DeepSpeed itself, so that
+no list of its keys has to be kept here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODELS: dict[str, type[BaseModel]] = {
 
 
 def check_against_deepspeed(ds: dict[str, Any], path: str | Path, device: torch.device) -> None:
-    """Raises ConfigError for a key or a value that DeepSpeed does not take, or that ``device`` cannot."""
+    """Raise ConfigError for a key or a value that DeepSpeed does not take, or that ``device`` cannot run."""
     for group, model in MODELS.items():
         try:
             model(**ds.get(group, {}))
@@ -54,7 +54,7 @@ def _explain(error: Any, group: str, model: type[BaseModel], path: str | Path) -
 
 
 def _names(model: type[BaseModel], parents: list[str]) -> list[str]:
-    """The keys that ``model`` takes under ``parents``."""
+    """Return the keys that ``model`` takes under ``parents``."""
     for parent in parents:
         field = model.model_fields[parent]
         inner = (field.annotation, *getattr(field.annotation, "__args__", ()))

@@ -1,8 +1,12 @@
-"""TODO: say what this module does."""
+"""Write tensors into a model whose weights lie sharded over the ranks, without the whole model anywhere.
+
+Under ZeRO-3 a parameter's shard ``ds_tensor`` is the flat slice [rank x n, (rank + 1) x n) of it, n = ceil(numel /
+world), the last one padded. At the stages below, each rank has whole parameters, and slices of the masters only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -13,22 +17,22 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
 from torch import Tensor, nn
 
-from sws_dist.learngene.sharded_init import InitReport
 from sws_dist.zero.partition import fragments, master_weights
+from sws_dist.zero.protocol import ZeroEngine
 
 Fetch = Callable[[int, int], Tensor]
-"""The flat range [start, stop) of one tensor."""
+"""Returns the flat range [start, stop) of one tensor."""
 
 
 class MasterSlice(NamedTuple):
-    """This rank's fp32 part of a parameter, which the optimizer updates: from ``start`` on, flat."""
+    """This rank's fp32 part of a parameter, which the optimizer updates: flat, from element ``start`` on."""
 
     start: int
     values: Tensor
 
 
-def master_slices(engine: Any) -> dict[str, MasterSlice]:
-    """What this rank's optimizer updates, by the parameters' names."""
+def master_slices(engine: ZeroEngine) -> dict[str, MasterSlice]:
+    """Return what this rank's optimizer updates, by the parameters' names."""
     flats = master_weights(engine)
     return {piece.name: MasterSlice(piece.start, piece.of(flats)) for piece in fragments(engine)}
 
@@ -37,7 +41,7 @@ def allocate_shards(model: nn.Module, ds: dict[str, Any], device: torch.device, 
     """Give a model on the meta device its memory, filled with zeros: shards under ZeRO-3, else whole tensors.
 
     Args:
-        ds: what ``ds_config.resolve`` returned; it says where shards lie (offload).
+        ds: the resolved DeepSpeed config; it says where shards lie (offload).
         device, dtype: where and in what the model runs.
     """
     assert not list(model.buffers()), "a model with buffers cannot be built without its values"
@@ -60,33 +64,61 @@ def allocate_shards(model: nn.Module, ds: dict[str, Any], device: torch.device, 
                 parameter.ds_tensor.data.zero_()  # the padding, which DeepSpeed leaves as it finds it
 
 
-@torch.no_grad()
-def _fill(
-    names: tuple[str, ...],
-    fetch: Fetch,
-    parameters: dict[str, Any],
-    masters: Mapping[str, MasterSlice],
-    filled: InitReport,
-) -> None:
-    """Write one tensor into this rank's part of every parameter that is a copy of it."""
-    for name in names:
-        parameter = parameters[name]
-        if not is_zero_param(parameter):
-            parameter.data.view(-1).copy_(fetch(0, parameter.numel()))
-        elif _has_plain_shard(parameter):
-            _write_shard(parameter, fetch)
-        else:
-            filled.gathered.append(name)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.data.view(-1).copy_(fetch(0, parameter.ds_numel))
-        if name in masters:
-            master = masters[name]
-            master.values.copy_(fetch(master.start, master.start + master.values.numel()))
+class ShardWriter:
+    """Write tensors into this rank's part of a model's parameters and of its masters.
+
+    The fp32 masters are written as well, so that a low-precision run trains the given numbers, not rounded ones.
+
+    Args:
+        model: inside ``engine``.
+
+    ``gathered`` collects the parameters whose layout (NVMe, quantised) had to be gathered, written and cut again.
+    """
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self._masters = master_slices(engine)
+        self.gathered: list[str] = []
+
+    @property
+    def has_masters(self) -> bool:
+        """True if this rank holds a part of the masters."""
+        return bool(self._masters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return next(iter(self._parameters.values())).dtype
+
+    def numel(self, name: str) -> int:
+        """Return the number of elements of the whole parameter."""
+        parameter = self._parameters[name]
+        return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
+
+    @torch.no_grad()
+    def write(self, names: Iterable[str], fetch: Fetch) -> None:
+        """Write one tensor into every parameter of ``names``; ``fetch`` is asked for the ranges that this rank needs.
+
+        A collective where a parameter has to be gathered.
+        """
+        for name in names:
+            parameter = self._parameters[name]
+            if not is_zero_param(parameter):
+                parameter.data.view(-1).copy_(fetch(0, parameter.numel()))
+            elif _has_plain_shard(parameter):
+                _write_shard(parameter, fetch)
+            else:
+                self.gathered.append(name)
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if dist.get_rank() == 0:
+                        parameter.data.view(-1).copy_(fetch(0, parameter.ds_numel))
+            if name in self._masters:
+                master = self._masters[name]
+                master.values.copy_(fetch(master.start, master.start + master.values.numel()))
 
 
 def _has_plain_shard(parameter: Any) -> bool:
-    """Whether the shard lies in memory as the model's own numbers: not on NVMe, not quantised."""
+    """Return True if the shard lies in memory as the model's own numbers: not on NVMe, not quantised."""
     shard = parameter.ds_tensor
     in_memory = shard.status == PartitionedParamStatus.AVAILABLE and shard.final_location != OffloadDeviceEnum.nvme
     return in_memory and not hasattr(shard, "ds_quant_scale")
@@ -101,7 +133,3 @@ def _write_shard(parameter: Any, fetch: Fetch) -> None:
     parameter.ds_secondary_tensor = None  # hpZ's second copy would be stale; the next gather makes it anew
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # DeepSpeed keeps small parameters whole on every rank
         parameter.data.view(-1).copy_(fetch(0, parameter.ds_numel))
-
-
-def _numel(parameter: Any) -> int:
-    return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()

@@ -1,10 +1,10 @@
-"""TODO: say what this module does."""
+"""Write numbers of bytes and seconds for people."""
 
 from __future__ import annotations
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A number of bytes for people: ``147.80 MB``."""
+    """Return ``num_bytes`` with a decimal unit: ``147.80 MB``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -12,7 +12,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """h:mm:ss"""
+    """Return ``seconds`` as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
