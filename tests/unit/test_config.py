@@ -170,3 +170,12 @@ def test_a_run_starts_from_one_thing(file: Path) -> None:
     assert load_config(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
     assert "model.plan = 'odd': input should be 'even' or 'proportional'" in refused(file, gene, "model.plan=odd")
     assert "model.expand" in refused(file, gene, "model.expand=gather")
+
+
+def test_contradictions_name_the_source_of_the_key(file: Path) -> None:
+    said = refused(file, "model.cuda_graphs=true", "model.compile=true")
+    assert said.startswith("--set model.cuda_graphs=true: model.cuda_graphs: torch.compile (model.compile) cannot see")
+    said = refused(file, "augment.scale=[0.5, 1.2]")
+    expected = "augment.scale [0.5, 1.2]: expected [smallest, largest], both above 0 and at most 1"
+    assert said == f"--set augment.scale=[0.5, 1.2]: {expected}"
+    assert "augment.affine.scale [0.0, 1.0]: expected" in refused(file, "augment.affine.scale=[0.0, 1.0]")

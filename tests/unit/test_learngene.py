@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def small(seed: int = 0, **changes: Any) -> Any:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     model = small()
-    info = describe_model(model, "learngene", pixels={"mean": [0.5] * 3}, provenance={"epochs": 3})
+    info = describe_model(model, "learngene", preprocessing={"mean": [0.5] * 3}, provenance={"epochs": 3})
     return save_model_file(tmp_path / "learngene.safetensors", info, model.state_dict())
 
 
@@ -79,9 +81,23 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, weights = load_learngene(file)
     monkeypatch.setattr(model_file, "VERSION", model_file.VERSION + 1)
-    with pytest.raises(ValueError, match="written in version 1 of the format, this program reads version 2"):
+    save_model_file(file, info, weights)
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=f"in version {model_file.VERSION + 1} of the format, this program reads up to"
+    ):
         read_learngene_info(file)
+
+
+def test_a_file_of_version_1_is_read(file: Path) -> None:
+    """It has the key ``pixels`` for today's ``preprocessing``."""
+    info, weights = load_learngene(file)
+    fields = asdict(info)
+    fields["pixels"] = fields.pop("preprocessing")
+    save_file(weights, file, {"format": "pt", "sws_dist": json.dumps({"version": 1, **fields})})
+    assert read_learngene_info(file) == info
 
 
 def test_a_misfit_names_each_tensor_with_both_shapes(file: Path) -> None:
@@ -130,7 +146,7 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
         Path(_[0]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_file.tensor_file, "write", full)
+    monkeypatch.setattr(model_file, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_model_file(file, describe_model(small(), "learngene"), small().state_dict())
     assert file.read_bytes() == before
@@ -202,7 +218,7 @@ def test_a_released_checkpoint_keeps_its_logits(heads: int) -> None:
     images = torch.randn(2, 3, 224, 224)
     expected = released_logits(weights, images, schedule, heads)
     info, converted = convert_released(weights, schedule, heads)
-    assert info.pixels["mean"] == (0.485, 0.456, 0.406)
+    assert info.preprocessing["mean"] == (0.485, 0.456, 0.406)
     auxiliary = info.build().eval()
     auxiliary.load_state_dict(converted, strict=True)
     torch.testing.assert_close(auxiliary(images), expected, rtol=1e-4, atol=1e-4)

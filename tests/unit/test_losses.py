@@ -11,12 +11,13 @@ from torch import Tensor
 
 from sws_dist.build_models import load_teacher
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
-from sws_dist.config.schema import DistillConfig
+from sws_dist.config.schema import DataConfig, DistillConfig
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.models.teacher import Teacher
 
 HALF = (0.5, 0.5, 0.5)
+DIGITS = list("0123456789")
 
 
 def logits() -> tuple[Tensor, Tensor, Tensor]:
@@ -71,12 +72,12 @@ def test_a_teacher_sees_its_own_normalisation() -> None:
     own = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     pixels = torch.rand(2, 3, 8, 8)
     mean, std = ((torch.tensor(own[k]).view(1, 3, 1, 1)) for k in ("mean", "std"))
-    seen = Teacher(torch.nn.Identity(), HALF, HALF, own)((pixels - 0.5) / 0.5)
+    seen = Teacher(torch.nn.Identity(), (HALF, HALF), (own["mean"], own["std"]))((pixels - 0.5) / 0.5)
     torch.testing.assert_close(seen, (pixels - mean) / std)
 
 
 def test_a_teacher_stays_as_it_is() -> None:
-    teacher = Teacher(create_model("resnet10t", num_classes=10), HALF, HALF, {"mean": HALF, "std": HALF})
+    teacher = Teacher(create_model("resnet10t", num_classes=10), (HALF, HALF), (HALF, HALF))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     out = teacher(torch.randn(4, 3, 32, 32, requires_grad=True))
     assert not out.requires_grad
@@ -95,7 +96,7 @@ def test_a_timm_teacher_from_local_weights_of_either_kind(tmp_path: Path) -> Non
     images = torch.randn(2, 3, 32, 32)
     for name in ("t.pth", "t.safetensors"):
         config = DistillConfig(teacher="resnet10t", teacher_weights=str(tmp_path / name))
-        teacher = load_teacher(config, 10, [], cfg["mean"], cfg["std"], 32)
+        teacher = load_teacher(config, DIGITS, DataConfig(root="", image_size=32, mean=cfg["mean"], std=cfg["std"]))
         assert teacher is not None
         torch.testing.assert_close(teacher(images), model(images))
 
@@ -106,7 +107,7 @@ def test_what_timm_drops_from_old_files_is_dropped(tmp_path: Path) -> None:
     stale = {name.replace("attention_biases", "attention_bias_idxs"): t for name, t in model.state_dict().items()}
     torch.save({"model": stale | model.state_dict()}, tmp_path / "levit.pth")
     config = DistillConfig(teacher="levit_128s", teacher_weights=str(tmp_path / "levit.pth"))
-    assert load_teacher(config, 10, [], HALF, HALF, 224) is not None
+    assert load_teacher(config, DIGITS, DataConfig(root="", image_size=224, mean=HALF, std=HALF)) is not None
 
 
 def described(path: Path, num_classes: int = 10, classes: list[str] | None = None) -> str:
@@ -118,7 +119,7 @@ def described(path: Path, num_classes: int = 10, classes: list[str] | None = Non
 def test_refusals(tmp_path: Path) -> None:
     def refused(said: str, **config: Any) -> None:
         with pytest.raises(ValueError, match=said):
-            load_teacher(DistillConfig(**config), 10, list("0123456789"), HALF, HALF, 32)
+            load_teacher(DistillConfig(**config), DIGITS, DataConfig(root="", image_size=32, mean=HALF, std=HALF))
 
     refused("knows 7 labels, the data has 10", teacher=described(tmp_path / "a.safetensors", 7))
     refused("named otherwise", teacher=described(tmp_path / "b.safetensors", 10, list("abcdefghij")))

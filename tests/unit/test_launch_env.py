@@ -1,4 +1,4 @@
-"""Who a rank is, and what was promised, from each launcher's environment and command line."""
+"""Test that a rank finds its place and the expected world in each launcher's environment and command line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_an_address_that_is_set_stays() -> None:
     assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["RANK"]) == ("10.0.0.1", "4000", "9")
 
 
-def test_a_launcher_below_srun_knows_better() -> None:
+def test_a_launcher_below_srun_decides() -> None:
     """One task a node starts torchrun or DeepSpeed, which starts the ranks."""
     torchrun = {"RANK": "17", "WORLD_SIZE": "24", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "12"}
     env = STEP | torchrun | {"MASTER_ADDR": "gpu03", "MASTER_PORT": "29400"}
@@ -89,34 +89,35 @@ def test_python_is_a_world_of_one(env: dict[str, str]) -> None:
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "1", "127.0.0.1")
 
 
-def promised(env: dict[str, str]) -> list[ExpectedWorld]:
+def expected(env: dict[str, str]) -> list[ExpectedWorld]:
     env = dict(env)
     complete_environment(env)
     return list(launch_env._slurm(env))
 
 
-def test_what_slurm_promises() -> None:
-    (step,) = promised(STEP)
-    assert not step.broken_by(nodes=2, ranks=12)
-    assert not step.broken_by(nodes=2, ranks=96)  # a launcher in every task
-    assert step.broken_by(nodes=1, ranks=12)
-    assert step.broken_by(nodes=2, ranks=1)  # RANK and WORLD_SIZE left over in the environment
-    (job,) = promised(BATCH)
-    assert job.broken_by(nodes=1, ranks=1)  # srun forgotten
+def test_the_world_that_slurm_was_asked_for() -> None:
+    (step,) = expected(STEP)
+    assert not step.mismatches(nodes=2, ranks=12)
+    assert not step.mismatches(nodes=2, ranks=96)  # a launcher in every task
+    assert step.mismatches(nodes=1, ranks=12)
+    assert step.mismatches(nodes=2, ranks=1)  # RANK and WORLD_SIZE left over in the environment
+    (job,) = expected(BATCH)
+    assert job.mismatches(nodes=1, ranks=1)  # srun forgotten
     one_node = BATCH | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "8"}
-    (job,) = promised(one_node | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})  # torchrun in the batch script
-    assert not job.broken_by(nodes=1, ranks=4)
-    assert promised({}) == []
+    (job,) = expected(one_node | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})  # torchrun in the batch script
+    assert not job.mismatches(nodes=1, ranks=4)
+    assert expected({}) == []
 
 
 def below(command: list[str], folder: Path) -> str:
-    """What a process says of its promises whose grandparent runs ``command``, a script that starts the rest of it."""
+    """Return what a process prints of its expected worlds, whose grandparent runs ``command``."""
     script = folder / command[0]
     script.write_text(
         "import subprocess, sys; sys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1:]).returncode)"
     )
-    asks = "import os; from sws_dist import launchers as l; l.complete(os.environ); print(*l.promises())"
-    full = [sys.executable, str(script), *command[1:], "--", sys.executable, "-c", asks]
+    module = "sws_dist.distributed.launch_env"
+    code = f"import os, {module} as m; m.complete_environment(os.environ); print(*m.expected_worlds())"
+    full = [sys.executable, str(script), *command[1:], "--", sys.executable, "-c", code]
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run(full, capture_output=True, text=True, timeout=60, env=env)
     return done.stdout + done.stderr
@@ -131,10 +132,10 @@ def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
         assert f"{ConfigError.__name__}: --hostfile {there}x: there is no such file" in said
 
 
-def test_deepspeeds_promise(tmp_path: Path) -> None:
+def test_the_world_that_deepspeed_was_asked_for(tmp_path: Path) -> None:
     world = base64.urlsafe_b64encode(json.dumps({"a": [0, 1], "b": [0]}).encode()).decode()
     said = below(["launch.py", f"--world_info={world}", "--node_rank=0"], tmp_path)
-    assert "Promise(nodes=2, ranks=3" in said
+    assert "ExpectedWorld(nodes=2, ranks=3" in said
     assert "a with 2, b with 1" in said
 
 
