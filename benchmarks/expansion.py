@@ -1,9 +1,9 @@
-"""Measures how a learngene becomes a sharded descendant: memory of each rank, and what goes over the wire.
+"""Measure how a learngene becomes a sharded descendant: memory of each rank, and what goes over the wire.
 
     python benchmarks/expansion.py [--ranks 4] [--only CASE] [--out results.json]
 
 `memory`: a descendant of 1 billion parameters (width 2048, 20 layers, bf16) under ZeRO-3, up to its weights being in
-their shards, by each way in processes of its own. Each rank's figure is its peak (VmHWM) from birth to end; beside it
+their shards, by each way in processes of its own. Each rank's figure is its peak (VmHWM) from start to end; beside it
 stand what the process needed before (Python, torch, DeepSpeed, the process group), its shard and the largest tensor.
 `usual` is what a user of DeepSpeed does: build the model on every rank, load the expanded weights on rank 0, hand it to
 zero.Init. That needs the whole model on every rank, so it is measured at a quarter of the size, beside ours.
@@ -16,6 +16,7 @@ linear layers: under ZeRO-3 DeepSpeed puts its own in the place of PyTorch's.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,17 +29,17 @@ import torch
 import torch.distributed as dist
 
 from sws_dist.checkpoint.model_file import load_tensors, save_model_file
-from sws_dist.config.schema import OptimConfig
+from sws_dist.config.schema import ModelConfig, OptimConfig
 from sws_dist.distributed.collectives import gather_on_rank0
 from sws_dist.distributed.init import World, close_distributed, init_distributed
 from sws_dist.distributed.traffic import Traffic, count_traffic
-from sws_dist.learngene.expand import WeightMapping, expand_learngene, map_weights
-from sws_dist.learngene.file import LearngeneHeader, describe_model, load_learngene
+from sws_dist.learngene.expand import WeightMapping, expand_learngene
+from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.learngene.plan import expansion_plan
-from sws_dist.learngene.sharded_init import choose_transfer, init_by_broadcast, init_by_reading
+from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, plan_expansion
 from sws_dist.models import SWSVisionTransformer, create_model
 from sws_dist.run_dir import collect_provenance
-from sws_dist.zero.engine import build_engine
+from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
 SCHEDULE = (3, 3, 4, 3, 3)
@@ -77,17 +78,17 @@ def main() -> None:
 
 
 def on_ranks(ranks: int, name: str, folder: str) -> dict[str, Any]:
-    """Run this file as ``ranks`` processes; what rank 0 found."""
+    """Run this file as ``ranks`` processes. Returns what rank 0 found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
     subprocess.run([*command, "--rank-of", name, folder], check=True)
     return json.loads((Path(folder) / "result.json").read_text())
 
 
 def write_learngene(folder: Path, geometry: dict[str, Any], dtype: torch.dtype) -> None:
-    """Random numbers in a learngene's shapes: what is copied does not matter here, that it is copied rightly does."""
+    """Write random numbers in a learngene's shapes: their values do not matter here."""
     with torch.device("meta"):
         model = create_model("sws_vit", schedule=SCHEDULE, **geometry)
-    info = describe_model(model, "learngene", pixels={"image_size": geometry["img_size"]})
+    info = describe_model(model, "learngene", preprocessing={"image_size": geometry["img_size"]})
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.empty(p.shape, dtype=dtype).normal_(std=0.02, generator=generator)
@@ -105,35 +106,36 @@ def zero3(world: World, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def planned(
-    path: Path, way: Any, geometry: dict[str, Any], layers: int
-) -> tuple[LearngeneHeader, SWSVisionTransformer, WeightMapping]:
-    header, _ = choose_transfer(path, way)
+def plan(path: Path, mode: Any, geometry: dict[str, Any], layers: int) -> tuple[SWSVisionTransformer, Expansion]:
     with torch.device("meta"):
         model = create_model("sws_vit", depth=layers, **geometry)
-    plan = expansion_plan(SCHEDULE, layers)
-    return header, model, map_weights(header.info, header.shapes, model, plan)
+    expansion = plan_expansion(ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode), model)
+    assert expansion is not None
+    return model, expansion
+
+
+def connect() -> World:
+    world = init_distributed(600)
+    connect_deepspeed()
+    return world
 
 
 # ---- memory ----
 
 
 def memory(way: str, layers: int, folder: Path) -> dict[str, Any]:
-    world, dtype = init_distributed(600), torch.bfloat16
+    world, dtype = connect(), torch.bfloat16
     ds, path = zero3(world, dtype), folder / "learngene.safetensors"
-    header, model, design = planned(path, "broadcast" if way == "usual" else way, WIDE, layers)
+    model, expansion = plan(path, "broadcast" if way == "usual" else way, WIDE, layers)
     tensors = [p.numel() * dtype.itemsize for p in model.parameters()]
     before = peak_bytes()
     if way == "usual":
-        model = built_everywhere(path, design, layers, ds, dtype)
+        model = built_everywhere(path, expansion.mapping, layers, ds, dtype)
     else:
         allocate_shards(model, ds, world.device, dtype)
-        if way == "read":
-            init_by_reading(model, path, header, design, {}, {})
-        else:
-            init_by_broadcast(model, path, header, design, {}, {}, world.device)
+        init_from_learngene(model, {}, expansion, 0, world.device)
     peaks = gather_on_rank0((peak_bytes(), before))
-    wrong = gather_on_rank0(wrong_shards(model, path, design))
+    wrong = gather_on_rank0(wrong_shards(model, path, expansion.mapping))
     shard = sum(p.ds_tensor.numel() for p in model.parameters()) * dtype.itemsize
     needed = [own_before + shard + max(tensors) for _, own_before in peaks or ()]
     return {
@@ -150,24 +152,24 @@ def memory(way: str, layers: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def built_everywhere(path: Path, design: WeightMapping, layers: int, ds: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The usual way: the model whole on every rank, its weights on rank 0, and zero.Init broadcasts and cuts them."""
+def built_everywhere(path: Path, mapping: WeightMapping, layers: int, ds: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Build the usual way: whole on every rank, weights on rank 0, which zero.Init broadcasts and cuts."""
     torch.set_default_dtype(dtype)
     model = create_model("sws_vit", depth=layers, **WIDE)
     torch.set_default_dtype(torch.float32)
     if dist.get_rank() == 0:
         weights = load_tensors(path)
-        model.load_state_dict({name: weights[source] for source, names in design.copies.items() for name in names})
+        model.load_state_dict({name: weights[source] for source, names in mapping.copies.items() for name in names})
         del weights
     deepspeed.zero.Init(module=model, config_dict_or_path=ds)
     return model
 
 
-def wrong_shards(model: Any, path: Path, design: WeightMapping) -> int:
-    """Parameters whose shard on this rank is not the file's slice, cut here in the simplest way."""
+def wrong_shards(model: Any, path: Path, mapping: WeightMapping) -> int:
+    """Count parameters whose shard on this rank is not the file's slice, cut here in the simplest way."""
     parameters, wrong = dict(model.named_parameters()), 0
     for source, tensor in load_tensors(path).items():
-        for name in design.copies[source]:
+        for name in mapping.copies[source]:
             shard = parameters[name].ds_tensor
             slices = tensor.reshape(-1).split(shard.numel())
             own = slices[dist.get_rank()] if dist.get_rank() < len(slices) else tensor.new_empty(0)
@@ -176,7 +178,7 @@ def wrong_shards(model: Any, path: Path, design: WeightMapping) -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever had (VmHWM)."""
+    """Return the most memory that this process ever had (VmHWM)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
@@ -185,30 +187,28 @@ def peak_bytes() -> int:
 
 
 def traffic(folder: Path) -> dict[str, Any]:
-    world, dtype = init_distributed(600), torch.float32
+    world, dtype = connect(), torch.float32
     ds, path = zero3(world, dtype), folder / "learngene.safetensors"
     found: dict[str, Any] = {}
-    header, model, design = planned(path, "auto", BASE, 12)
+    model, expansion = plan(path, "auto", BASE, 12)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    by_pytorch = offline_logits(path, images) if world.is_main else None
+    by_pytorch = offline_logits(path, images) if world.is_rank_zero else None
     with count_traffic() as allocating:
         allocate_shards(model, ds, world.device, dtype)
     # From here on DeepSpeed's own linear stands in for PyTorch's: the same sums, rounded in another order.
-    expected = offline_logits(path, images) if world.is_main else None
+    expected = offline_logits(path, images) if world.is_rank_zero else None
     with count_traffic() as initialising:
         built = build_engine(model, ds, OptimConfig())
     masters = master_slices(built)
 
-    def measure(way: str) -> None:
+    def measure(way: Any) -> None:
         for p in model.parameters():
             p.ds_tensor.data.zero_()
         with count_traffic() as moved:
-            if way == "read":
-                init_by_reading(model, path, header, design, {}, masters)
-            elif way == "broadcast":
-                init_by_broadcast(model, path, header, design, {}, masters, world.device)
+            if way == "gather and broadcast":
+                gather_and_broadcast(model, path, expansion.mapping)
             else:
-                gather_and_broadcast(model, path, design)
+                init_from_learngene(model, masters, dataclasses.replace(expansion, mode=way), 0, world.device)
         built.eval()
         with torch.no_grad():
             logits = built(images)
@@ -217,7 +217,7 @@ def traffic(folder: Path) -> dict[str, Any]:
     for way in ("read", "broadcast", "gather and broadcast"):
         measure(way)
     numel = sum(p.ds_numel for p in model.parameters())
-    stored = sum(torch.Size(shape).numel() for shape in header.shapes.values())
+    stored = sum(torch.Size(shape).numel() for shape in expansion.header.shapes.values())
     return {
         "logits_from_pytorchs_linear": None if by_pytorch is None else (by_pytorch - expected).abs().max().item(),
         "descendant_bytes": numel * dtype.itemsize,
@@ -230,11 +230,11 @@ def traffic(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def gather_and_broadcast(model: Any, path: Path, design: WeightMapping) -> None:
-    """What DeepSpeed's documentation shows: gather each parameter, write it on rank 0, broadcast and cut it again."""
+def gather_and_broadcast(model: Any, path: Path, mapping: WeightMapping) -> None:
+    """Gather each parameter, write it on rank 0, broadcast and cut it again, as DeepSpeed's documentation shows."""
     parameters = dict(model.named_parameters())
     weights = load_tensors(path) if dist.get_rank() == 0 else {}
-    for source, names in design.copies.items():
+    for source, names in mapping.copies.items():
         for name in names:
             with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
                 if weights:

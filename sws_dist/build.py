@@ -49,7 +49,7 @@ from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.protocol import ZeroEngine
 from sws_dist.zero.schema import check_against_deepspeed
-from sws_dist.zero.shard_writer import allocate_shards
+from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -301,7 +301,8 @@ def build_student_engine(
         allocate_shards(student, ds, world.device, dtype)
     engine = build_engine(student, ds, config.optim)
     if expansion is not None:
-        report = init_from_learngene(engine, expansion, config.train.seed, world.device)
+        masters = master_slices(engine)
+        report = init_from_learngene(student, masters, expansion, config.train.seed, world.device)
         mapping, header = expansion.mapping, expansion.header
         log.info("%d layers from stages %s of %s", len(mapping.layers), _commas(mapping.layers), expansion.path)
         if mapping.dropped:

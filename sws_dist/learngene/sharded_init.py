@@ -3,7 +3,7 @@
     expansion = plan_expansion(config.model, model)       # the model is on the meta device; nothing is read yet
     allocate_shards(model, ds, device, dtype)             # each rank its shards, one tensor after another
     engine = build_engine(model, ds, optim)
-    init_from_learngene(engine, expansion, seed, device)
+    init_from_learngene(model, master_slices(engine), expansion, seed, device)
 
 In mode ``read`` nothing moves between ranks: each reads the rows that it needs from the file, which all of them see.
 In mode ``broadcast`` each tensor of the learngene goes over the wire once, however many layers are copies of it, and
@@ -30,8 +30,7 @@ from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
-from sws_dist.zero.protocol import ZeroEngine
-from sws_dist.zero.shard_writer import Fetch, ShardWriter
+from sws_dist.zero.shard_writer import Fetch, MasterSlice, ShardWriter
 
 TransferMode = Literal["read", "broadcast"]
 
@@ -102,17 +101,24 @@ def choose_transfer(
     return broadcast_from_rank0(header), "broadcast" if wanted == "broadcast" or others else "read"
 
 
-def init_from_learngene(engine: ZeroEngine, expansion: Expansion, seed: int, device: torch.device) -> InitReport:
+def init_from_learngene(
+    model: SWSVisionTransformer,
+    masters: Mapping[str, MasterSlice],
+    expansion: Expansion,
+    seed: int,
+    device: torch.device,
+) -> InitReport:
     """Write a learngene's tensors into this rank's shards and fp32 masters. A collective.
 
     Args:
+        masters: what ``master_slices`` returned; empty before there is an engine.
         seed: of a fresh head, where the descendant has other labels than the learngene.
     """
-    writer = ShardWriter(engine)
+    writer = ShardWriter(model, masters)
     move = _read_slices if expansion.mode == "read" else _broadcast
     num_bytes = move(writer, expansion, device)
     if expansion.mapping.fresh:
-        for name, tensor in fresh_head(engine.module, seed).items():  # type: ignore[arg-type]
+        for name, tensor in fresh_head(model, seed).items():
             writer.write((name,), _slices_of(tensor.reshape(-1)))
     return InitReport(num_bytes, writer.gathered)
 

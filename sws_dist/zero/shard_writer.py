@@ -6,7 +6,7 @@ world), the last one padded. At the stages below, each rank has whole parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -70,14 +70,15 @@ class ShardWriter:
     The fp32 masters are written as well, so that a low-precision run trains the given numbers, not rounded ones.
 
     Args:
-        model: inside ``engine``.
+        model: the model inside the engine; before there is one, its shards can be written without masters.
+        masters: what ``master_slices`` returned, or empty.
 
     ``gathered`` collects the parameters whose layout (NVMe, quantised) had to be gathered, written and cut again.
     """
 
-    def __init__(self, engine: ZeroEngine) -> None:
-        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
-        self._masters = master_slices(engine)
+    def __init__(self, model: nn.Module, masters: Mapping[str, MasterSlice]) -> None:
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._masters = masters
         self.gathered: list[str] = []
 
     @property
