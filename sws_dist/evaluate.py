@@ -1,4 +1,4 @@
-"""Evaluation that counts every image exactly once, on any number of ranks."""
+"""Score a model, counting every image exactly once on any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sws_dist.errors import RunError
 
 @dataclass(frozen=True)
 class Scores:
-    """Over ``images`` images: shares in [0, 1], and the mean cross-entropy."""
+    """Scores over ``images`` images: top-1 and top-5 as shares in [0, 1], and the mean cross-entropy."""
 
     top1: float
     top5: float
@@ -27,7 +27,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of this rank, each image once: ``indices`` [n] in the manifest, ``logits`` [n, classes] float32."""
+    """Logits of this rank's images, each once: ``indices`` [n] in the manifest, ``logits`` [n, classes] float32."""
 
     indices: np.ndarray
     logits: np.ndarray
@@ -40,9 +40,17 @@ def evaluate(
     dtype: torch.dtype,
     predictions: list[Predictions] | None = None,
 ) -> Scores:
-    """Top-1, top-5 and loss over all ranks' ``batches``. ``predictions`` collects this rank's logits. A collective.
+    """Score all ranks' ``batches``. A collective.
 
     Sums are kept in float64 and added up over the ranks once, at the end.
+
+    Args:
+        model: [B, 3, H, W] -> logits [B, classes].
+        dtype: of the model's input.
+        predictions: collects this rank's logits, if given.
+
+    Raises:
+        RunError: none of the images can be read.
     """
     sums: Tensor | None = None
     for batch in batches:
@@ -59,7 +67,7 @@ def evaluate(
 
 
 def _sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """[hits in the first, hits in the first five, summed loss, images] of one batch."""
+    """Sum up one batch: [hits in the first, hits in the first five, loss, images], float64."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="none")
     columns = torch.stack(

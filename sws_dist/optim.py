@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate as a function of the step."""
+"""Group the parameters for weight decay, and compute the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from sws_dist.config.schema import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decayed and undecayed parameters; biases, norms and what the model names (position embedding) do not decay."""
+    """Split the parameters into decayed and undecayed ones, as torch's optimizers take them.
+
+    Biases, norms and what the model names in ``no_weight_decay`` (position embedding) do not decay.
+    """
     named = getattr(model, "no_weight_decay", None)
     exempt = named() if callable(named) else set()
     decay: list[nn.Parameter] = []
@@ -25,12 +28,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class LRSchedule:
-    """Linear warm-up, then cosine to ``min_lr``, both per step: a pure function of the step, so nothing to save.
+    """Compute the learning rate: linear warm-up, then cosine to ``min_lr``, both per step.
+
+    It is a pure function of the step, so there is no state to save.
 
     Args:
         config: rates and warm-up; ``lr`` scales with ``global_batch / lr_batch``.
         steps_per_epoch: may be a fraction; epochs do not have to end with a step.
-        total_steps: of the whole run.
+        total_steps: number of steps of the whole run.
     """
 
     def __init__(self, config: OptimConfig, global_batch: int, steps_per_epoch: float, total_steps: int) -> None:
@@ -40,7 +45,7 @@ class LRSchedule:
         self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
 
     def __call__(self, step: int) -> float:
-        """The rate of the update that takes the weights from ``step`` to ``step + 1``."""
+        """Return the rate of the update that takes the weights from ``step`` to ``step + 1``."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

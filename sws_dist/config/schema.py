@@ -42,6 +42,8 @@ def _require_range(key: str, dotted: str, low_high: tuple[float, float], limit: 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
+    """The model that is trained, and what it starts from."""
+
     name: str
     """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``."""
     depth: int | None = Field(default=None, ge=1)
@@ -49,16 +51,17 @@ class ModelConfig:
     schedule: tuple[int, ...] | None = None
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Stochastic depth at the last position, growing linearly from 0 at the first."""
+    """Drop-path rate (stochastic depth) at the last position; it grows linearly from 0 at the first."""
     grad_checkpointing: bool = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
     kernels: Literal["auto", "triton", "reference"] = "reference"
-    """Who runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton on a
-    CUDA device of compute capability 8.0 or more where the model allows it, and says what it took; ``triton`` where
-    it cannot run is an error. The kernels have not run on a GPU yet, so they are for you to ask for."""
+    """Which code runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton
+    on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton`` where
+    it cannot run is an error. The kernels have not run on a GPU yet, so they are off by default."""
     cuda_graphs: bool = False
     """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
-    nor with ``compile``): for small models, whose kernels are shorter than their launches. Not run on a GPU yet."""
+    nor with ``compile``): for small models, whose kernels are shorter than their launches. This has not run on a GPU
+    yet."""
     compile: bool = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None
@@ -103,52 +106,54 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:
+    """The images, how they are read, and how they are normalised."""
+
     root: str
-    """The data set's folder; see ``train_split``."""
+    """The folder of the data set; see ``train_split``."""
     train_split: str = "train"
     """Inside ``root``: a folder of class folders, a folder of WebDataset ``*.tar`` shards, or a text file of
     ``<path> <label>`` lines."""
     val_split: str = "val"
-    """The same for the validation images."""
+    """The same as ``train_split``, for the validation images."""
     classes: str | None = None
-    """A file of class names, one a line, whose order the labels take instead of the sorted folders'."""
+    """A file of class names, one on each line; the labels take their order instead of that of the sorted folders."""
     shuffle_shards: int | None = Field(default=None, ge=1)
-    """Tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null: among
-    all, as timm does."""
+    """For tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null
+    shuffles among all, as timm does."""
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
-    """Unreadable images are left out or replaced by others; beyond this share of an epoch the run stops."""
+    """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
     image_size: int = Field(default=224, ge=8)
     """Height and width of the model's input."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from the red, green and blue channel (of 0 to 1)."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """What the channels are divided by afterwards."""
+    """The channels are divided by this afterwards."""
     crop_pct: float = Field(default=0.875, gt=0, le=1)
-    """Evaluation: the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
+    """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """The filter of every resizing, in training and evaluation."""
+    """The filter of all resizing, in training and evaluation."""
     num_threads: int = Field(default=4, ge=1)
-    """DALI threads of one rank."""
+    """Number of DALI threads of one rank."""
     prefetch: int = Field(default=2, ge=1)
-    """Batches that DALI prepares ahead."""
+    """Number of batches that DALI prepares ahead."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
+    """The device on which DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
     hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
-    """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null: DALI's own choice."""
+    """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null leaves it to DALI."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class AffineConfig:
-    """Random affine map of every image (torchvision's RandomAffine)."""
+    """Map every image by a random affine transform (torchvision's RandomAffine)."""
 
     degrees: float = Field(default=0.0, ge=0)
-    """Largest turn, either way."""
+    """Largest rotation, in either direction."""
     translate: float = Field(default=0.0, ge=0, lt=1)
     """Largest shift, as a share of the image's side."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Smallest and largest enlargement."""
+    """Smallest and largest scale."""
     fill: tuple[int, int, int] = (0, 0, 0)
-    """Colour of what comes in from outside the image."""
+    """Colour (RGB) of the area outside the image."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> AffineConfig:
@@ -158,35 +163,35 @@ class AffineConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class AugmentConfig:
-    """timm's names and timm's meaning."""
+    """Augmentation of training images, with timm's names and meaning."""
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the cropped window, as a share of the image's."""
+    """Smallest and largest area of the cropped window, as shares of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Its width over its height."""
+    """Smallest and largest aspect ratio (width over height) of the window."""
     hflip: float = Field(default=0.5, ge=0, le=1)
-    """Chance of being mirrored."""
+    """Probability that an image is mirrored."""
     affine: AffineConfig | None = None
-    """A random turn, shift and enlargement; null: none."""
+    """A random rotation, shift and scale; null for none."""
     auto_augment: str | None = None
     """timm's RandAugment string, for example ``rand-m9-mstd0.5-inc1``."""
     color_jitter: float | tuple[float, ...] | None = None
     """Largest change of brightness, contrast and saturation: one number or three. Unused beside ``auto_augment``, as
     in timm (whose own default is 0.4)."""
     re_prob: float = Field(default=0.0, ge=0, le=1)
-    """Chance that a box of the image is erased."""
+    """Probability that a box of the image is erased."""
     re_mode: Literal["pixel", "const", "rand"] = "pixel"
-    """What fills it: noise, the mean colour, or one random colour."""
+    """The box is filled with noise (``pixel``), the mean colour (``const``), or one random colour (``rand``)."""
     mixup: float = Field(default=0.0, ge=0)
-    """alpha of the Beta distribution of mixup's share; 0: no mixup."""
+    """The alpha of mixup's Beta distribution; 0 for no mixup."""
     cutmix: float = Field(default=0.0, ge=0)
-    """alpha for cutmix; 0: no cutmix."""
+    """The alpha of cutmix's Beta distribution; 0 for no cutmix."""
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
-    """Chance of cutmix where both are on."""
+    """Probability of cutmix where both are on."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over all classes."""
+    """Label smoothing: the share of the target that is spread over all classes."""
     num_repeats: int = Field(default=1, ge=1)
-    """Repeated augmentation: how often an image appears in a row, each time drawn anew."""
+    """Repeated augmentation: the number of times an image appears in a row, each time drawn anew."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> AugmentConfig:
@@ -197,14 +202,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class DistillConfig:
+    """The teacher, and its part in the loss."""
+
     teacher: str | None = None
     """A timm model name, or a ``.safetensors`` file that this trainer wrote (it names its own model)."""
     teacher_weights: str | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
     kind: Literal["soft", "hard"] = "soft"
-    """The teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
+    """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)
-    """Weight of the teacher's term; 1 - alpha weighs the labels'."""
+    """Weight of the teacher's term in the loss; the labels' term has weight 1 - alpha."""
     tau: float = Field(default=1.0, gt=0)
     """Temperature of the soft targets."""
     reduction: Literal["batchmean", "elements"] = "batchmean"
@@ -213,65 +220,73 @@ class DistillConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimConfig:
+    """The optimizer, its learning rate, and the moving average of the weights."""
+
     name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
     """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
     lr: float = Field(default=5e-4, gt=0)
     """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = 512
-    """``lr`` is meant for this global batch and scales with it linearly; null: take ``lr`` as it is."""
+    """``lr`` is meant for this global batch and scales with it linearly; null takes ``lr`` as it is."""
     min_lr: float = Field(default=1e-5, ge=0)
-    """Where the cosine ends; never above the highest rate."""
+    """The learning rate at the end of the cosine; never above the highest rate."""
     warmup_lr: float = Field(default=1e-6, ge=0)
-    """Where the warm-up begins."""
+    """The learning rate at the start of the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Length of the linear warm-up; a fraction is allowed."""
+    """Length of the linear warm-up in epochs; a fraction is allowed."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of weight matrices; biases, norms, position embedding and class token do not decay."""
+    """Decay of weight matrices; biases, norms, position embedding and class token do not decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's averaging of the gradient and of its square."""
+    """Adam's averaging factors of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
-    """Adam's denominator is at least this."""
+    """Added to Adam's denominator."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Exponential moving average of the weights, per step; null: none is kept."""
+    """Exponential moving average of the weights, per step; null keeps none."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
+    """Length, batch, seed, evaluation and logging of the run."""
+
     epochs: int = Field(default=100, ge=1)
-    """Passes over the training images; the schedule's length."""
+    """Number of passes over the training images; the learning-rate schedule spans them."""
     global_batch: int = Field(default=512, ge=1)
     """Images in one optimizer step, over all ranks and accumulation steps."""
     seed: int = Field(default=0, ge=0)
-    """Of weights, order, augmentation, mixing and drop-path."""
+    """Seed of weights, order, augmentation, mixing and drop-path."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop (and save) after this many steps, leaving the schedule as it is: for trials and tests."""
+    """Stop (and save) after this many steps, and leave the schedule as it is: for trials and tests."""
     eval_batch: int = Field(default=128, ge=1)
-    """Images in one evaluation batch of one rank."""
+    """Number of images in one evaluation batch of one rank."""
     eval_every: int = Field(default=1, ge=1)
-    """Epochs between evaluations (the last epoch is always evaluated)."""
+    """Number of epochs between evaluations; the last epoch is always evaluated."""
     eval_at_start: bool = False
-    """Evaluate before the first step too: what an expanded descendant knows untrained."""
+    """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: int = Field(default=50, ge=1)
-    """Steps between two lines of the log."""
+    """Number of steps between two lines of the log."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds without progress after which every rank ends, with a message that names who is missing."""
     skip_nonfinite: int = Field(default=0, ge=0)
-    """How many steps in a row may be skipped, with weights and averages untouched, because their loss or gradient is
-    infinite or NaN; one more stops the run."""
+    """Number of steps in a row that may be skipped, with weights and averages untouched, because their loss or
+    gradient is infinite or NaN; one more stops the run."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointConfig:
+    """When the run is saved, and which checkpoints are kept."""
+
     every: int = Field(default=1, ge=1)
-    """Epochs between checkpoints (the last epoch is always saved)."""
+    """Number of epochs between checkpoints; the last epoch is always saved."""
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: bool = True
     """Keep the checkpoint with the best validation top-1 as well."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
+    """What a run trains, from all groups."""
+
     output: str
     """The run's folder: configs, log, TensorBoard events, checkpoints, metrics, final weights."""
     model: ModelConfig
