@@ -1,0 +1,1 @@
+"""Inputs and checks of each operator, which tests/kernels/test_<operator>.py and tests/gpu/test_<operator>.py share."""
