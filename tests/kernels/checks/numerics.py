@@ -66,7 +66,7 @@ class Checks:
         got = self.run(inputs, self.triton, **options, **(triton or {}))
         pairs = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(before), strict=True)
         assert all(torch.equal(x, old) for x, old in pairs if isinstance(x, Tensor)), "an input was changed"
-        exact = self.run(pytree.tree_map_only(Tensor, Tensor.double, inputs), self.reference, **options)
+        exact = self.run(in_fp64(inputs), self.reference, **options)
         assert_as_accurate(got, self.run(inputs, self.pytorch, **options), exact)
 
     def bitwise_repeatable(self, inputs: Inputs) -> None:
@@ -101,6 +101,11 @@ class Checks:
             inputs[name].mul_(-0.5)
         graph.replay()
         assert_equal(captured, self.run(inputs, self.triton))
+
+
+def in_fp64(inputs: Inputs) -> Inputs:
+    """Return the inputs with every tensor in fp64."""
+    return pytree.tree_map_only(Tensor, Tensor.double, inputs)
 
 
 def assert_equal(got: Tensors, expected: Tensors) -> None:

@@ -47,10 +47,10 @@ def run(inputs: Inputs, function: Callable[..., Tensor], scale: float | None = N
     """Return the output and the gradients by name. d_qkv comes as its three parts, each held to its own size."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("qkv", "bias") if name in inputs}
     out = function(leaves["qkv"], leaves.get("bias"), scale)
-    d_qkv, *d_bias = torch.autograd.grad(out, list(leaves.values()), inputs["d_out"])
-    d_q, d_k, d_v = d_qkv.unbind(2)
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs["d_out"])
+    d_q, d_k, d_v = gradients[0].unbind(2)
     results = {"out": out.detach(), "d_q": d_q, "d_k": d_k, "d_v": d_v}
-    return results | {"d_bias": gradient for gradient in d_bias}
+    return results | ({"d_bias": gradients[1]} if "bias" in inputs else {})
 
 
 triton = partial(packed_attention, backend="triton")
