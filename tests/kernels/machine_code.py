@@ -86,7 +86,8 @@ def _add_layer_norm_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
 
 def _linear_gelu_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
     """Yield persistent programs too where they run: on Hopper's tensor cores."""
-    for persistent in (False, True) if arch == 90 and dtype != "fp32" else (False,):
+    persistent_too = arch == 90 and dtype != "fp32"
+    for persistent in (False, True) if persistent_too else (False,):
         launches = launch_config.linear_gelu(width, 4 * width, DTYPES[dtype], hopper=arch == 90, persistent=persistent)
         shape = f"width {width}" + (", persistent" if persistent else "")
         for name, launch in launches.items():

@@ -50,9 +50,9 @@ def new_pool() -> Any:
     return GraphPool() if DEVICE == "cuda" else RunAgain()
 
 
-def small(seed: int = 0, **changes: Any) -> Inputs:
-    """Return two repeats of a small stage; ``seed`` chooses the tensors of the batch, not the weights."""
-    inputs = make_inputs((2, 3, 32), 2, 1, torch.float32, DEVICE, hidden=32, drop_path=True, **changes)
+def small(seed: int = 0, *, repeats: int = 1, **changes: Any) -> Inputs:
+    """Return a small stage; ``seed`` chooses the tensors of the batch, not the weights."""
+    inputs = make_inputs((2, 3, 32), repeats, 1, torch.float32, DEVICE, hidden=32, drop_path=True, **changes)
     generator = torch.Generator().manual_seed(seed)
     for name in ("x", "dy", "scales"):
         inputs[name].copy_(torch.randn(inputs[name].shape, generator=generator))
@@ -71,8 +71,11 @@ def call(function: Any, inputs: Inputs, weights: StageWeights, **options: Any) -
     return y.detach().clone(), x.grad
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}], ids=["plain", "no_qkv_bias"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize(
+    ("recompute", "changes"),
+    [(False, {"repeats": 2}), (True, {"repeats": 2}), (False, {"qkv_bias": False})],
+    ids=["saved", "recomputed", "no_qkv_bias"],
+)
 def test_replays_are_the_stage_to_the_bit(recompute: bool, changes: dict[str, Any]) -> None:
     """The first of two batches is captured; gradients add up over both, as in gradient accumulation."""
     graphed = GraphedStage(new_pool())
@@ -109,11 +112,11 @@ def test_hooks_on_gradients_run_once_a_backward() -> None:
 def test_other_shapes_and_no_gradient_run_the_stage_itself() -> None:
     graphed, weights = GraphedStage(new_pool()), parameters(small())
     captured = call(graphed, small(), weights)
-    inputs = make_inputs((1, 5, 32), 2, 1, torch.float32, DEVICE, hidden=32)
+    inputs = make_inputs((1, 5, 32), 1, 1, torch.float32, DEVICE, hidden=32)
     got, expected = call(graphed, inputs, weights), call(triton, inputs, weights)
     assert all(map(torch.equal, got, expected))
     with torch.no_grad():
-        y = graphed(inputs["x"], weights, 2, 1, EPS)
+        y = graphed(inputs["x"], weights, 1, 1, EPS)
     assert torch.equal(y, expected[0])
     assert all(map(torch.equal, call(graphed, small(), weights), captured)), "the graph has changed"
 
@@ -153,7 +156,7 @@ def test_wrong_arguments_are_errors_before_anything_is_captured() -> None:
     inputs = small()
     wrong = inputs["weights"]._replace(fc1_bias=inputs["weights"].fc1_weight)
     with pytest.raises(ValueError, match=r"stage: fc1_bias must be"):
-        GraphedStage(new_pool())(inputs["x"], wrong, 2, 1)
+        GraphedStage(new_pool())(inputs["x"], wrong, 1, 1)
 
 
 def test_a_model_trains_the_same() -> None:
@@ -162,7 +165,7 @@ def test_a_model_trains_the_same() -> None:
     for graphs in (False, True):
         torch.manual_seed(0)
         model = create_model(
-            "sws_vit", schedule=[1, 2, 1], img_size=16, patch_size=8, embed_dim=32, num_heads=1, mlp_ratio=1.0,
+            "sws_vit", schedule=[1, 1, 1], img_size=16, patch_size=8, embed_dim=32, num_heads=1, mlp_ratio=1.0,
             num_classes=4, drop_path_rate=0.5,
         ).to(DEVICE)  # fmt: skip
         model.use_kernels("triton")
