@@ -1,4 +1,4 @@
-"""Triton operators of SWS-Dist. They need torch and triton only.
+"""Provide the Triton operators of SWS-Dist. They need torch and triton only.
 
 Each public function takes ``backend="reference" | "triton"``. The reference is plain PyTorch and runs anywhere. Asking
 for Triton where it cannot run is an error; no function falls back.

@@ -1,4 +1,4 @@
-"""Residual add, with drop-path's per-sample scale, and LayerNorm in one pass over memory.
+"""Add a branch, with drop-path's per-sample scale, to the residual stream and normalise, in one pass over memory.
 
     new_residual = residual + scale * branch        (the stream that continues)
     normed       = LayerNorm(new_residual)          (the input of the next attention or MLP)

@@ -1,4 +1,4 @@
-"""Triton kernels of `add_layer_norm`: residual add, with drop-path's per-sample scale, and LayerNorm in one pass.
+"""Define the Triton kernels of `add_layer_norm`: scaled residual add and LayerNorm in one pass, and its backward.
 
 Shapes: B samples, T tokens, D width, N = B * T rows. A program handles tiles of R rows. A row is three chunks of W
 columns, where W is a power of two. The ViT widths 192, 384 and 768 are 3 x 2^k, so their three chunks hold the row

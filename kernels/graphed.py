@@ -1,4 +1,4 @@
-"""`stage` as two CUDA graphs, forward and backward, for training at one shape.
+"""Run `stage` as two CUDA graphs, forward and backward, for training at one shape.
 
 A small model is bound by kernel launches: a stage of a ViT-Ti launches some 40 kernels a repeat, and most of them are
 shorter than their launch takes. A graph launches all of them at once. Both graphs are captured at the first call, keep

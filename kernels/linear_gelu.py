@@ -1,4 +1,4 @@
-"""The first half of an MLP and its backward, as matrix products with GELU in their epilogue.
+"""Compute the first half of an MLP and its backward, as matrix products with GELU in their epilogue.
 
     forward     z  = x W^T + b,  h = GELU(z)                        one kernel
     backward    dz = (dy V) * GELU'(z),  db = sum(dz),  h again     one kernel; V is the weight of the next layer
@@ -35,7 +35,7 @@ from sws_kernels.linear_gelu_kernels import linear_gelu_backward_kernel, linear_
 WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
 
 
-# ----------------------------------------------------------------------- public functions, which are the launchers
+# --------------------------------------------------------------------------- launchers, the public functions
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu", mutates_args=())

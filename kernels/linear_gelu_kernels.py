@@ -1,4 +1,4 @@
-"""Triton kernels of `linear_gelu`: matrix products with GELU, or its derivative, in their epilogue.
+"""Define the Triton kernels of `linear_gelu`: matrix products with GELU, or its derivative, in their epilogue.
 
 Shapes: N rows (batch x tokens), K width, F hidden width. A program makes tiles of BM rows and BN columns of an [N, F]
 matrix and takes BK elements of the inner dimension at a time.

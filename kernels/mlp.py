@@ -1,4 +1,4 @@
-"""A transformer's MLP, y = GELU(x W1^T + b1) W2^T + b2, with everything elementwise inside a matrix product.
+"""Compute a transformer's MLP, GELU(x W1^T + b1) W2^T + b2, with everything elementwise inside a matrix product.
 
     forward     z  = x W1^T + b1,  h = GELU(z)                     `linear_gelu`
                 y  = h W2^T + b2                                   cuBLAS

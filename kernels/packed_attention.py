@@ -1,4 +1,4 @@
-"""Non-causal attention that reads packed QKV as the projection wrote it, and writes packed dQKV.
+"""Compute non-causal attention from packed QKV, as the projection wrote it; the backward writes packed dQKV.
 
     x = qkv + bias;  q, k, v = x[:, :, 0], x[:, :, 1], x[:, :, 2]
     out = softmax(scale * q k^T) v          for each sample and head

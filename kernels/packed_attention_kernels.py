@@ -1,4 +1,4 @@
-"""Triton kernels of `packed_attention`: non-causal attention on packed QKV, forward and backward.
+"""Define the Triton kernels of `packed_attention`: non-causal attention on packed QKV, forward and backward.
 
 Shapes: B samples, T tokens, H heads of D. A program handles one head of one sample, M queries by N keys at a time.
 

@@ -1,4 +1,4 @@
-"""A shared-weight stage: ``repeats`` passes of a pre-norm transformer block through one set of weights.
+"""Run a shared-weight stage: ``repeats`` passes of a pre-norm transformer block through one set of weights.
 
     x = x + scales[r, 0] * proj(attention(qkv(norm1(x))))
     x = x + scales[r, 1] * fc2(GELU(fc1(norm2(x))))            for r = 0 ... repeats - 1

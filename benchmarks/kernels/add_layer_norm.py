@@ -1,4 +1,4 @@
-"""Cases of add_layer_norm, which memory limits."""
+"""Define the cases of add_layer_norm, which memory limits."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cases of the distillation loss: PyTorch's alone, to see whether a kernel could be worth it (docs/kernels.md)."""
+"""Define the cases of PyTorch's distillation loss, to see whether a kernel could be worth it (docs/kernels.md)."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Cases of a block's four products with their biases, by cuBLAS and cuBLASLt: `linear_gelu` has to come near them."""
+"""Define the cases of a block's four products with their biases, to which `linear_gelu` has to come near."""
 
 from collections.abc import Iterator
 from functools import partial

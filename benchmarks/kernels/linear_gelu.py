@@ -1,4 +1,4 @@
-"""Cases of linear_gelu's forward and backward, which arithmetic limits."""
+"""Define the cases of linear_gelu's forward and backward, which arithmetic limits."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cases of mlp, which arithmetic limits."""
+"""Define the cases of mlp, which arithmetic limits."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cases of packed_attention, counted as limited by memory."""
+"""Define the cases of packed_attention, counted as limited by memory."""
 
 from collections.abc import Iterator
 from functools import partial

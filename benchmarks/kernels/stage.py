@@ -1,4 +1,4 @@
-"""Cases of a shared stage, and of a block (one repeat), against timm's Block run as often on the same weights."""
+"""Define the cases of a stage, and of a block (one repeat), against timm's Block run as often on the same weights."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cases of an auxiliary model's training step: forward, loss, backward, AdamW and EMA, with and without a teacher.
+"""Define the cases of a training step: forward, loss, backward, AdamW and EMA, with and without a teacher.
 
 It is the trainer's step on one GPU without DeepSpeed: bf16 weights, their fp32 masters, which AdamW updates and the
 average follows, and the paper's drop-path. Every provider trains the same model from the same weights.

@@ -1,4 +1,4 @@
-"""add_layer_norm on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
+"""Test add_layer_norm on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
 
 import pytest
 import torch

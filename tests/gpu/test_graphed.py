@@ -1,4 +1,4 @@
-"""Stages as CUDA graphs on a GPU: bf16, a training step's shapes, stages that share memory."""
+"""Test stages as CUDA graphs on a GPU: bf16, a training step's shapes, stages that share memory."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""linear_gelu on a GPU: bf16, a training step's shapes, persistent programs, offsets past 2^31."""
+"""Test linear_gelu on a GPU: bf16, a training step's shapes, persistent programs, offsets past 2^31."""
 
 import pytest
 import torch

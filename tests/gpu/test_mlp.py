@@ -1,4 +1,4 @@
-"""mlp on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor."""
+"""Test mlp on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor."""
 
 import pytest
 import torch

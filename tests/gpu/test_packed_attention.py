@@ -1,4 +1,4 @@
-"""packed_attention on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
+"""Test packed_attention on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""stage on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor."""
+"""Test stage on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor."""
 
 import pytest
 import torch

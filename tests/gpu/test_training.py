@@ -1,4 +1,4 @@
-"""Training on a GPU: every precision and ZeRO stage through the real launcher, with images decoded on the GPU.
+"""Train on a GPU: every precision and ZeRO stage through the real launcher, with images decoded on the GPU.
 
 Only here do runs use fp16 and DeepSpeed's FusedAdam; bf16 and fp32 runs are those on the CPU with other kernels.
 """

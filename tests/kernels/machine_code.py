@@ -41,7 +41,7 @@ FP32 = {"mean_ptr", "rstd_ptr", "lse_ptr", "delta_ptr", "partials_ptr", "eps", "
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape, for one GPU. `launch` has constexprs and options as the launcher passes them."""
+    """Hold one kernel at one shape, for one GPU. `launch` has constexprs and options as the launcher passes them."""
 
     kernel: str  # the function's name without "_kernel"
     shape: str

@@ -1,4 +1,4 @@
-"""add_layer_norm against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
+"""Compare add_layer_norm with PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""benchmarks.kernels on a CPU at tiny sizes: every case is built, checked and timed, and the chart is drawn.
+"""Run benchmarks.kernels on a CPU at tiny sizes: every case is built, checked and timed, and the chart is drawn.
 
 The times mean nothing here. The tests show that the providers compute the right thing and that a wrong one is found.
 """

@@ -1,4 +1,4 @@
-"""Stages as CUDA graphs: captured on a GPU; without one, a pool that runs them again stands for the capture."""
+"""Test stages as CUDA graphs: captured on a GPU; without one, a pool that runs them again stands for the capture."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""linear_gelu against PyTorch, and its GELU against erf in fp64: in the interpreter, or on the GPU if there is one."""
+"""Compare linear_gelu with PyTorch, and its GELU with erf in fp64: in the interpreter, or on a GPU if there is one."""
 
 import pytest
 import torch

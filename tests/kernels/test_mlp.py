@@ -1,4 +1,4 @@
-"""mlp against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
+"""Compare mlp with PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""model.kernels: what is chosen where, and that the model computes the same with and without the kernels."""
+"""Test what model.kernels chooses where, and that the model computes the same with and without the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""packed_attention against PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
+"""Compare packed_attention with PyTorch on small shapes: in the interpreter, or on the GPU where there is one."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""stage against timm's own block and the reference, in the interpreter or on the GPU where there is one."""
+"""Compare stage with timm's own block and the reference, in the interpreter or on the GPU where there is one."""
 
 from typing import Any
 

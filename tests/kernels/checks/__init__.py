@@ -1,1 +1,1 @@
-"""Inputs and checks of each operator, which tests/kernels/test_<operator>.py and tests/gpu/test_<operator>.py share."""
+"""Make the inputs and the checks of each operator, for its test_<operator>.py in tests/kernels and in tests/gpu."""

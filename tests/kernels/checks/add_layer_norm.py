@@ -1,4 +1,4 @@
-"""Inputs and checks of add_layer_norm."""
+"""Make the inputs and the checks of add_layer_norm."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Inputs and checks of linear_gelu: its forward, and its backward, which starts from the forward's z."""
+"""Make the inputs and the checks of linear_gelu: its forward, and its backward, which starts from the forward's z."""
 
 from collections.abc import Callable
 from functools import partial

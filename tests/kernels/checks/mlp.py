@@ -1,4 +1,4 @@
-"""Inputs and checks of mlp."""
+"""Make the inputs and the checks of mlp."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Inputs and checks of packed_attention."""
+"""Make the inputs and the checks of packed_attention."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Inputs and checks of stage."""
+"""Make the inputs and the checks of stage."""
 
 from collections.abc import Callable
 from functools import partial
