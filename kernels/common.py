@@ -1,4 +1,4 @@
-"""What the operators share: the choice of backend and the checks that keep it from falling back in silence."""
+"""Share between operators the choice of backend, the argument checks and the gradients of a linear layer."""
 
 from typing import Literal
 
@@ -10,23 +10,33 @@ Backend = Literal["reference", "triton"]
 
 
 @triton.jit
-def _probe():
-    """Never launched: the decorator's result says who would run a kernel."""
+def _probe() -> None:
+    """Show by its type who would run a kernel. It is never launched."""
 
 
-# Decided when the decorator ran, from TRITON_INTERPRET; setting the variable later changes nothing.
+# This is decided when the decorator runs, from TRITON_INTERPRET; setting the variable later changes nothing.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 
 
 def is_triton(operator: str, backend: str) -> bool:
-    """Whether ``backend`` is "triton"; anything but the two known names is an error."""
+    """Return whether ``backend`` is "triton".
+
+    Raises:
+        ValueError: ``backend`` is neither "reference" nor "triton".
+    """
     if backend not in ("reference", "triton"):
         raise ValueError(f"{operator}: backend={backend!r} is unknown; choose 'reference' or 'triton'")
     return backend == "triton"
 
 
 def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype: bool = True) -> None:
-    """One device and dtypes that Triton can run on here; ``one_dtype``: the same for all, as a matrix product needs."""
+    """Check that all tensors are on one device, in dtypes that Triton can run there; None is skipped.
+
+    one_dtype: whether all must have the same dtype, as a matrix product needs.
+
+    Raises:
+        ValueError: anything else. The message names ``operator`` and what was found.
+    """
     present = {name: x for name, x in tensors.items() if x is not None}
     devices = {x.device for x in present.values()}
     if len(devices) > 1:
@@ -43,7 +53,7 @@ def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype:
     if one_dtype and len(dtypes) > 1:
         found = ", ".join(f"{name} {_short(x.dtype)}" for name, x in present.items())
         raise ValueError(f"{operator}: backend='triton' takes tensors of one dtype, got {found}")
-    # The interpreter cuts fp32 to bf16 where the hardware rounds: what it says of bf16 does not hold there.
+    # The interpreter truncates fp32 to bf16 where the hardware rounds, so its bf16 results would not hold on a GPU.
     allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
     for dtype in dtypes - set(allowed):
         where = " under TRITON_INTERPRET=1" if INTERPRETED else ""
@@ -57,15 +67,15 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """The kernels know one layout; a sliced input or an expanded gradient is copied here."""
+    """Return ``x`` in the one layout that the kernels take. A sliced input or an expanded gradient is copied."""
     return None if x is None else x.contiguous()
 
 
 def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:
-    """d_out^T x of a linear layer, fp32 [out, in], from [..., out] and [..., in] of one dtype.
+    """Compute d_out^T x of a linear layer, fp32 [out, in], from [..., out] and [..., in] of one dtype.
 
-    cuBLAS accumulates in fp32 whatever comes out; letting it out in fp32 costs nothing and keeps the sum over
-    a stage's repeats exact.
+    cuBLAS accumulates in fp32 in any case. An fp32 result costs nothing more and keeps the sum over a stage's repeats
+    exact.
     """
     d_out, x = d_out.flatten(0, -2), x.flatten(0, -2)
     if x.dtype == torch.float32:
@@ -76,5 +86,5 @@ def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:
 
 
 def bias_gradient(d_out: Tensor) -> Tensor:
-    """The sum of [..., out] over all but the last dimension, fp32 [out]."""
+    """Sum [..., out] over all but the last dimension, to fp32 [out]."""
     return d_out.flatten(0, -2).sum(dim=0, dtype=torch.float32)

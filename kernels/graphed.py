@@ -1,24 +1,27 @@
-"""`stage` as two CUDA graphs, forward and backward, for training at one shape: a small model is bound by launches.
+"""Run `stage` as two CUDA graphs, forward and backward, for training at one shape.
 
-A stage of a ViT-Ti launches some 40 kernels a repeat, most shorter than their launch takes. A graph launches all of
-them at once. Both graphs are captured at the first call, whose shape they keep, and replayed at every further one.
+A small model is bound by kernel launches: a stage of a ViT-Ti launches some 40 kernels a repeat, and most of them are
+shorter than their launch takes. A graph launches all of them at once. Both graphs are captured at the first call, keep
+its shape, and are replayed at every further call of that shape.
 
-What that asks of the caller, and how it is kept:
+Graphs require four things of the caller:
 
-    weights stay where they are     a replay reads the captured addresses; a weight found elsewhere is an error.
-                                    Optimizers update in place, also under ZeRO-1 and 2; ZeRO-3 moves weights
-    one backward a forward          what the forward kept is overwritten by the next; an error where it would matter
-    one order                       the stages of a model share one pool of memory: forward from the first to the
-                                    last, backward from the last to the first
-    another shape, or no gradient   runs `stage` itself, for example evaluation
+    Weights stay in place.      A replay reads the captured addresses, so a weight that has moved is an error.
+                                Optimizers update in place, also under ZeRO-1 and 2; ZeRO-3 moves weights.
+    One backward a forward.     The next forward overwrites what this one saved; a second backward is an error.
+    One order.                  The stages of a model share one pool of memory, so the forwards run from the first
+                                stage to the last and the backwards from the last to the first.
+    One shape.                  Another shape, or a call without gradients (for example evaluation), runs `stage`
+                                itself.
 
-Nothing random is inside: drop-path's scales are drawn before and copied in. In backward everything leaves as a copy,
-the weights' gradients as one, so that autograd may keep them and add to them (gradient accumulation), and hooks on
-the weights' gradients run outside, as ever (DeepSpeed's do).
+Nothing inside a graph is random: drop-path's scales are drawn before and copied in. In the backward all results leave
+as copies, the weights' gradients as one, so that autograd may keep them and add to them (gradient accumulation). Hooks
+on the weights' gradients run outside the graph as usual (DeepSpeed's do).
 
-Why the stages may share memory, though each is captured whole before the next: what a stage keeps for its backward is
-never given back. Where a later stage's tensors lie, an earlier one may have had temporary tensors and will write them
-again: those of its forward before the later stage begins, those of its backward after it has ended.
+Why the stages may share memory, though each is captured completely before the next: the tensors that a stage saves for
+its backward are never given back to the pool. Where a later stage's tensors lie, an earlier stage may have had
+temporary tensors and will write them again, but those of its forward are written before the later stage begins, and
+those of its backward after the later stage has ended.
 """
 
 from collections.abc import Callable
@@ -33,30 +36,32 @@ Recorded = tuple[Callable[[], None], Any]
 
 
 class GraphPool:
-    """The memory that the graphs of one model's stages share, and the stream that they are captured on."""
+    """Hold the memory that the graphs of one model's stages share and the stream on which they are captured."""
 
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def record(self, function: Callable[[], Any]) -> Recorded:
-        """(a call that does again what ``function`` did, on the same memory; what ``function`` returned).
+        """Capture ``function`` as a CUDA graph.
 
-        The results are written by each such call, and not before the first.
+        Returns:
+            (replay, results): a call that repeats what ``function`` did, on the same memory, and what ``function``
+            returned. Only a replay writes the results; before the first one they hold nothing.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            function()  # Triton compiles, and cuBLAS takes its workspace: capture allows neither
+            function()  # Triton compiles and cuBLAS allocates its workspace, and a capture allows neither
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: DALI's threads and NCCL's watchdog go on calling CUDA meanwhile.
+        # thread_local, because DALI's threads and NCCL's watchdog continue to call CUDA meanwhile.
         with torch.cuda.graph(graph, self._handle, self._stream, capture_error_mode="thread_local"):
             results = function()
         return graph.replay, results
 
 
 class _Plan(NamedTuple):
-    """What of a stage is no tensor."""
+    """Hold the arguments of a stage that are not tensors."""
 
     repeats: int
     num_heads: int
@@ -65,7 +70,7 @@ class _Plan(NamedTuple):
 
 
 class GraphedStage:
-    """`stage` with backend="triton", captured at the first training call and replayed afterwards."""
+    """Run `stage` with backend="triton", captured at the first training call and replayed afterwards."""
 
     def __init__(self, pool: GraphPool) -> None:
         self._pool = pool
@@ -82,12 +87,13 @@ class GraphedStage:
         *,
         recompute: bool = False,
     ) -> Tensor:
-        """As `stage`, differentiable in the same way: x [B, T, D] to the same shape.
+        """Compute what `stage` does, with the same arguments: x [B, T, D] to the same shape. Differentiable once.
 
-        The result lies in the pool and is whole until the stage's backward; copy what must outlive it.
+        The result lies in the pool and is valid until the stage's backward; copy it to keep it longer.
 
         Raises:
-            RuntimeError: a weight has moved since the capture; a backward without its own forward right before.
+            ValueError: as `stage` does, before anything is captured.
+            RuntimeError: a weight has moved since the capture, or a backward does not follow its own forward.
         """
         plan = _Plan(repeats, num_heads, eps, recompute)
         if torch.is_grad_enabled():
@@ -101,11 +107,11 @@ class GraphedStage:
 
 
 class _Graphs:
-    """The two graphs of one stage and the tensors that they read and write."""
+    """Capture the two graphs of one stage and hold the tensors that they read and write."""
 
     def __init__(self, x: Tensor, weights: StageWeights, scales: Tensor | None, plan: _Plan, pool: GraphPool) -> None:
         self._plan, self._token = plan, object()
-        self._weights = StageWeights(*(None if w is None else w.detach() for w in weights))
+        self._weights = StageWeights._make(None if w is None else w.detach() for w in weights)
         self._x = x.detach().clone(memory_format=torch.contiguous_format)
         self._scales = None if scales is None else scales.clone()
         self._dy = torch.zeros_like(self._x)
@@ -114,27 +120,33 @@ class _Graphs:
             return stage_forward(self._x, self._weights, self._scales, *plan)
 
         def backward() -> tuple[Tensor, Tensor]:
-            d_x, d_weights = stage_backward(self._dy, self._weights, self._scales, self._kept, *plan)
-            return d_x, torch.cat([d.flatten() for d in d_weights if d is not None])
+            dx, d_weights = stage_backward(self._dy, self._weights, self._scales, self._saved, *plan)
+            return dx, torch.cat([d.flatten() for d in d_weights if d is not None])
 
         with torch.no_grad(), torch.cuda.device_of(x):
-            self._replay_forward, (self._y, self._kept) = pool.record(forward)
-            self._replay_backward, (self._d_x, self._d_weights) = pool.record(backward)
+            self._replay_forward, (self._y, self._saved) = pool.record(forward)
+            self._replay_backward, (self._dx, self._d_weights) = pool.record(backward)
 
     def fit(self, x: Tensor, scales: Tensor | None, plan: _Plan) -> bool:
-        """Whether this is the call that was captured, but for what the tensors hold."""
+        """Return whether the captured call had these shapes, dtypes, devices and arguments."""
         return plan == self._plan and _same_kind(x, self._x) and _same_kind(scales, self._scales)
 
     def require_unmoved(self, weights: StageWeights) -> None:
+        """Check that every weight is at its captured address.
+
+        Raises:
+            RuntimeError: one is not.
+        """
         for name, weight, captured in zip(StageWeights._fields, weights, self._weights, strict=True):
-            if weight is not captured and (weight is None or weight.data_ptr() != captured.data_ptr()):
+            address = None if weight is None else weight.data_ptr()
+            if address != (None if captured is None else captured.data_ptr()):
                 raise RuntimeError(
                     f"stage: {name} is not where it was when its CUDA graph was captured. Weights must be updated in "
                     "place; run without CUDA graphs (model.cuda_graphs: false) where they cannot be"
                 )
 
     def forward(self, x: Tensor, scales: Tensor | None) -> tuple[Tensor, object]:
-        """(y, what `backward` will ask for)."""
+        """Replay the forward. Return (y, the token that `backward` requires)."""
         self._x.copy_(x)
         if scales is not None and self._scales is not None:
             self._scales.copy_(scales)
@@ -143,11 +155,15 @@ class _Graphs:
         return self._y.detach(), self._token
 
     def backward(self, dy: Tensor, token: object) -> tuple[Tensor, list[Tensor | None]]:
-        """(dx, the weights' gradients), the caller's own."""
+        """Replay the backward. Return (dx, the weights' gradients) as copies that the caller owns.
+
+        Raises:
+            RuntimeError: ``token`` is not from the last forward, or it has been used.
+        """
         if token is not self._token:
             raise RuntimeError(
-                "stage: with CUDA graphs each forward has one backward, and before the next forward: what this one "
-                "kept is overwritten. Run without them (model.cuda_graphs: false) where that does not hold"
+                "stage: with CUDA graphs each forward has one backward, which must run before the next forward "
+                "overwrites what this one saved. Run without them (model.cuda_graphs: false) where that does not hold"
             )
         self._token = object()
         self._dy.copy_(dy)
@@ -155,11 +171,11 @@ class _Graphs:
         sizes = [0 if weight is None else weight.numel() for weight in self._weights]
         parts = self._d_weights.clone().split(sizes)
         shaped = zip(parts, self._weights, strict=True)
-        return self._d_x.clone(), [None if weight is None else part.view_as(weight) for part, weight in shaped]
+        return self._dx.clone(), [None if weight is None else part.view_as(weight) for part, weight in shaped]
 
 
 class _Replayed(torch.autograd.Function):
-    """The stage's two graphs as one node of autograd's."""
+    """Make the stage's two graphs one node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: Tensor | None, graphs: _Graphs, *weights: Any) -> Tensor:
@@ -172,8 +188,8 @@ class _Replayed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        d_x, d_weights = ctx.graphs.backward(dy, ctx.token)
-        return d_x, None, None, *d_weights
+        dx, d_weights = ctx.graphs.backward(dy, ctx.token)
+        return dx, None, None, *d_weights
 
 
 def _same_kind(one: Tensor | None, other: Tensor | None) -> bool:

@@ -1,29 +1,29 @@
-"""A shared-weight stage: ``repeats`` passes of a pre-norm transformer block through one set of weights.
+"""Run a shared-weight stage: ``repeats`` passes of a pre-norm transformer block through one set of weights.
 
-    x = x + s[r, 0] * proj(attention(qkv(LayerNorm1(x))))
-    x = x + s[r, 1] * fc2(GELU(fc1(LayerNorm2(x))))            for r = 0 ... repeats - 1
+    x = x + scales[r, 0] * proj(attention(qkv(norm1(x))))
+    x = x + scales[r, 1] * fc2(GELU(fc1(norm2(x))))            for r = 0 ... repeats - 1
 
-One autograd node for all of it, made of `add_layer_norm`, packed attention, `mlp` and cuBLAS. An ordinary block
-is the stage with one repeat.
+The whole stage is one autograd node, made of `add_layer_norm`, `packed_attention`, `mlp` and cuBLAS. An ordinary block
+is a stage with one repeat.
 
-Shapes. B samples, T tokens, D width, H heads, F hidden width, N = B * T rows.
+Shapes: B samples, T tokens, D width, H heads, F hidden width, N = B * T rows.
 
-    x, y                      [B, T, D]   fp32, fp16 or bf16; the weights too
-    scales                    [repeats, 2, B]  any of these, or None: drop-path's 0 or 1/keep of each position,
-                                          for the attention's and for the MLP's branch apart, as timm draws them
+    x, y                      [B, T, D]   fp32, fp16 or bf16; the weights have the same dtype
+    scales                    [repeats, 2, B]  any of these dtypes, or None: drop-path's 0 or 1/keep of each position,
+                                          separate for the attention's and the MLP's branch, as timm draws them
     qkv                       [B, T, 3, H, D / H]
-    z                         [N, F]      what GELU is taken of
+    z                         [N, F]      the argument of GELU
 
-What sharing buys: each weight's gradient is summed over the repeats in fp32 and leaves in the weight's dtype
-once. Autograd over unrolled copies would round every repeat's share and add the rounded ones.
+Sharing the weights allows an exact sum: each weight's gradient is summed over the repeats in fp32 and is rounded to the
+weight's dtype once. Autograd over unrolled copies would round the share of every repeat and add the rounded shares.
 
-Kept for the backward, per repeat: x, qkv, the attention's output and log-sums, the stream between the two
-branches, z, the norms' statistics: 10 tensors of [N, D] for F = 4 D. What the norms and GELU return is made again
-when needed (their inputs are there). With ``recompute`` x alone is kept, 1 tensor, and each repeat is run again
-before its backward: one repeat's 10 are alive at a time, for a third more arithmetic.
+Saved for the backward, for each repeat: x, qkv, the attention's output and log-sums, the stream between the two
+branches, z, and the norms' statistics. For F = 4 D these are 10 tensors of [N, D]. The outputs of the norms and of GELU
+are recomputed from their saved inputs. With ``recompute`` only x is saved (1 tensor), and each repeat is run again
+before its backward: the 10 tensors of only one repeat are alive at a time, for a third more arithmetic.
 
-Parameters are saved as they came and read anew in the backward, so that DeepSpeed's ZeRO-3 may free them in
-between and gather them again.
+Parameters are saved as they came and read again in the backward, so that DeepSpeed's ZeRO-3 may free them in between
+and gather them again.
 
 Source: Xia et al. 2024, arXiv 2404.16897 (stages); the block is timm's, without layer scale.
 """
@@ -35,86 +35,122 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sws_kernels.add_layer_norm import MAX_WIDTH, _branch_gradient_differs, add_layer_norm_reference
-from sws_kernels.add_layer_norm import _backward as add_layer_norm_backward
-from sws_kernels.add_layer_norm import _forward as add_layer_norm_forward
+from sws_kernels.add_layer_norm import (
+    MAX_WIDTH,
+    add_layer_norm_backward,
+    add_layer_norm_forward,
+    add_layer_norm_reference,
+)
 from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
 from sws_kernels.mlp import check_mlp, mlp_backward, mlp_forward, mlp_reference
-from sws_kernels.packed_attention import HEAD_DIMS, packed_attention_reference
-from sws_kernels.packed_attention import _backward as packed_attention_backward
-from sws_kernels.packed_attention import _forward as packed_attention_forward
+from sws_kernels.packed_attention import (
+    HEAD_DIMS,
+    packed_attention_backward,
+    packed_attention_forward,
+    packed_attention_reference,
+)
 
 
 class StageWeights(NamedTuple):
-    """One block's weights, in the order and with the shapes of timm's Block."""
+    """One block's weights, with the names, the order and the shapes of timm's Block."""
 
-    gamma1: Tensor  # [D]
-    beta1: Tensor  # [D]
-    w_qkv: Tensor  # [3 D, D]
-    b_qkv: Tensor | None  # [3 D]
-    w_proj: Tensor  # [D, D]
-    b_proj: Tensor  # [D]
-    gamma2: Tensor  # [D]
-    beta2: Tensor  # [D]
-    w1: Tensor  # [F, D]
-    b1: Tensor  # [F]
-    w2: Tensor  # [D, F]
-    b2: Tensor  # [D]
+    norm1_weight: Tensor  # [D]
+    norm1_bias: Tensor  # [D]
+    qkv_weight: Tensor  # [3 D, D]
+    qkv_bias: Tensor | None  # [3 D]
+    proj_weight: Tensor  # [D, D]
+    proj_bias: Tensor  # [D]
+    norm2_weight: Tensor  # [D]
+    norm2_bias: Tensor  # [D]
+    fc1_weight: Tensor  # [F, D]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [D, F]
+    fc2_bias: Tensor  # [D]
 
 
-class _Kept(NamedTuple):
-    """One repeat's tensors for its backward."""
+class SavedTensors(NamedTuple):
+    """The tensors that one repeat saves for its backward."""
 
-    x: Tensor  # [B, T, D], the stream at the repeat's start
-    mean1: Tensor  # [N] fp32
-    rstd1: Tensor  # [N] fp32
+    x: Tensor  # [B, T, D], the stream at the start of the repeat
+    norm1_mean: Tensor  # [N] fp32
+    norm1_rstd: Tensor  # [N] fp32
     qkv: Tensor  # [B, T, 3, H, D / H]
-    attended: Tensor  # [B, T, D]
+    attention: Tensor  # [B, T, D], the attention's output
     lse: Tensor  # [B, H, T] fp32
     middle: Tensor  # [B, T, D], the stream between the two branches
-    mean2: Tensor  # [N] fp32
-    rstd2: Tensor  # [N] fp32
+    norm2_mean: Tensor  # [N] fp32
+    norm2_rstd: Tensor  # [N] fp32
     z: Tensor  # [N, F]
 
 
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def _first_norm(x: Tensor, w: StageWeights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed, mean, rstd) where there is nothing to add: PyTorch's own."""
-    normed, mean, rstd = torch.native_layer_norm(x, w.gamma1.shape, w.gamma1, w.beta1, eps)
+def stage_forward(
+    x: Tensor, weights: StageWeights, scales: Tensor | None, repeats: int, num_heads: int, eps: float, recompute: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the stage for training. Inputs are those of `stage`, with x contiguous, and are not checked again.
+
+    Returns:
+        (y, saved): y like x, and the tensors that `stage_backward` needs: the `SavedTensors` of all repeats one after
+        another, or with ``recompute`` the x of each repeat.
+    """
+    if not recompute:
+        y, all_saved = _run(x, weights, scales, repeats, num_heads, eps, save=True)
+        return y, [tensor for saved in all_saved for tensor in saved]
+    streams = [x]  # a repeat's other tensors are freed at its end
+    for r in range(repeats):
+        own_scales = None if scales is None else scales[r : r + 1]
+        streams.append(_run(streams[-1], weights, own_scales, 1, num_heads, eps, save=False)[0])
+    return streams[-1], streams[:-1]
+
+
+def _run(
+    x: Tensor, weights: StageWeights, scales: Tensor | None, repeats: int, num_heads: int, eps: float, save: bool
+) -> tuple[Tensor, list[SavedTensors]]:
+    """Return (y, the saved tensors of each repeat, or an empty list unless ``save``)."""
+    all_saved = []
+    normed, mean, rstd = _first_norm(x, weights, eps)
+    for r in range(repeats):
+        saved, branch = _repeat_forward(x, normed, mean, rstd, weights, _scale(scales, r, 0), num_heads, eps, save)
+        if save:
+            all_saved.append(saved)
+        middle, scale = saved.middle, _scale(scales, r, 1)
+        del saved  # unless it was appended, its tensors are freed here
+        if r + 1 < repeats:
+            x, normed, mean, rstd = add_layer_norm_forward(
+                middle, branch, scale, weights.norm1_weight, weights.norm1_bias, eps
+            )
+        else:
+            x = middle + _scaled(branch, scale)
+    return x, all_saved
+
+
+def _first_norm(x: Tensor, weights: StageWeights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (normed, mean, rstd) of the first repeat's norm1, which has nothing to add, by PyTorch's operator."""
+    weight, bias = weights.norm1_weight, weights.norm1_bias
+    normed, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
     return normed, mean.float().view(-1), rstd.float().view(-1)
 
 
 def _repeat_forward(
-    x: Tensor, normed: Tensor, w: StageWeights, scale: Tensor | None, num_heads: int, eps: float, save: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(the MLP's branch, `_Kept` from qkv on) of one pass, from the stream and what LayerNorm1 made of it."""
-    head_dim = x.shape[2] // num_heads
-    qkv = F.linear(normed, w.w_qkv, w.b_qkv).view(*x.shape[:2], 3, num_heads, head_dim)
-    attended, lse = packed_attention_forward(qkv, None, head_dim**-0.5)
-    branch = F.linear(attended, w.w_proj, w.b_proj)
-    middle, normed, mean, rstd = add_layer_norm_forward(x, branch, scale, w.gamma2, w.beta2, eps)
-    branch, z = mlp_forward(normed, w.w1, w.b1, w.w2, w.b2, save)
-    return branch, (qkv, attended, lse, middle, mean, rstd, z)
+    x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, weights: StageWeights, scale: Tensor | None,
+    num_heads: int, eps: float, save: bool,
+) -> tuple[SavedTensors, Tensor]:  # fmt: skip
+    """Run one repeat up to the MLP's branch.
 
+    normed, mean, rstd: the results of norm1 on x. scale: [B] or None, of the attention's branch.
 
-def _forward(
-    x: Tensor, w: StageWeights, scales: Tensor | None, repeats: int, num_heads: int, eps: float, save: bool
-) -> tuple[Tensor, list[_Kept]]:
-    """(y, what each repeat keeps: nothing unless ``save``)."""
-    kept = []
-    normed, mean, rstd = _first_norm(x, w, eps)
-    for r in range(repeats):
-        branch, rest = _repeat_forward(x, normed, w, _scale(scales, r, 0), num_heads, eps, save)
-        if save:
-            kept.append(_Kept(x, mean, rstd, *rest))
-        middle, scale = rest[3], _scale(scales, r, 1)
-        if r + 1 < repeats:
-            x, normed, mean, rstd = add_layer_norm_forward(middle, branch, scale, w.gamma1, w.beta1, eps)
-        else:
-            x = middle + _scaled(branch, scale)
-    return x, kept
+    Returns:
+        (saved, branch): the repeat's tensors, with an empty z unless ``save``, and the MLP's branch [B, T, D].
+    """
+    w, head_dim = weights, x.shape[2] // num_heads
+    qkv = F.linear(normed, w.qkv_weight, w.qkv_bias).view(*x.shape[:2], 3, num_heads, head_dim)
+    attention, lse = packed_attention_forward(qkv, None, head_dim**-0.5)
+    branch = F.linear(attention, w.proj_weight, w.proj_bias)
+    middle, normed, *statistics = add_layer_norm_forward(x, branch, scale, w.norm2_weight, w.norm2_bias, eps)
+    branch, z = mlp_forward(normed, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, save)
+    return SavedTensors._make((x, mean, rstd, qkv, attention, lse, middle, *statistics, z)), branch
 
 
 def _scale(scales: Tensor | None, r: int, branch: int) -> Tensor | None:
@@ -128,100 +164,85 @@ def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
 # --------------------------------------------------------------------------------------------------- backward
 
 
-def _repeat_backward(
-    d_x: Tensor, d_branch: Tensor, kept: _Kept, w: StageWeights, scale: Tensor | None, scale_before: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
-    """(gradient of the stream, of the MLP's branch one repeat before, of the weights in fp32).
+def stage_backward(
+    dy: Tensor, weights: StageWeights, scales: Tensor | None, saved: Sequence[Tensor],
+    repeats: int, num_heads: int, eps: float, recompute: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """Compute all gradients of the stage from dy [B, T, D], what `stage_forward` saved, and its other arguments.
 
-    d_x, d_branch: of the stream after this repeat, and of its MLP's branch.
+    Returns:
+        (dx, d_weights): dx like x; the weights' gradients in their order and dtype, None for a weight that is None.
     """
-    width = w.gamma1.shape
-    normed = F.layer_norm(kept.middle, width, w.gamma2, w.beta2, eps)
-    d_normed, dw1, db1, dw2, db2 = mlp_backward(d_branch, normed, w.w1, w.w2, kept.z)
-    d_x, d_branch, (dgamma2, dbeta2) = _norm_backward(
-        d_x, d_normed, kept.middle, scale, w.gamma2, kept.mean2, kept.rstd2
+    size = len(saved) // repeats
+    totals: list[Tensor | None] = [None] * len(weights)
+    dx = dy.contiguous()
+    d_branch = _scaled(dx, _scale(scales, repeats - 1, 1))
+    for r in reversed(range(repeats)):
+        scale, own = _scale(scales, r, 0), saved[r * size : (r + 1) * size]
+        repeat = _run_again(own[0], weights, scale, num_heads, eps) if recompute else SavedTensors(*own)
+        scale_before = _scale(scales, r - 1, 1) if r else None
+        dx, d_branch, shares = _repeat_backward(dx, d_branch, repeat, weights, scale, scale_before, eps)
+        totals = [_added(total, share) for total, share in zip(totals, shares, strict=True)]
+    d_weights = [
+        None if total is None or weight is None else total.to(weight.dtype)
+        for total, weight in zip(totals, weights, strict=True)
+    ]
+    return dx, d_weights
+
+
+def _run_again(x: Tensor, weights: StageWeights, scale: Tensor | None, num_heads: int, eps: float) -> SavedTensors:
+    """Return what one repeat saves, from the stream at its start."""
+    return _repeat_forward(x, *_first_norm(x, weights, eps), weights, scale, num_heads, eps, save=True)[0]
+
+
+def _repeat_backward(
+    dx: Tensor, d_branch: Tensor, saved: SavedTensors, weights: StageWeights, scale: Tensor | None,
+    scale_before: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, StageWeights]:  # fmt: skip
+    """Differentiate one repeat.
+
+    dx, d_branch: the gradients of the stream after this repeat and of its MLP's branch. scale: [B] or None, of the
+    attention's branch. scale_before: [B] or None, of the MLP's branch one repeat before.
+
+    Returns:
+        (dx, d_branch, d_weights): the gradients of the stream at the repeat's start, of the MLP's branch one repeat
+        before, and of the weights in fp32.
+    """
+    w, s, width = weights, saved, weights.norm1_weight.shape
+    normed = F.layer_norm(s.middle, width, w.norm2_weight, w.norm2_bias, eps)
+    d_normed, *d_mlp = mlp_backward(d_branch, normed, w.fc1_weight, w.fc2_weight, s.z)
+    dx, d_branch, *d_norm2 = add_layer_norm_backward(
+        dx, d_normed, s.middle, scale, w.norm2_weight, s.norm2_mean, s.norm2_rstd
     )
-    dw_proj, db_proj = weight_gradient(d_branch, kept.attended), bias_gradient(d_branch)
-    d_attended, scale_qk = d_branch @ w.w_proj, kept.qkv.shape[4] ** -0.5
-    d_qkv, _ = packed_attention_backward(d_attended, kept.qkv, None, kept.attended, kept.lse, scale_qk)
+    d_proj = weight_gradient(d_branch, s.attention), bias_gradient(d_branch)
+    d_attention = d_branch @ w.proj_weight
+    d_qkv, _ = packed_attention_backward(d_attention, s.qkv, None, s.attention, s.lse, s.qkv.shape[4] ** -0.5)
     d_qkv = d_qkv.flatten(2)
-    normed = F.layer_norm(kept.x, width, w.gamma1, w.beta1, eps)
-    dw_qkv, db_qkv = weight_gradient(d_qkv, normed), None if w.b_qkv is None else bias_gradient(d_qkv)
-    d_x, d_branch, (dgamma1, dbeta1) = _norm_backward(
-        d_x, d_qkv @ w.w_qkv, kept.x, scale_before, w.gamma1, kept.mean1, kept.rstd1
+    normed = F.layer_norm(s.x, width, w.norm1_weight, w.norm1_bias, eps)
+    d_qkv_parameters = weight_gradient(d_qkv, normed), None if w.qkv_bias is None else bias_gradient(d_qkv)
+    dx, d_branch, *d_norm1 = add_layer_norm_backward(
+        dx, d_qkv @ w.qkv_weight, s.x, scale_before, w.norm1_weight, s.norm1_mean, s.norm1_rstd
     )
-    d_weights = [dgamma1, dbeta1, dw_qkv, db_qkv, dw_proj, db_proj, dgamma2, dbeta2, dw1, db1, dw2, db2]
-    return d_x, d_branch, d_weights
-
-
-def _norm_backward(
-    d_x: Tensor, d_normed: Tensor, x: Tensor, scale: Tensor | None, gamma: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(of the stream before the add, of the branch, [dgamma, dbeta] in fp32); see `add_layer_norm`."""
-    d_residual, d_branch, d_parameters = add_layer_norm_backward(d_x, d_normed, x, scale, gamma, mean, rstd)
-    return d_residual, d_branch if _branch_gradient_differs(d_normed, x, scale) else d_residual, d_parameters
+    return dx, d_branch, StageWeights._make((*d_norm1, *d_qkv_parameters, *d_proj, *d_norm2, *d_mlp))
 
 
 def _added(total: Tensor | None, share: Tensor | None) -> Tensor | None:
     return share if total is None or share is None else total.add_(share)
 
 
-def stage_forward(
-    x: Tensor, w: StageWeights, scales: Tensor | None, repeats: int, num_heads: int, eps: float, recompute: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """(y, what `stage_backward` needs): all that the repeats keep, or with ``recompute`` where each began."""
-    if not recompute:
-        y, kept = _forward(x, w, scales, repeats, num_heads, eps, save=True)
-        return y, [tensor for repeat in kept for tensor in repeat]
-    streams = [x]  # a repeat's other tensors die with it
-    for r in range(repeats):
-        part = None if scales is None else scales[r : r + 1]
-        streams.append(_forward(streams[-1], w, part, 1, num_heads, eps, save=False)[0])
-    return streams[-1], streams[:-1]
-
-
-def stage_backward(
-    dy: Tensor, w: StageWeights, scales: Tensor | None, kept: Sequence[Tensor],
-    repeats: int, num_heads: int, eps: float, recompute: bool,
-) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
-    """(dx, the weights' gradients in their dtype and order, None for what is None); arguments of `stage_forward`."""
-    size = len(kept) // repeats
-    totals: list[Tensor | None] = [None] * len(w)
-    d_x = dy.contiguous()
-    d_branch = _scaled(d_x, _scale(scales, repeats - 1, 1))
-    for r in reversed(range(repeats)):
-        own = kept[r * size : (r + 1) * size]
-        scale = _scale(scales, r, 0)
-        repeat = _run_again(own[0], w, scale, num_heads, eps) if recompute else _Kept(*own)
-        before = _scale(scales, r - 1, 1) if r else None
-        d_x, d_branch, shares = _repeat_backward(d_x, d_branch, repeat, w, scale, before, eps)
-        totals = [_added(total, share) for total, share in zip(totals, shares, strict=True)]
-    d_weights = [
-        None if total is None or weight is None else total.to(weight.dtype)
-        for total, weight in zip(totals, w, strict=True)
-    ]
-    return d_x, d_weights
-
-
-def _run_again(x: Tensor, w: StageWeights, scale: Tensor | None, num_heads: int, eps: float) -> _Kept:
-    normed, mean, rstd = _first_norm(x, w, eps)
-    return _Kept(x, mean, rstd, *_repeat_forward(x, normed, w, scale, num_heads, eps, save=True)[1])
-
-
 # --------------------------------------------------------------------------------------------------- autograd
 
 
 class _Stage(torch.autograd.Function):
-    """The stage as one node of the graph. Differentiable once."""
+    """Make the stage one node of the autograd graph. Differentiable once."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scales: Tensor | None, repeats: int, num_heads: int, eps: float, recompute: bool,
         *weights: Any,
     ) -> Tensor:  # fmt: skip
-        y, kept = stage_forward(x, StageWeights(*weights), scales, repeats, num_heads, eps, recompute)
-        ctx.save_for_backward(scales, *weights, *kept)
+        y, saved = stage_forward(x, StageWeights(*weights), scales, repeats, num_heads, eps, recompute)
+        ctx.save_for_backward(scales, *weights, *saved)
         ctx.plan = repeats, num_heads, eps, recompute
         return y
 
@@ -230,8 +251,8 @@ class _Stage(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         scales, *rest = ctx.saved_tensors
         count = len(StageWeights._fields)
-        d_x, d_weights = stage_backward(dy, StageWeights(*rest[:count]), scales, rest[count:], *ctx.plan)
-        return d_x, None, None, None, None, None, *d_weights
+        dx, d_weights = stage_backward(dy, StageWeights(*rest[:count]), scales, rest[count:], *ctx.plan)
+        return dx, None, None, None, None, None, *d_weights
 
 
 # -------------------------------------------------------------------------------------------- public function
@@ -248,35 +269,51 @@ def stage(
     recompute: bool = False,
     backend: Backend = "reference",
 ) -> Tensor:
-    """``repeats`` passes of a pre-norm block through one set of weights: x [B, T, D] to the same shape.
+    """Run ``repeats`` passes of a pre-norm block through one set of weights. Differentiable once.
 
-    scales: [repeats, 2, B] or None, drop-path's 0 or 1/keep of each sample at each position, for the
-    attention's branch and the MLP's; not differentiated. recompute: keep one tensor a repeat for the backward
-    and run the rest again; the gradients are the same up to rounding. Differentiable once.
+    Args:
+        x: [B, T, D].
+        weights: the block's weights, with the shapes that `StageWeights` gives.
+        repeats: the number of passes, 1 or more.
+        num_heads: must divide D.
+        eps: of both norms.
+        scales: [repeats, 2, B] or None, drop-path's 0 or 1/keep of each sample at each position, for the attention's
+            branch and for the MLP's. They are not differentiated.
+        recompute: save one tensor a repeat for the backward and run the rest again. The gradients are the same up to
+            rounding.
+        backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
+            TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, D and F divisible by
+            32, and heads of 32, 64 or 128. It never falls back.
 
-    backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,
-    TRITON_INTERPRET=1 set before triton is imported), one dtype of fp32, fp16 and bf16, D and F divisible
-    by 32, heads of 32, 64 or 128; anything else is a ValueError, never a fallback.
+    Returns:
+        [B, T, D] in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown backend, or tensors that backend="triton" does not take.
     """
     _check_shapes(x, weights, repeats, num_heads, scales)
     if not is_triton("stage", backend):
         return stage_reference(x, weights, repeats, num_heads, eps, scales)
     _check_triton(x, weights, num_heads)
-    x = x.contiguous()  # it is kept, and the norm's backward reads it as rows
+    x = x.contiguous()  # it is saved, and the norm's backward reads it as rows
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))):
-        return _forward(x, weights, scales, repeats, num_heads, eps, save=False)[0]
+        return _run(x, weights, scales, repeats, num_heads, eps, save=False)[0]
     return _Stage.apply(x, scales, repeats, num_heads, eps, recompute, *weights)
 
 
 def check_stage(x: Tensor, weights: StageWeights, repeats: int, num_heads: int, scales: Tensor | None) -> None:
-    """All that `stage` with backend="triton" asks of its arguments."""
+    """Check all that `stage` with backend="triton" requires of its arguments.
+
+    Raises:
+        ValueError: as `stage` does.
+    """
     _check_shapes(x, weights, repeats, num_heads, scales)
     _check_triton(x, weights, num_heads)
 
 
 def _check_triton(x: Tensor, weights: StageWeights, num_heads: int) -> None:
     check_triton("stage", {"x": x, **weights._asdict()})
-    check_mlp(x, weights.w1, weights.b1, weights.w2, weights.b2)
+    check_mlp(x, weights.fc1_weight, weights.fc1_bias, weights.fc2_weight, weights.fc2_bias)
     width, head_dim = x.shape[2], x.shape[2] // num_heads
     if width > MAX_WIDTH or head_dim not in HEAD_DIMS:
         raise ValueError(
@@ -285,16 +322,16 @@ def _check_triton(x: Tensor, weights: StageWeights, num_heads: int) -> None:
         )
 
 
-def _check_shapes(x: Tensor, w: StageWeights, repeats: int, num_heads: int, scales: Tensor | None) -> None:
+def _check_shapes(x: Tensor, weights: StageWeights, repeats: int, num_heads: int, scales: Tensor | None) -> None:
     if x.dim() != 3 or repeats < 1:
         raise ValueError(f"stage: expected x [B, T, D] and repeats of 1 or more, got {list(x.shape)} and {repeats}")
-    width, hidden = x.shape[2], w.w1.shape[0]
+    width, hidden = x.shape[2], weights.fc1_weight.shape[0]
     if width % num_heads:
         raise ValueError(f"stage: width {width} is not divisible by {num_heads} heads")
-    wanted = {"w_qkv": (3 * width, width), "b_qkv": (3 * width,), "w_proj": (width, width)}
-    wanted |= {"w1": (hidden, width), "b1": (hidden,), "w2": (width, hidden)}
-    for name, tensor in w._asdict().items():
-        shape = wanted.get(name, (width,))
+    expected = {"qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "proj_weight": (width, width)}
+    expected |= {"fc1_weight": (hidden, width), "fc1_bias": (hidden,), "fc2_weight": (width, hidden)}
+    for name, tensor in weights._asdict().items():
+        shape = expected.get(name, (width,))
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"stage: {name} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}")
     if scales is not None and (scales.shape != (repeats, 2, x.shape[0]) or scales.requires_grad):
@@ -310,13 +347,18 @@ def _check_shapes(x: Tensor, w: StageWeights, repeats: int, num_heads: int, scal
 def stage_reference(
     x: Tensor, weights: StageWeights, repeats: int, num_heads: int, eps: float = 1e-6, scales: Tensor | None = None
 ) -> Tensor:
-    """The same in plain PyTorch: any device, any width, fp64 too."""
-    w, (num_samples, tokens, width) = weights, x.shape
-    normed = F.layer_norm(x, (width,), w.gamma1, w.beta1, eps)
+    """Compute `stage` from the operators' references: the same shapes, any device, any width, fp64 too.
+
+    The arithmetic is fp32, or fp64 for fp64 tensors.
+    """
+    dtype, (num_samples, tokens, width) = x.dtype, x.shape
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    w = StageWeights._make(None if weight is None else weight.to(x.dtype) for weight in weights)
+    normed = F.layer_norm(x, (width,), w.norm1_weight, w.norm1_bias, eps)
     for r in range(repeats):
-        qkv = F.linear(normed, w.w_qkv, w.b_qkv).view(num_samples, tokens, 3, num_heads, width // num_heads)
-        branch = F.linear(packed_attention_reference(qkv), w.w_proj, w.b_proj)
-        x, normed = add_layer_norm_reference(x, branch, w.gamma2, w.beta2, eps, _scale(scales, r, 0))
-        branch = mlp_reference(normed, w.w1, w.b1, w.w2, w.b2)
-        x, normed = add_layer_norm_reference(x, branch, w.gamma1, w.beta1, eps, _scale(scales, r, 1))
-    return x
+        qkv = F.linear(normed, w.qkv_weight, w.qkv_bias).view(num_samples, tokens, 3, num_heads, width // num_heads)
+        branch = F.linear(packed_attention_reference(qkv), w.proj_weight, w.proj_bias)
+        x, normed = add_layer_norm_reference(x, branch, w.norm2_weight, w.norm2_bias, eps, _scale(scales, r, 0))
+        branch = mlp_reference(normed, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
+        x, normed = add_layer_norm_reference(x, branch, w.norm1_weight, w.norm1_bias, eps, _scale(scales, r, 1))
+    return x.to(dtype)

@@ -1,4 +1,4 @@
-"""The one chart of a results file: what share of the measured ceiling each provider reaches.
+"""Draw the chart of a results file: what share of the measured ceiling each provider reaches.
 
 python -m benchmarks.kernels.chart results.json chart.png
 """
@@ -21,7 +21,7 @@ OTHER = "#9a9a9a"  # eager
 
 
 def draw(results: Row, path: Path) -> None:
-    """A panel an operator, a bar a case and provider: its last pass, which is both or the whole step."""
+    """Draw a panel for each operator, with a bar for the last pass (both, or the step) of each case and provider."""
     panels = {name: list(rows) for name, rows in groupby(_bars(results["rows"]), key=lambda row: row["operator"])}
     heights = [len(rows) + 2 for rows in panels.values()]
     figure, axes = plt.subplots(
@@ -40,7 +40,7 @@ def draw(results: Row, path: Path) -> None:
 
 
 def _bars(rows: list[Row]) -> list[Row]:
-    """A row a case and provider: the last of its passes, or its error."""
+    """Return a row for each case and provider: the last of its passes, or its error."""
     last = {(row["operator"], row["case"], row["provider"]): row for row in rows}
     return list(last.values())
 

@@ -1,4 +1,4 @@
-"""How a case is made ready, checked, timed and put into rows; what the GPU reaches on a plain task."""
+"""Prepare, check and time a case and put it into rows; measure what the GPU reaches on a plain task."""
 
 import gc
 import time
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """A model's geometry and batch. The defaults are the paper's auxiliary model at the batch of DESIGN's estimates."""
+    """Hold a model's geometry and batch. The defaults are the paper's auxiliary model at the batch of our estimates."""
 
     name: str
     width: int
@@ -25,7 +25,7 @@ class Size:
     head_dim: int = 64
     schedule: tuple[int, ...] = (3, 3, 4, 3, 3)
     num_classes: int = 1000
-    teacher: str = "levit_384"  # random weights: what a teacher knows does not change its time
+    teacher: str = "levit_384"  # with random weights: a teacher's time does not depend on them
 
     @property
     def tokens(self) -> int:
@@ -42,21 +42,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where cases are made and timed, and in what: a GPU in bf16. The tests take a CPU, tiny sizes and fp32."""
+    """Say where and in which dtype cases are timed: on a GPU in bf16. The tests take a CPU, tiny sizes and fp32."""
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     rounds: int = 3
 
     def compile(self, function: Callable, *, cuda_graphs: bool = False) -> Callable:
-        """torch.compile at its best; on a CPU the same tracing without a code generator."""
+        """Apply torch.compile at its best; on a CPU the same tracing without a code generator."""
         if self.device != "cuda":
             return torch.compile(function, backend="aot_eager", dynamic=False)
         mode = "max-autotune" if cuda_graphs else "max-autotune-no-cudagraphs"
         return torch.compile(function, mode=mode, dynamic=False)
 
     def normal(self, *size: int, deviation: float = 1.0) -> torch.Tensor:
-        """Drawn in fp32, so that the numbers are the same in every dtype."""
+        """Draw in fp32, so that the numbers are the same in every dtype."""
         return (torch.randn(size, device=self.device) * deviation).to(self.dtype)
 
     def synchronize(self) -> None:
@@ -64,13 +64,13 @@ class Machine:
             torch.cuda.synchronize()
 
     def kernel_ms(self, run: Callable[[], Any]) -> float:
-        """The device's time of one call, the cache cleared before each; the median."""
+        """Return the median of the device's time of one call, with the cache cleared before each."""
         if self.device == "cuda":
             return triton.testing.do_bench(run, return_mode="median")
         return self.wall_ms(run, calls=1)
 
     def wall_ms(self, run: Callable[[], Any], calls: int = 30) -> float:
-        """The clock's time of one call in a row of them, launches included; the median of ``rounds`` rows."""
+        """Return the clock's time of one call among many, launches included: the median of ``rounds`` rounds."""
         times = []
         for _ in range(self.rounds):
             self.synchronize()
@@ -82,7 +82,7 @@ class Machine:
         return median(times)
 
     def peak_allocated(self, run: Callable[[], Any]) -> Row:
-        """The most memory that one call holds beyond what is there before it."""
+        """Return the most memory that one call holds beyond what is allocated before it."""
         if self.device != "cuda":
             return {}
         self.synchronize()
@@ -92,13 +92,13 @@ class Machine:
         return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
     def reserved_bytes(self, *, peak: bool = False) -> int:
-        """What this process holds of the device's memory, or has held at most since `fresh`."""
+        """Return the device memory that this process holds, or the most that it has held since `fresh`."""
         if self.device != "cuda":
             return 0
         return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
 
     def fresh(self, *, keep_code: bool = False) -> None:
-        """Give back unused memory, and the compiled code, which torch.compile would find again by its source alone.
+        """Give back unused memory and drop compiled code, which torch.compile finds again by its source alone.
 
         It does not see that attention's backend has changed: without this, flash's code would run as cuDNN's.
         """
@@ -112,13 +112,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU reaches on a plain task, the measure of what the operators reach."""
+    """Hold what this GPU reaches on a plain task, with which the operators are compared."""
 
     copy_gb_per_s: float
     matmul_tflop_per_s: float
 
     def rates(self, ms: float, *, num_bytes: int | None = None, num_flops: int | None = None) -> Row:
-        """GB/s and TFLOP/s of the work that must be done, whatever a provider does, and their share of the ceiling."""
+        """Return GB/s or TFLOP/s of the work that every provider must do, and its share of the ceiling."""
         rates = {}
         if num_bytes is not None:
             gb_per_s = num_bytes / ms / 1e6
@@ -130,7 +130,7 @@ class Ceilings:
 
 
 def measure_ceilings(machine: Machine, side: int = 8192, copied: int = 2**31) -> Ceilings:
-    """A copy of ``copied`` bytes, read plus write, and a square product of ``side``."""
+    """Time a copy of ``copied`` bytes, read plus write, and a square product of ``side``."""
     source = torch.empty(copied, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
     copy_ms = machine.kernel_ms(lambda: target.copy_(source))
@@ -140,7 +140,7 @@ def measure_ceilings(machine: Machine, side: int = 8192, copied: int = 2**31) ->
 
 
 class Case(Protocol):
-    """Something to measure: `cases.OperatorCase` or `steps.StepCase`."""
+    """Describe what can be measured: `operator_case.OperatorCase` or `training_step.StepCase`."""
 
     operator: str
     label: str
@@ -152,7 +152,7 @@ class Case(Protocol):
 
 
 def rows_of(case: Case, machine: Machine, ceilings: Ceilings, providers: Iterable[str] | None = None) -> list[Row]:
-    """The rows of every provider, or of some. One that fails, or is wrong, has a row that says so; the others go on."""
+    """Return the rows of every provider, or of some. One that fails or is wrong has a row that says so."""
     rows = []
     for provider in case.providers if providers is None else providers:
         machine.fresh()
@@ -166,7 +166,7 @@ def rows_of(case: Case, machine: Machine, ceilings: Ceilings, providers: Iterabl
 
 @dataclass
 class Results:
-    """What goes into the JSON: where it was measured, and the rows."""
+    """Hold what goes into the JSON: where it was measured, and the rows."""
 
     provenance: Row
     ceilings: Ceilings

@@ -1,4 +1,4 @@
-"""Stages as CUDA graphs on a GPU: bf16, a training step's shapes, stages that share memory."""
+"""Test stages as CUDA graphs on a GPU: bf16, a training step's shapes, stages that share memory."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
+    # At module level, so that the module imports and asks nothing that needs a GPU.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from sws_dist.models import create_model, fused
@@ -27,7 +27,7 @@ def new_model(width: int, *, graphs: bool, recompute: bool) -> Any:
 
 
 def gradients(model: Any, seed: int) -> dict[str, torch.Tensor]:
-    """Logits, and what two micro-batches add up to; drop-path drawn from ``seed``."""
+    """Return logits and the gradients of two micro-batches added up, with drop-path drawn from ``seed``."""
     torch.manual_seed(seed)
     for images in torch.randn(2, 32, 3, 224, 224, device=DEVICE, dtype=torch.bfloat16):
         logits = model(images)
@@ -35,16 +35,16 @@ def gradients(model: Any, seed: int) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach().clone()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("width", [192, 768])
 def test_the_model_is_the_same_to_the_bit(width: int, recompute: bool) -> None:
-    """Several steps: what one stage's graph leaves must survive the others', captured into the same memory."""
+    """Over several steps, what one stage's graph leaves must survive the others', captured into the same memory."""
     plain = new_model(width, graphs=False, recompute=recompute)
     graphed = new_model(width, graphs=True, recompute=recompute)
     for seed in range(3):
-        found, wanted = gradients(graphed, seed), gradients(plain, seed)
-        for name, want in wanted.items():
-            if name.startswith(("blocks.", "logits", "norm.", "head.")):  # the rest: PyTorch's sums, in no fixed order
+        found, expected = gradients(graphed, seed), gradients(plain, seed)
+        for name, want in expected.items():
+            if name.startswith(("blocks.", "logits", "norm.", "head.")):  # PyTorch sums the rest in no fixed order
                 assert torch.equal(found[name], want), f"{name}, step {seed}"
         for model in (plain, graphed):
             model.zero_grad(set_to_none=seed == 0)
@@ -54,7 +54,7 @@ def test_the_model_is_the_same_to_the_bit(width: int, recompute: bool) -> None:
 
 
 def test_stages_share_their_memory() -> None:
-    """Captured apart, each stage would keep its own temporary tensors: more than the graphs of all need together."""
+    """Captured apart, each stage would keep its own temporary tensors, which is more than all graphs need together."""
     reserved = {}
     for graphs in (False, True):
         torch.cuda.empty_cache()

@@ -1,25 +1,19 @@
-"""packed_attention on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
+"""Test packed_attention on a GPU: bf16, a training step's shapes, CUDA graphs, Inductor, offsets past 2^31."""
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # At module level, so that triton is not imported here: without a GPU, tests/kernels must choose how.
+    # At module level, so that the module imports and asks nothing that needs a GPU.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
 from sws_kernels import packed_attention, packed_attention_reference
-from tests.kernels.numerics import check_cuda_graph, poisoned_memory
-from tests.kernels.packed_attention_checks import (
-    check_accuracy,
-    check_bitwise_repeatable,
-    check_compiled,
-    make_inputs,
-    run,
-)
+from tests.kernels.checks.packed_attention import check, make_inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_memory")]
 DEVICE = "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Shape = tuple[int, int, int, int]
 SHAPES = [  # B, T, H, D
     *[(256, 196, 3, 64), (64, 197, 6, 64), (32, 196, 12, 64)],  # ViT-Ti, S, B
     *[(8, 577, 6, 64), (4, 257, 2, 32), (3, 577, 2, 128)],  # blocks of keys
@@ -27,41 +21,35 @@ SHAPES = [  # B, T, H, D
 ]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    with poisoned_memory():
-        yield
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape, dtype, bias):
-    check_accuracy(make_inputs(shape, dtype, DEVICE, bias=bias))
+def test_accuracy(shape: Shape, dtype: torch.dtype, bias: bool) -> None:
+    check.accuracy(make_inputs(shape, dtype, DEVICE, bias=bias))
 
 
-def test_fp32_bias():
-    """The usual mixed precision: fp32 masters, bf16 activations."""
-    check_accuracy(make_inputs((16, 196, 6, 64), torch.bfloat16, DEVICE, bias=True, bias_dtype=torch.float32))
+def test_fp32_bias() -> None:
+    """Mixed precision usually has fp32 masters and bf16 activations."""
+    check.accuracy(make_inputs((16, 196, 6, 64), torch.bfloat16, DEVICE, bias=True, bias_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("shape", [(64, 196, 6, 64), (8, 577, 6, 64)], ids=["whole", "blocks"])
-def test_bitwise_repeatable(shape):
-    check_bitwise_repeatable(make_inputs(shape, torch.bfloat16, DEVICE, bias=True))
+@pytest.mark.parametrize("shape", [(64, 196, 6, 64), (8, 577, 6, 64)], ids=["single_block", "many_blocks"])
+def test_bitwise_repeatable(shape: Shape) -> None:
+    check.bitwise_repeatable(make_inputs(shape, torch.bfloat16, DEVICE, bias=True))
 
 
-def test_passes_through_inductor():
-    check_compiled(make_inputs((8, 196, 6, 64), torch.bfloat16, DEVICE, bias=True), "inductor")
+def test_passes_through_inductor() -> None:
+    check.compiled(make_inputs((8, 196, 6, 64), torch.bfloat16, DEVICE, bias=True), "inductor")
 
 
 @pytest.mark.parametrize("tokens", [196, 577])
-def test_cuda_graph(tokens):
+def test_cuda_graph(tokens: int) -> None:
     inputs = make_inputs((8, tokens, 6, 64), torch.bfloat16, DEVICE, bias=True)
-    check_cuda_graph(lambda: run(inputs, "triton"), (inputs["qkv"], inputs["d_out"]))
+    check.cuda_graph(inputs, ("qkv", "d_out"))
 
 
-def test_offsets_past_int32():
-    """The last sample of a tensor of more than 2^31 elements, where 32-bit offsets would wrap."""
+def test_offsets_past_int32() -> None:
+    """The last sample of a tensor of more than 2^31 elements is right, where 32-bit offsets would wrap."""
     tokens, heads, head_dim = 196, 12, 64
     num_samples = 2**31 // (tokens * 3 * heads * head_dim) + 2
     needed = 6 * num_samples * tokens * 3 * heads * head_dim  # bytes: qkv and out in bf16, and room

@@ -1,6 +1,6 @@
-"""Training on a GPU: every precision and ZeRO stage through the real launcher, images decoded on the GPU.
+"""Train on a GPU: every precision and ZeRO stage through the real launcher, with images decoded on the GPU.
 
-fp16 and DeepSpeed's FusedAdam exist only here; bf16 and fp32 are the same runs as on the CPU, on other kernels.
+Only here do runs use fp16 and DeepSpeed's FusedAdam; bf16 and fp32 runs are those on the CPU with other kernels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from sws_dist import checkpoint
-from tests.launching import Job, log, losses, train
-
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
+pytest.importorskip("deepspeed")
+
+from sws_dist import checkpoint
+from tests.launching import Job, log, losses, train
 
 pytestmark = pytest.mark.gpu
 
@@ -53,11 +54,11 @@ def test_it_trains_and_saves(tmp_path: Path, digits_root: Path, stage: int, prec
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (0, 3)])
 def test_fp16_goes_on_where_it_stopped(tmp_path: Path, digits_root: Path, before: int, after: int) -> None:
-    """Loss scale included, and at another stage: kernels that sum in any order leave rounding."""
+    """The loss scale is restored, also at another stage. Sums have no fixed order, so losses agree up to rounding."""
     (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(digits_root)))
 
     def job(name: str, stage: int, **sets: Any) -> Job:
-        # The scale doubles every four steps from a small start: a forgotten one would show in every gradient.
+        # The scale doubles every four steps from a small start, so a forgotten one would show in every gradient.
         fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 4}
         ds = {"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "fp16": fp16}
         return Job(tmp_path / "run.yaml", tmp_path / name, ds, {"train.log_every": 1, **sets}, resume="auto")
@@ -89,7 +90,7 @@ train: {epochs: 1, global_batch: 32, log_every: 1, max_steps: 20}
 def test_twenty_steps_with_the_kernels_follow_pytorch(
     tmp_path: Path, digits_root: Path, precision: str, tolerance: float
 ) -> None:
-    """Loss curves within rounding, which 20 steps of Adam enlarge: the tolerances are a first guess."""
+    """The loss curves agree within rounding, which 20 steps of Adam enlarge; the tolerances are a first guess."""
     (tmp_path / "run.yaml").write_text(AUXILIARY.replace("ROOT", str(digits_root)))
     ds: dict[str, Any] = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
     if precision != "fp32":
@@ -106,7 +107,7 @@ def test_twenty_steps_with_the_kernels_follow_pytorch(
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_cuda_graphs_change_no_loss(tmp_path: Path, digits_root: Path, stage: int) -> None:
-    """DeepSpeed's hooks on gradients, two micro-batches a step, drop-path, an evaluation of another batch size."""
+    """The run has DeepSpeed's gradient hooks, two micro-batches a step, drop-path and evaluations of another size."""
     (tmp_path / "run.yaml").write_text(AUXILIARY.replace("ROOT", str(digits_root)))
     ds = {"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     ds |= {"train_micro_batch_size_per_gpu": 16}

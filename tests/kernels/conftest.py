@@ -1,10 +1,10 @@
-"""Every kernel test starts with memory full of NaN (tests/conftest.py chooses interpreter or GPU)."""
+"""Start every kernel test with memory full of NaN (tests/conftest.py chooses interpreter or GPU)."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.numerics import poisoned_memory
+from tests.kernels.checks.numerics import poisoned_memory
 
 
 @pytest.fixture(autouse=True)

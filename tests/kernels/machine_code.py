@@ -1,27 +1,129 @@
-"""Compiles one kernel for a GPU that is not there and reads what the machine code needs. For compile_table."""
+"""Compile every kernel for GPUs that are not there and read what its machine code needs.
 
-import os
+    python -m tests.kernels.machine_code           compile all cases and write benchmarks/results/machine-code.md
+    python -m tests.kernels.machine_code --json    compile the cases of test_machine_code.py and print them as JSON
+
+No GPU is needed: Triton compiles to a cubin for a named target, and the cuobjdump in its package reads it. The
+interpreter replaces the compiler for a whole process, so this must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")  # what a launch passes that is not the kernel's own
+from sws_kernels import launch_config
+from sws_kernels.common import INTERPRETED
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "machine-code.md"
+WIDTHS = (192, 384, 768)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ARCHITECTURES = (80, 90)  # A100; H100 and H200
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}  # bytes that a program may have; Triton's compiler does not check
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # entries of a launch that are not arguments of the kernel
+# Arguments that are fp32, or point to fp32, whatever the dtype of the rest.
+FP32 = {"mean_ptr", "rstd_ptr", "lse_ptr", "delta_ptr", "partials_ptr", "eps", "scale"}
 
 
-def compile_for(arch: int, kernel: Any, dtype: str, launch: dict, fp32_names: Collection[str]) -> dict[str, int]:
-    """Registers a thread, spills, shared memory in bytes, threads a program, tensor-core instructions.
+@dataclass(frozen=True)
+class Case:
+    """Hold one kernel at one shape, for one GPU. `launch` has constexprs and options as the launcher passes them."""
 
-    launch: constexprs and options together, as the launcher passes them. Pointers are to dtype, those in
-    fp32_names to fp32; other arguments are fp32 where named so, or int32. HGMMA are Hopper's matrix
-    instructions, for four warps together; HMMA are one warp's, on either GPU.
+    kernel: str  # the function's name without "_kernel"
+    shape: str
+    dtype: str
+    arch: int
+    launch: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.shape}, {self.dtype}, sm_{self.arch}"
+
+    @property
+    def operator(self) -> str:
+        return re.sub(r"_(forward|backward).*", "", self.kernel)
+
+    @property
+    def function(self) -> Any:
+        return getattr(importlib.import_module(f"sws_kernels.{self.operator}_kernels"), f"{self.kernel}_kernel")
+
+
+# ------------------------------------------------------------------------------------------------------ cases
+
+
+def cases(*, full: bool = False) -> Iterator[Case]:
+    """Yield the variant of each kernel that holds and writes the most: with a scale, with z saved, with a bias.
+
+    bf16, in which models train, comes at every shape. fp16 and fp32 come at one shape a kernel unless ``full``: they
+    differ from bf16 by their instructions, and shapes by their tiles and loops.
     """
+    for width, dtype, arch in product(WIDTHS, DTYPES, ARCHITECTURES):
+        if full or dtype == "bf16" or width == WIDTHS[-1]:
+            yield from _add_layer_norm_cases(width, dtype, arch)
+            yield from _linear_gelu_cases(width, dtype, arch)
+    for head_dim, dtype, arch in product((32, 64, 128), DTYPES, ARCHITECTURES):
+        if full or dtype == "bf16" or head_dim == 64:
+            yield from _packed_attention_cases(head_dim, dtype, arch)
+
+
+def _add_layer_norm_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
+    for name, launch in launch_config.add_layer_norm(width).items():
+        yield Case(f"add_layer_norm_{name}", f"width {width}", dtype, arch, launch)
+
+
+def _linear_gelu_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
+    """Yield persistent programs too where they run: on Hopper's tensor cores."""
+    persistent_too = arch == 90 and dtype != "fp32"
+    for persistent in (False, True) if persistent_too else (False,):
+        launches = launch_config.linear_gelu(width, 4 * width, DTYPES[dtype], hopper=arch == 90, persistent=persistent)
+        shape = f"width {width}" + (", persistent" if persistent else "")
+        for name, launch in launches.items():
+            yield Case(f"linear_gelu_{name}", shape, dtype, arch, launch)
+
+
+def _packed_attention_cases(head_dim: int, dtype: str, arch: int) -> Iterator[Case]:
+    """Yield each tile setting once: with a bias, and without one where that changes the tiles.
+
+    577 and 196 tokens come in all dtypes, fewer tokens in bf16 only.
+    """
+    seen = []
+    for tokens, bias in product((577, 196, 100, 50) if dtype == "bf16" else (577, 196), (True, False)):
+        launches = launch_config.packed_attention(tokens, head_dim, DTYPES[dtype], hopper=arch == 90, bias=bias)
+        if launches in seen:
+            continue
+        seen.append(launches)
+        shape = f"{tokens} tokens, heads of {head_dim}" + (", bias" if bias else "")
+        for name, launch in launches.items():
+            case = Case(f"packed_attention_{name}", shape, dtype, arch, dict(launch))
+            absent = set() if bias else {"bias_ptr", "partials_ptr"}
+            absent |= {"delta_ptr"} if launch.get("SINGLE_KV_BLOCK") else set()
+            case.launch.update(dict.fromkeys(absent & set(case.function.arg_names)))
+            yield case
+
+
+# -------------------------------------------------------------------------------------------------- compiling
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Return the case with its registers a thread, stack, shared memory, threads and tensor-core instructions.
+
+    Registers that do not fit are spilled to the stack, so stack_bytes is 0 in code without spills. wgmma are Hopper's
+    matrix instructions, for four warps together; mma are one warp's, on either GPU. Both are counted in PTX.
+    """
+    kernel, launch = case.function, case.launch
     options = {name: launch[name] for name in OPTIONS if name in launch}
     constants = {name: value for name, value in launch.items() if name not in options}
 
@@ -29,36 +131,67 @@ def compile_for(arch: int, kernel: Any, dtype: str, launch: dict, fp32_names: Co
         if name in constants:
             return "constexpr"
         if name.endswith("_ptr"):
-            return "*fp32" if name in fp32_names else f"*{dtype}"
-        return "fp32" if name in fp32_names else "i32"
+            return "*fp32" if name in FP32 else f"*{case.dtype}"
+        return "fp32" if name in FP32 else "i32"
 
     signature = {name: argument_type(name) for name in kernel.arg_names}
-    # At run time Triton sees that PyTorch's allocations are 16-byte aligned; without it the code is another.
+    # At run time Triton sees that PyTorch's allocations are 16-byte aligned; without that it generates other code.
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, code = _disassemble(compiled.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    registers, stack_bytes = _resource_usage(compiled.asm["cubin"])
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        **{name: getattr(case, name) for name in ("kernel", "shape", "dtype", "arch")},
+        "registers": registers,
+        "stack_bytes": stack_bytes,
         "shared_bytes": compiled.metadata.shared,
         "threads": 32 * options["num_warps"],
-        "hmma": len(re.findall(r"\bHMMA\b", code)),
-        "hgmma": len(re.findall(r"\bHGMMA\b", code)),
+        "mma": compiled.asm["ptx"].count("mma.sync.aligned"),
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
     }
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code) as text."""
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return (registers a thread, bytes of stack a thread)."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # cuobjdump -sass calls nvdisasm, which lies beside it.
-        env = {**os.environ, "PATH": f"{tool.parent}:{os.environ.get('PATH', '')}"}
-        return tuple(
-            subprocess.run(
-                [tool, flag, file.name], check=True, capture_output=True, text=True, env=env, timeout=60
-            ).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the tests' cases as JSON instead of writing a table")
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        rows = list(pool.map(compile_case, cases(full=not arguments.json)))
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        RESULTS.write_text(_page(rows))
+        print(f"wrote {RESULTS}")
+
+
+def _page(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# What the kernels' machine code needs",
+        "",
+        f"Written by `python -m tests.kernels.machine_code` with triton {triton.__version__}; no GPU is needed.",
+        "docs/kernels.md explains the columns.",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "|---" * len(rows[0]) + "|",
+        *("| " + " | ".join(map(str, row.values())) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The training step of an auxiliary model: forward, loss, backward, AdamW and EMA, with and without a teacher.
+"""Define the cases of a training step: forward, loss, backward, AdamW and EMA, with and without a teacher.
 
 It is the trainer's step on one GPU without DeepSpeed: bf16 weights, their fp32 masters, which AdamW updates and the
 average follows, and the paper's drop-path. Every provider trains the same model from the same weights.
@@ -23,12 +23,12 @@ from sws_dist.optim import parameter_groups
 
 DROP_PATH, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 0.1, 5e-4, 0.05, 0.99996
 CHECKED_STEPS = 5
-Step = Callable[[], Tensor]  # one step; the loss before it
+Step = Callable[[], Tensor]  # runs one step and returns the loss before it
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Who runs the stages, what is compiled or graphed, and the attention that PyTorch takes."""
+    """Say who runs the stages, what is compiled or graphed, and which attention PyTorch takes."""
 
     kernels: Literal["reference", "triton"]
     compile: bool = False
@@ -51,7 +51,7 @@ PROVIDERS = {
 
 
 def build(size: Size, machine: Machine) -> nn.Module:
-    """The auxiliary model; the same weights at every call."""
+    """Return the auxiliary model, with the same weights at every call."""
     torch.manual_seed(0)
     geometry = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "num_heads": size.heads}
     schedule = {"schedule": size.schedule, "drop_path_rate": DROP_PATH, "num_classes": size.num_classes}
@@ -63,7 +63,7 @@ def build_teacher(size: Size) -> nn.Module:
 
 
 class TrainingStep:
-    """A model, its optimizer and one batch; a call is one step and returns the loss before it."""
+    """Hold a model, its optimizer and one batch. A call runs one step and returns the loss before it."""
 
     def __init__(self, size: Size, machine: Machine, provider: Provider, teacher: bool) -> None:
         torch.manual_seed(1)
@@ -79,7 +79,7 @@ class TrainingStep:
         self.teacher: Callable[[Tensor], Tensor] | None = None
         if teacher:
             self.teacher = build_teacher(size).to(machine.device, machine.dtype)
-            self._teach()  # LeViT keeps its attention biases at the first call: they must not lie in a graph's memory
+            self._teach()  # LeViT stores its attention biases at the first call; they must not lie in a graph's memory
         if provider.compile:
             self.forward = machine.compile(self.model, cuda_graphs=True)
             self.loss = machine.compile(self.loss, cuda_graphs=True)
@@ -122,7 +122,7 @@ class TrainingStep:
 
 
 def in_one_graph(step: Step) -> Step:
-    """The whole step as one CUDA graph: what is left when no launch costs anything."""
+    """Capture the whole step as one CUDA graph, which shows what is left when no launch costs anything."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -147,13 +147,13 @@ def first_losses(step: Step) -> list[float]:
 
 @cache
 def exact_losses(size: Size, device: str, teacher: bool) -> list[float]:
-    """PyTorch's in fp32."""
+    """Return the first losses of PyTorch in fp32."""
     return first_losses(TrainingStep(size, Machine(device, torch.float32), PROVIDERS["eager timm"], teacher))
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One model's training step. The work counted is the model's arithmetic, and the teacher's where there is one."""
+    """Hold one model's training step. Its work is the model's arithmetic, and the teacher's where there is one."""
 
     size: Size
     teacher: bool
@@ -167,7 +167,11 @@ class StepCase:
         return f"{self.size.name}, batch {self.size.batch}{f', teacher {self.size.teacher}' if self.teacher else ''}"
 
     def measure(self, provider: str, machine: Machine, ceilings: Ceilings) -> list[Row]:
-        """One row. ValueError unless the losses of the first steps are those of PyTorch in fp32."""
+        """Return one row.
+
+        Raises:
+            ValueError: the losses of the first steps are not those of PyTorch in fp32.
+        """
         chosen = PROVIDERS[provider]
         if chosen.graph is not None and machine.device != "cuda":
             raise ValueError(f"CUDA graphs need a GPU, not {machine.device}")
@@ -196,6 +200,6 @@ class StepCase:
         return self.size.batch * (TRAIN_FACTOR * student + teacher)
 
 
-def step_cases(machine: Machine, size: Size) -> Iterator[StepCase]:
+def cases(machine: Machine, size: Size) -> Iterator[StepCase]:
     yield StepCase(size, teacher=False)
     yield StepCase(size, teacher=True)

@@ -1,4 +1,4 @@
-"""Stages as CUDA graphs, all but the capture itself: on a GPU captured, without one by a pool that runs them again."""
+"""Test stages as CUDA graphs: captured on a GPU; without one, a pool that runs them again stands for the capture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from sws_dist.models import create_model, fused
-from sws_kernels import GraphedStage, GraphPool, StageWeights, stage
-from tests.kernels.stage_checks import EPS, Inputs, make_inputs
+from sws_kernels import GraphedStage, GraphPool, StageWeights
+from tests.kernels.checks.numerics import Inputs
+from tests.kernels.checks.stage import EPS, arguments, make_inputs, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class RunAgain:
-    """What `GraphPool.record` promises, without a GPU: a replay computes anew and writes where the results lie.
+    """Do what `GraphPool` promises, without a GPU: a replay computes anew and writes where the results lie.
 
-    And what sharing memory may cost: where a graph had temporary tensors, those captured after it may have their
-    results. So a replay first overwrites all of these.
+    It also shows what sharing memory may cost. Where a graph had temporary tensors, those captured after it may have
+    their results, so a replay first overwrites all of these.
     """
 
     def __init__(self) -> None:
@@ -49,37 +50,41 @@ def new_pool() -> Any:
     return GraphPool() if DEVICE == "cuda" else RunAgain()
 
 
-def small(seed: int = 0, **changes: Any) -> Inputs:
-    inputs = make_inputs((2, 3, 64), 2, 2, torch.float32, DEVICE, hidden=64, drop_path=True, **changes)
+def small(seed: int = 0, *, repeats: int = 1, **changes: Any) -> Inputs:
+    """Return a small stage; ``seed`` chooses the tensors of the batch, not the weights."""
+    inputs = make_inputs((2, 3, 32), repeats, 1, torch.float32, DEVICE, hidden=32, drop_path=True, **changes)
     generator = torch.Generator().manual_seed(seed)
-    for tensor in (inputs.x, inputs.dy, inputs.scales):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for name in ("x", "dy", "scales"):
+        inputs[name].copy_(torch.randn(inputs[name].shape, generator=generator))
     return inputs
 
 
 def parameters(inputs: Inputs) -> StageWeights:
-    return StageWeights(*(None if w is None else torch.nn.Parameter(w.clone()) for w in inputs.weights))
+    return StageWeights(*(None if w is None else torch.nn.Parameter(w.clone()) for w in inputs["weights"]))
 
 
-def call(function: Any, inputs: Inputs, weights: StageWeights, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, dx), copied; the weights' gradients are added to ``.grad``."""
-    x = inputs.x.clone().requires_grad_()
-    y = function(x, weights, inputs.repeats, inputs.num_heads, EPS, inputs.scales, **arguments)
-    y.backward(inputs.dy)
+def call(function: Any, inputs: Inputs, weights: StageWeights, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return copies of (y, dx). The weights' gradients are added to ``.grad``."""
+    x = inputs["x"].clone().requires_grad_()
+    y = function(*arguments(inputs | {"x": x, "weights": weights}), **options)
+    y.backward(inputs["dy"])
     return y.detach().clone(), x.grad
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}], ids=["plain", "no_qkv_bias"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("recompute", "changes"),
+    [(False, {"repeats": 2}), (True, {"repeats": 2}), (False, {"qkv_bias": False})],
+    ids=["saved", "recomputed", "no_qkv_bias"],
+)
 def test_replays_are_the_stage_to_the_bit(recompute: bool, changes: dict[str, Any]) -> None:
-    """Two batches in a row, of which the first was captured; gradients add up over them, as in accumulation."""
+    """The first of two batches is captured; gradients add up over both, as in gradient accumulation."""
     graphed = GraphedStage(new_pool())
     own, plain = parameters(small(**changes)), parameters(small(**changes))
     for seed in range(2):
         inputs = small(seed, **changes)
         got = call(graphed, inputs, own, recompute=recompute)
-        want = call(stage, inputs, plain, recompute=recompute, backend="triton")
-        assert all(map(torch.equal, got, want))
+        expected = call(triton, inputs, plain, recompute=recompute)
+        assert all(map(torch.equal, got, expected))
         for name, mine, theirs in zip(StageWeights._fields, own, plain, strict=True):
             assert (mine is None and theirs is None) or torch.equal(mine.grad, theirs.grad), name
 
@@ -90,12 +95,12 @@ def test_updates_in_place_are_seen() -> None:
     with torch.no_grad():
         for weight in weights:
             weight.mul_(1.5)
-    got, want = call(graphed, inputs, weights), call(stage, inputs, weights, backend="triton")
-    assert all(map(torch.equal, got, want))
+    got, expected = call(graphed, inputs, weights), call(triton, inputs, weights)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_hooks_on_gradients_run_once_a_backward() -> None:
-    """DeepSpeed reduces gradients from such hooks."""
+    """DeepSpeed reduces gradients in such hooks."""
     graphed, weights, seen = GraphedStage(new_pool()), parameters(small()), []
     for name, weight in weights._asdict().items():
         weight.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
@@ -107,20 +112,20 @@ def test_hooks_on_gradients_run_once_a_backward() -> None:
 def test_other_shapes_and_no_gradient_run_the_stage_itself() -> None:
     graphed, weights = GraphedStage(new_pool()), parameters(small())
     captured = call(graphed, small(), weights)
-    inputs = make_inputs((1, 5, 64), 2, 2, torch.float32, DEVICE, hidden=64)
-    got, want = call(graphed, inputs, weights), call(stage, inputs, weights, backend="triton")
-    assert all(map(torch.equal, got, want))
+    inputs = make_inputs((1, 5, 32), 1, 1, torch.float32, DEVICE, hidden=32)
+    got, expected = call(graphed, inputs, weights), call(triton, inputs, weights)
+    assert all(map(torch.equal, got, expected))
     with torch.no_grad():
-        y = graphed(inputs.x, weights, 2, 2, EPS)
-    assert torch.equal(y, want[0])
-    assert all(map(torch.equal, call(graphed, small(), weights), captured)), "the graph is as it was"
+        y = graphed(inputs["x"], weights, 1, 1, EPS)
+    assert torch.equal(y, expected[0])
+    assert all(map(torch.equal, call(graphed, small(), weights), captured)), "the graph has changed"
 
 
 def test_a_weight_that_moved_is_an_error() -> None:
     graphed, weights = GraphedStage(new_pool()), parameters(small())
     call(graphed, small(), weights)
-    weights.w1.data = weights.w1.data.clone()
-    with pytest.raises(RuntimeError, match="w1 is not where it was when its CUDA graph was captured"):
+    weights.fc1_weight.data = weights.fc1_weight.data.clone()
+    with pytest.raises(RuntimeError, match="fc1_weight is not where it was when its CUDA graph was captured"):
         call(graphed, small(), weights)
 
 
@@ -128,7 +133,7 @@ def test_a_backward_after_another_forward_is_an_error() -> None:
     graphed, weights, inputs = GraphedStage(new_pool()), parameters(small()), small()
 
     def forward() -> torch.Tensor:
-        return graphed(inputs.x, weights, inputs.repeats, inputs.num_heads, EPS, inputs.scales)
+        return graphed(*arguments(inputs | {"weights": weights}))
 
     first, second = forward(), forward()
     with pytest.raises(RuntimeError, match="each forward has one backward"):
@@ -140,26 +145,27 @@ def test_a_backward_after_another_forward_is_an_error() -> None:
 
 def test_a_weight_changed_before_the_backward_is_an_error() -> None:
     graphed, weights, inputs = GraphedStage(new_pool()), parameters(small()), small()
-    y = graphed(inputs.x, weights, inputs.repeats, inputs.num_heads, EPS, inputs.scales)
+    y = graphed(*arguments(inputs | {"weights": weights}))
     with torch.no_grad():
-        weights.w2.mul_(2)
+        weights.fc2_weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_wrong_arguments_are_said_before_anything_is_captured() -> None:
+def test_wrong_arguments_are_errors_before_anything_is_captured() -> None:
     inputs = small()
-    with pytest.raises(ValueError, match=r"stage: b1 must be"):
-        GraphedStage(new_pool())(inputs.x, inputs.weights._replace(b1=inputs.weights.w1), 2, 2)
+    wrong = inputs["weights"]._replace(fc1_bias=inputs["weights"].fc1_weight)
+    with pytest.raises(ValueError, match=r"stage: fc1_bias must be"):
+        GraphedStage(new_pool())(inputs["x"], wrong, 1, 1)
 
 
 def test_a_model_trains_the_same() -> None:
-    """Stages that share their memory, drop-path drawn outside, two micro-batches a step, evaluation in between."""
-    losses = {}
+    """The stages share their memory, drop-path is drawn outside, a step has two micro-batches and then evaluates."""
+    losses: dict[bool, list[float]] = {}
     for graphs in (False, True):
         torch.manual_seed(0)
         model = create_model(
-            "sws_vit", schedule=[1, 2, 1], img_size=16, patch_size=8, embed_dim=64, num_heads=2, mlp_ratio=1.0,
+            "sws_vit", schedule=[1, 1, 1], img_size=16, patch_size=8, embed_dim=32, num_heads=1, mlp_ratio=1.0,
             num_classes=4, drop_path_rate=0.5,
         ).to(DEVICE)  # fmt: skip
         model.use_kernels("triton")
@@ -168,20 +174,20 @@ def test_a_model_trains_the_same() -> None:
             for block in model.blocks:
                 block.graphed = GraphedStage(pool)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        images, labels = torch.randn(6, 3, 16, 16).to(DEVICE), torch.arange(6, device=DEVICE) % 4
+        images, labels = torch.randn(4, 3, 16, 16).to(DEVICE), torch.arange(4, device=DEVICE)
         losses[graphs] = []
-        for _ in range(3):
-            for start in (0, 3):
-                logits = model(images[start : start + 3])
-                torch.nn.functional.cross_entropy(logits, labels[start : start + 3]).backward()
+        for _ in range(2):
+            for start in (0, 2):
+                logits = model(images[start : start + 2])
+                torch.nn.functional.cross_entropy(logits, labels[start : start + 2]).backward()
             optimizer.step()
             optimizer.zero_grad()
             model.eval()
             with torch.no_grad():
-                losses[graphs].append(model(images[:5]).square().mean().item())
+                losses[graphs].append(model(images[:3]).square().mean().item())
             model.train()
     assert losses[True] == losses[False]
-    assert len(set(losses[True])) == 3
+    assert len(set(losses[True])) == 2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_a_model_trains_the_same() -> None:
         ("triton", "cpu", "the device is cpu"),
     ],
 )
-def test_where_it_cannot_be(kernels: Any, device: str, reason: str) -> None:
+def test_cuda_graphs_that_cannot_be_are_an_error(kernels: Any, device: str, reason: str) -> None:
     model = create_model("sws_vit", schedule=[1], img_size=16, patch_size=8, embed_dim=64, num_heads=2, num_classes=4)
     model.use_kernels(kernels)
     with pytest.raises(ValueError, match=rf"model\.cuda_graphs: true was asked for, but {reason}"):

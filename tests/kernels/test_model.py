@@ -1,4 +1,4 @@
-"""model.kernels: what is chosen where, and that the model with the kernels is the model without."""
+"""Test what model.kernels chooses where, and that the model computes the same with and without the kernels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SMALL: dict[str, Any] = {
 def model_with(kernels: fused.Kernels, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = create_model("sws_vit", **(SMALL | changes)).to(DEVICE)
-    for parameter in model.parameters():  # biases and norms as initialised would hide mistakes
+    for parameter in model.parameters():  # the initial biases and norms would hide mistakes
         nn.init.normal_(parameter, std=0.2)
     fused.choose(kernels, model, DEVICE, torch.float32)
     return model
 
 
 def results(model: Any) -> dict[str, torch.Tensor]:
-    """Logits and all gradients, drop-path drawn from one seed."""
+    """Return logits and all gradients, with drop-path drawn from one seed."""
     torch.manual_seed(1)
     images = torch.randn(3, 3, 16, 16).to(DEVICE)
     torch.manual_seed(2)
@@ -38,9 +38,9 @@ def results(model: Any) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -50,23 +50,23 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     ids=["plain", "drop_path", "class_token", "descendant"],
 )
 def test_the_model_is_the_same(changes: dict[str, Any]) -> None:
-    """Drop-path included: the kernels' scales are the numbers that timm draws."""
-    found, wanted = model_with("triton", **changes), model_with("reference", **changes)
-    assert_equal(results(found), results(wanted))
+    """This includes drop-path: the kernels' scales are the numbers that timm draws."""
+    found, expected = model_with("triton", **changes), model_with("reference", **changes)
+    assert_close(results(found), results(expected))
     found.eval()
-    wanted.eval()
+    expected.eval()
     images = torch.randn(2, 3, 16, 16, device=DEVICE)
-    torch.testing.assert_close(found(images), wanted(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found(images), expected(images), rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_recomputes_inside_the_stage() -> None:
     model = model_with("triton", drop_path_rate=0.5)
-    wanted = results(model)
+    expected = results(model)
     again = model_with("triton", drop_path_rate=0.5)
     again.set_grad_checkpointing(True)
     assert all(stage.recompute for stage in again.blocks)
     assert not again.grad_checkpointing, "timm would run each stage a third time"
-    assert_equal(results(again), wanted)
+    assert_close(results(again), expected)
 
 
 def test_a_mask_is_refused() -> None:
@@ -82,7 +82,7 @@ def choose(kernels: fused.Kernels, device: torch.device = CUDA, dtype: Any = tor
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A GPU of the H100's kind, as far as choosing asks."""
+    """Let PyTorch report a GPU with an H100's compute capability."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
     return monkeypatch

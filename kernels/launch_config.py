@@ -1,0 +1,115 @@
+"""Choose how each kernel is launched: its tile sizes, warps, load stages and register limit.
+
+There is one function for each operator. It takes shapes and a dtype and returns {kernel: launch}, where a launch
+holds the constexprs and the options of that kernel's call. All values were found by compiling without spills
+(benchmarks/results/machine-code.md lists what the machine code needs) and none by timing, so this is the file to tune
+on a GPU. ``hopper`` means compute capability 9.x.
+"""
+
+from typing import Any
+
+import torch
+import triton
+
+Launch = dict[str, Any]  # constexpr or launch option -> int, bool or None
+ROW_TILES_A_GROUP = 8  # linear_gelu: neighbouring programs share the tiles of both operands in the L2 cache
+BACKWARD_PROGRAMS_PER_SM = 2  # add_layer_norm: two resident programs hide each other's loads
+# Two programs of 128 threads leave a thread 65,536 / (2 * 128) = 256 registers; 255 can be addressed. Without this
+# limit ptxas may settle for 128 registers and spill.
+MAX_BACKWARD_REGISTERS = 255
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Return whether ``device`` has compute capability 9.x. The interpreter counts as Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Return the GPU's number of multiprocessors.
+
+    The interpreter counts as one, so that each of its programs goes over many tiles.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def add_layer_norm(width: int) -> dict[str, Launch]:
+    """Return the launches of "forward" and "backward" for rows of ``width`` elements.
+
+    A row is split into three chunks of W elements, and a program takes tiles of R rows. R * W = 1024 elements a chunk
+    on 128 threads give each thread 8 consecutive elements, which is one 16-byte access in half precision. Up to
+    W = 256 (width 768) the sums along a row stay inside a warp.
+    """
+    chunk = triton.next_power_of_2(triton.cdiv(width, 3))
+    forward: Launch = {"D": width, "W": chunk, "R": max(1, 1024 // chunk), "num_warps": 4}
+    return {"forward": forward, "backward": forward | {"maxnreg": MAX_BACKWARD_REGISTERS}}
+
+
+def linear_gelu(
+    inner: int, hidden: int, dtype: torch.dtype, *, hopper: bool, persistent: bool = False
+) -> dict[str, Launch]:
+    """Return the launches of "forward" and "backward" for a product over ``inner`` with ``hidden`` columns.
+
+    A tile has BM rows and BN columns, and the product takes BK elements of ``inner`` at a time. The inner dimension is
+    short (3 to 12 steps of 64), so a tile's epilogue is a large part of its time. Two programs of 8 warps are meant to
+    fit on a multiprocessor (96 KiB of shared memory and at most 128 registers each), so that one multiplies while the
+    other is in its epilogue. On Hopper the backward needs the explicit limit of 128 registers. On A100 it needs 166
+    registers and would spill at 128, so one program runs there.
+
+    ``persistent`` is the other way to hide the epilogue: one program a multiprocessor, which loads the next tile
+    meanwhile. It is for Hopper only, because on A100 it spills. It has 255 registers to spend, and the forward spends
+    them on tiles twice as wide. benchmarks/kernels measures which way is faster.
+
+    fp32 cannot use tensor cores at its own accuracy, so it has small tiles and plain arithmetic.
+
+    Raises:
+        ValueError: ``persistent`` without ``hopper``.
+    """
+    if persistent and not hopper:
+        raise ValueError("linear_gelu: persistent=True is for Hopper; elsewhere its tiles do not fit in registers")
+    if dtype == torch.float32:
+        tile = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    else:
+        tile = {"BM": 128, "BN": 128, "BK": 64 if inner % 64 == 0 else 32, "num_warps": 8, "num_stages": 3}
+    common: Launch = {"K": inner, "F": hidden, "GROUP": ROW_TILES_A_GROUP, "PERSISTENT": persistent, **tile}
+    wide: Launch = {"BN": 2 * tile["BN"]} if persistent and dtype != torch.float32 else {}
+    return {
+        "forward": common | wide,
+        "backward": common | {"maxnreg": 128 if hopper and not persistent else None},
+    }
+
+
+def packed_attention(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool, bias: bool) -> dict[str, Launch]:
+    """Return the launches of "forward", "backward_keys" and, where the backward takes two passes, "backward_queries".
+
+    A tile has M queries and N keys of a head. The registers of a backward program, which hold the fp32 gradients of K
+    and V and two tiles of scores, decide whether all keys of a head fit in one block. Hopper's matrix products read K
+    and V from shared memory, and a head of 256 x 64 fits 256 threads of 255 registers. On other GPUs K and V pass
+    through registers too, and 64 x 64 fits. Heads of 32 take at most 128 keys, because at 256 the forward spilled in
+    fp16. fp32 uses no tensor cores; its small tiles are there for correctness, not for speed.
+    """
+    block = max(64, triton.next_power_of_2(tokens))
+    largest = (256 if hopper else 64) * 64
+    single = dtype != torch.float32 and block <= 4 * head_dim and block * head_dim <= largest
+    forward: Launch
+    keys: Launch
+    queries: Launch
+    if dtype == torch.float32:
+        rows = 32 if head_dim < 128 else 16
+        forward = keys = queries = {"M": rows, "N": rows, "num_warps": 8, "num_stages": 1}
+    elif single:
+        forward = {"M": 64, "N": block, "num_warps": 4, "num_stages": 2}
+        few = not hopper or (bias and block * head_dim == largest)  # 32 queries and a bias would not fit in registers
+        keys = queries = {"M": 16 if few else 32, "N": block, "num_warps": 8, "num_stages": 2}
+    else:
+        large = head_dim == 128
+        rows = 64 if large else 128
+        forward = {"M": 128, "N": 32 if large and not hopper else 64, "num_warps": 8, "num_stages": 2 if large else 3}
+        keys = {"M": 32, "N": rows, "num_warps": 8, "num_stages": 2}
+        queries = {"M": rows, "N": 64, "num_warps": 8, "num_stages": 2}
+    launches: dict[str, Launch] = {
+        "forward": {"D": head_dim, "SINGLE_KV_BLOCK": single, **forward},
+        "backward_keys": {"D": head_dim, "SINGLE_KV_BLOCK": single, **keys},
+    }
+    if not single:
+        launches["backward_queries"] = {"D": head_dim, **queries}
+    return launches
