@@ -42,9 +42,9 @@ def run(
 
     plain_task: the sizes of the ceilings' copy and product, if they are not those for a GPU.
     """
-    from sws_dist import provenance
+    from sws_dist.run_dir import collect_provenance
 
-    results = Results(provenance.collect(), measure_ceilings(machine, **plain_task))
+    results = Results(collect_provenance(), measure_ceilings(machine, **plain_task))
     for operator, size in product(operators, sizes):
         for case in cases_of(operator, machine, size):
             rows = rows_of(case, machine, results.ceilings)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from benchmarks.kernels.measure import Machine, Size
 from benchmarks.kernels.operator_case import OperatorCase, Provider, label, tupled, work
-from sws_dist.config import DistillConfig
-from sws_dist.distillation import DistillationLoss
+from sws_dist.config.schema import DistillConfig
+from sws_dist.models.losses import DistillationLoss
 
 
 def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:

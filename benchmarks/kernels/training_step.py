@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.measure import Ceilings, Machine, Row, Size
-from sws_dist.config import DistillConfig
-from sws_dist.distillation import DistillationLoss, LossParts
-from sws_dist.flops import TRAIN_FACTOR, forward_flops
-from sws_dist.models import create_model, fused
+from sws_dist.config.schema import DistillConfig
+from sws_dist.models import create_model
+from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
+from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
+from sws_dist.models.losses import DistillationLoss, LossParts
 from sws_dist.optim import parameter_groups
 
 DROP_PATH, LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 0.1, 5e-4, 0.05, 0.99996
@@ -71,9 +72,9 @@ class TrainingStep:
         self.labels = torch.randint(size.num_classes, (size.batch,), device=machine.device)
         self.model = build(size, machine)
         if provider.kernels == "triton":
-            fused.choose("triton", self.model, torch.device(machine.device), machine.dtype)
+            select_kernels("triton", self.model, torch.device(machine.device), machine.dtype)
         if provider.graph == "stages":
-            fused.use_cuda_graphs(self.model, torch.device(machine.device))
+            enable_cuda_graphs(self.model, torch.device(machine.device))
         self.forward: Callable[[Tensor], Tensor] = self.model
         self.loss: Callable[..., LossParts] = DistillationLoss(DistillConfig())
         self.teacher: Callable[[Tensor], Tensor] | None = None

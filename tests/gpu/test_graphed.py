@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from sws_dist.models import create_model
+from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
+
 if not torch.cuda.is_available():
     # At module level, so that the module imports and asks nothing that needs a GPU.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from sws_dist.models import create_model, fused
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -19,10 +21,10 @@ def new_model(width: int, *, graphs: bool, recompute: bool) -> Any:
     torch.manual_seed(0)
     model = create_model("sws_vit", schedule=[3, 1, 2], embed_dim=width, num_heads=width // 64, drop_path_rate=0.2)
     model.to(DEVICE, torch.bfloat16)
-    fused.choose("triton", model, DEVICE, torch.bfloat16)
+    select_kernels("triton", model, DEVICE, torch.bfloat16)
     model.set_grad_checkpointing(recompute)
     if graphs:
-        fused.use_cuda_graphs(model, DEVICE)
+        enable_cuda_graphs(model, DEVICE)
     return model
 
 

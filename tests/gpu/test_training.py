@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
+from sws_dist.checkpoint.checkpoint import list_checkpoints, read_state
+
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 pytest.importorskip("deepspeed")
 
-from sws_dist import checkpoint
 from tests.launching import Job, log, losses, train
 
 pytestmark = pytest.mark.gpu
@@ -71,8 +72,8 @@ def test_fp16_goes_on_where_it_stopped(tmp_path: Path, digits_root: Path, before
     torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=2e-2, atol=2e-2)
     scales = []
     for name in ("whole", "parts"):
-        newest = checkpoint.find(tmp_path / name / "checkpoints")[-1]
-        scales.append(checkpoint.read_state(newest).loss_scaler["cur_scale"])
+        newest = list_checkpoints(tmp_path / name / "checkpoints")[-1]
+        scales.append(read_state(newest).loss_scaler["cur_scale"])
     assert scales[0] == scales[1] > 16
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sws_dist.models import create_model, fused
+from sws_dist.models import create_model
+from sws_dist.models.kernel_backend import enable_cuda_graphs
 from sws_kernels import GraphedStage, GraphPool, StageWeights
 from tests.kernels.checks.numerics import Inputs
 from tests.kernels.checks.stage import EPS, arguments, make_inputs, triton
@@ -201,4 +202,4 @@ def test_cuda_graphs_that_cannot_be_are_an_error(kernels: Any, device: str, reas
     model = create_model("sws_vit", schedule=[1], img_size=16, patch_size=8, embed_dim=64, num_heads=2, num_classes=4)
     model.use_kernels(kernels)
     with pytest.raises(ValueError, match=rf"model\.cuda_graphs: true was asked for, but {reason}"):
-        fused.use_cuda_graphs(model, torch.device(device))
+        enable_cuda_graphs(model, torch.device(device))

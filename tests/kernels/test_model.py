@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sws_dist.models import create_model, fused
+from sws_dist.models import create_model
+from sws_dist.models.kernel_backend import Kernels, select_kernels
 from sws_kernels import common
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,12 +20,12 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model_with(kernels: fused.Kernels, **changes: Any) -> Any:
+def model_with(kernels: Kernels, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = create_model("sws_vit", **(SMALL | changes)).to(DEVICE)
     for parameter in model.parameters():  # the initial biases and norms would hide mistakes
         nn.init.normal_(parameter, std=0.2)
-    fused.choose(kernels, model, DEVICE, torch.float32)
+    select_kernels(kernels, model, DEVICE, torch.float32)
     return model
 
 
@@ -75,9 +76,11 @@ def test_a_mask_is_refused() -> None:
         model.blocks[0](torch.zeros(1, 4, 64, device=DEVICE), is_causal=True)
 
 
-def choose(kernels: fused.Kernels, device: torch.device = CUDA, dtype: Any = torch.bfloat16, **changes: Any) -> str:
+def choose(kernels: Kernels, device: torch.device = CUDA, dtype: Any = torch.bfloat16, **changes: Any) -> str:
     name = changes.pop("name", "sws_vit")
-    return fused.choose(kernels, create_model(name, **((SMALL | changes) if name == "sws_vit" else {})), device, dtype)
+    return select_kernels(
+        kernels, create_model(name, **((SMALL | changes) if name == "sws_vit" else {})), device, dtype
+    )
 
 
 @pytest.fixture
