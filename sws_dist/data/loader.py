@@ -54,7 +54,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which images a batch of B holds, and what DALI is told about each. All arrays are [B, ...]."""
+    """The images of a batch of B, and what DALI is told about each. All arrays are [B, ...]."""
 
     indices: np.ndarray
     """Places in the manifest."""

@@ -309,7 +309,7 @@ class RandAugment:
 
     @property
     def num_uniforms(self) -> int:
-        """Number of uniform numbers that one image consumes."""
+        """Return how many uniform numbers one image consumes."""
         return self.num_layers * len(_UNIFORM_NAMES)
 
     def draw(self, uniforms: np.ndarray, height: int, width: int) -> RandAugmentDraws:

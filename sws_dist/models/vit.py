@@ -146,7 +146,10 @@ class SWSVisionTransformer(VisionTransformer):
 
 
 def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
-    """Return the constructor arguments that reproduce what the model computes, JSON-ready. Drop-path is not among them."""
+    """Return the constructor arguments that reproduce what the model computes, JSON-ready.
+
+    Arguments that matter in training alone, such as drop-path, are not among them.
+    """
     block, embed = model.blocks[0], model.patch_embed
     return {
         "schedule": list(model.schedule),
