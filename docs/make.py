@@ -17,9 +17,9 @@ HEAD = """# Run configs
 
 `make docs` writes this page from `sws_dist/config/schema.py`.
 
-A run config is a YAML file with the keys below. `base: FILE` reads another file's keys first. Each key can also be set on
-the command line: `--set optim.lr=1e-3`. An unknown key, a key that appears twice and a value of the wrong type are errors.
-The DeepSpeed JSON decides how a run is sharded (see [sharding](sharding.md)).
+A run config is a YAML file with the keys below. `base: FILE` reads another file's keys first. Each key can also be set
+on the command line: `--set optim.lr=1e-3`. An unknown key, a key that appears twice and a value of the wrong type are
+errors. The DeepSpeed JSON decides how a run is sharded (see [sharding](sharding.md)).
 """
 
 
