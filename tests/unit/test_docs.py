@@ -54,7 +54,7 @@ def commands(path: Path) -> Iterator[list[str]]:
         line = re.split(r"  #|\.\.\.", line)[0]
         if found := re.search(r"(?:python|deepspeed)\s.*?((?:launcher|benchmarks)/\w+\.py( .*)?)$", line):
             yield shlex.split(found[1].removesuffix(")"), comments=True)
-        elif found := re.search(r"(?:^|\s)sws ([a-z-]+)( .*)?$", line):
+        elif found := re.search(r"(?:^|\s)sws ([a-z][a-z-]*)( .*)?$", line):
             yield [f"launcher/{found[1].replace('-', '_')}.py", *shlex.split(found[2] or "", comments=True)]
         elif found := re.search(r"sbatch\s.*?launcher/slurm/(\w+)\.sbatch (.*)", line):
             yield [BATCH_SCRIPTS[found[1]], *shlex.split(found[2])]
