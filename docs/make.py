@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Write docs/config.md from sws_dist/config.py: every key of a run config, its type, default and meaning."""
+"""Write the parts of the documentation that are made from the code: ``docs/config.md`` and the diagrams.
+
+``docs/config.md`` lists every key of a run config with its type, default and meaning, as ``sws_dist/config/schema.py``
+defines them. ``docs/pictures.py`` draws the diagrams.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,28 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "config.md"
+SCHEMA = ROOT / "sws_dist" / "config" / "schema.py"
+CONFIG_PAGE = ROOT / "docs" / "config.md"
 HEAD = """# Run configs
 
-Made from `sws_dist/config.py` by `make docs`. A run config is a YAML file of these keys; `base: FILE` takes another
-file's keys first. Any key can be overridden on the command line: `--set optim.lr=1e-3`. Unknown, duplicate and
-ill-typed keys are errors. How a run is sharded is the DeepSpeed JSON's business: see [sharding](sharding.md).
+`make docs` writes this page from `sws_dist/config/schema.py`.
+
+A run config is a YAML file with the keys below. `base: FILE` reads another file's keys first. Each key can also be set
+on the command line: `--set optim.lr=1e-3`. An unknown key, a key that appears twice and a value of the wrong type are
+errors. The DeepSpeed JSON decides how a run is sharded (see [sharding](sharding.md)).
 """
 
 
 def page() -> str:
-    """The page's text."""
-    tree = ast.parse((ROOT / "sws_dist" / "config.py").read_text())
+    """Return the text of ``docs/config.md``."""
+    tree = ast.parse(SCHEMA.read_text())
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    return HEAD + "".join(_section(classes, "RunConfig", ""))
+    constants = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return HEAD + "".join(_section(classes, constants, "RunConfig", ""))
 
 
-def _section(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[str]:
+def _section(classes: dict[str, ast.ClassDef], constants: dict[str, ast.expr], name: str, prefix: str) -> list[str]:
+    """Return the table of one group of keys, followed by those of the groups inside it."""
     rows, inner = [], []
     body = classes[name].body
     for node, following in zip(body, [*body[1:], None], strict=True):
@@ -32,25 +41,31 @@ def _section(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> list[s
         key, kind = f"{prefix}{ast.unparse(node.target)}", ast.unparse(node.annotation)
         group = next((part for part in kind.split(" | ") if part in classes), None)
         if group:
-            inner += _section(classes, group, f"{key}.")
-            if kind == group:  # a group that is always there needs no row of its own
+            inner += _section(classes, constants, group, f"{key}.")
+            if kind == group:  # a group that is always there needs no row
                 continue
-        rows.append(f"| `{key}` | {_escape(kind)} | {_escape(_default(node.value))} | {_meaning(following)} |\n")
+        default = _escape(_default(node.value, constants))
+        rows.append(f"| `{key}` | {_escape(kind)} | {default} | {_meaning(following)} |\n")
     about = ast.get_docstring(classes[name])
     title = f"\n## {prefix.rstrip('.') or 'The run'}\n\n" + (f"{about}\n\n" if about else "")
     return [title, "| key | type | default | meaning |\n|---|---|---|---|\n", *rows, *inner]
 
 
-def _default(value: ast.expr | None) -> str:
-    """A field's default as its source says it; ``Field(default=x, ...)`` has it inside."""
+def _default(value: ast.expr | None, constants: dict[str, ast.expr]) -> str:
+    """Return a field's default as source; a constant's value instead of its name."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field":
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in value.keywords}
-        return given.get("default", "{}")
-    return "required" if value is None else ast.unparse(value)
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if "default" not in given:
+            return "{}"  # default_factory=dict
+        value = given["default"]
+    if value is None:
+        return "required"
+    source = ast.unparse(value)
+    return ast.unparse(constants[source]) if source in constants else source
 
 
 def _meaning(node: ast.stmt | None) -> str:
-    """The string that follows a field, on one line."""
+    """Return the string that follows a field, on one line."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return " ".join(str(node.value.value).replace("``", "`").split())
     return ""
@@ -61,5 +76,8 @@ def _escape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    import pictures
+
+    CONFIG_PAGE.write_text(page())
+    print(f"wrote {CONFIG_PAGE.relative_to(ROOT)}")
+    pictures.main()

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 def digits_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All digits: 1,442 training and 355 validation images."""
     root = tmp_path_factory.mktemp("data") / "digits"
-    digits.write(root)
+    digits.write_digits(root)
     return root
 
 

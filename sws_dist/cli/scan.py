@@ -45,7 +45,7 @@ def scan(args: argparse.Namespace) -> None:
     images, bad = 0, []
     for split, prefix in zip(splits, within, strict=True):
         with tqdm(unit="file", desc=split) as bar:
-            found, kept = manifest.scan_whole(root, split, args.num_threads, bar)
+            found, kept = manifest.scan_and_decode(root, split, args.num_threads, bar)
         print(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
         for note in found.notes:
             print(note)

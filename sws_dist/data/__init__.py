@@ -1,2 +1,5 @@
-"""Images in, batches out: manifest (what is there), sampler (in which order), recipe (what is drawn), pipeline
-(DALI), mixing (on the device)."""
+"""Turn image files into batches.
+
+A ``Manifest`` lists the images of a split, ``TrainOrder`` orders them, a ``Recipe`` draws what is done to each, DALI
+decodes and augments them, and a ``Loader`` yields batches. Mixing and erasing follow on the training device.
+"""

@@ -1,4 +1,4 @@
-"""Keep account of images that cannot be read: each is named once, all are counted, too many stop the run."""
+"""Count the images that cannot be read, name each of them once, and stop a run that has too many."""
 
 from __future__ import annotations
 
@@ -7,69 +7,83 @@ from collections.abc import Sequence
 
 import torch
 
-from sws_dist.data.manifest import BadFile, refuse_too_many
+from sws_dist.data.manifest import BadFile, check_bad_share
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks, sum_over_ranks
 
-_NAMED = 100  # so many are named at once, the rest is counted
+_MAX_NAMED = 100
+"""At most this many files are named at once; the others are counted."""
 
 
 class BadImages:
-    """One rank's account: ``add`` is the loader's, ``exchange`` a collective of all ranks.
+    """Collect the unreadable images of one rank. The loader calls ``add``; all ranks call ``exchange`` together.
 
     Args:
         left_out: the files that the manifest leaves out; they are counted too.
     """
 
     def __init__(self, left_out: tuple[BadFile, ...] = ()) -> None:
-        self.known = {file.path: file.reason for file in left_out}  # on rank 0: those of all ranks
+        self.known = {file.path: file.reason for file in left_out}
+        """Path -> reason. Rank 0 knows the files of all ranks."""
         self._found = set(self.known)
-        self._new: list[BadFile] = []
-        self._missed: Counter[int] = Counter()
-        self._first_open = 0  # the first epoch that may still miss more
+        self._not_exchanged: list[BadFile] = []
+        self._num_missed: Counter[int] = Counter()  # of each epoch
+        self._first_unchecked_epoch = 0  # earlier epochs are over and have been checked
 
     def __len__(self) -> int:
+        """Return the number of known bad files."""
         return len(self.known)
 
     def add(self, path: str, reason: str, epoch: int = 0, missed: bool = True) -> None:
-        """An image could not be read. ``missed``: it was to be seen in this epoch itself, not as a substitute."""
-        self._missed[epoch] += missed
-        if path not in self._found:
-            self._found.add(path)
-            self._new.append(BadFile(path, reason))
-
-    def exchange(self, device: torch.device, epoch: int, epoch_size: int, max_share: float) -> list[str]:
-        """Tell rank 0 what is new; the lines to log, there. A collective.
+        """Report an image that could not be read.
 
         Args:
-            epoch: the latest one; all since the last call are checked.
+            missed: True if the epoch should have shown this image, False if it was to replace another one.
+        """
+        self._num_missed[epoch] += missed
+        if path not in self._found:
+            self._found.add(path)
+            self._not_exchanged.append(BadFile(path, reason))
+
+    def exchange(self, device: torch.device, epoch: int, epoch_size: int, max_share: float) -> list[str]:
+        """Tell rank 0 which files are new, and check that they are not too many. A collective.
+
+        Args:
+            device: the device of the process group.
+            epoch: the current epoch; all epochs since the last call are checked.
+            epoch_size: number of images of an epoch.
+            max_share: largest share of an epoch that may be unreadable.
+
+        Returns:
+            Log messages on rank 0, an empty list elsewhere.
 
         Raises:
             ValueError, RunError: on all ranks, if more than ``max_share`` of an epoch was unreadable.
         """
-        epochs = range(self._first_open, epoch + 1)
-        self._first_open = epoch
-        counts = torch.tensor([len(self._new), *(self._missed[e] for e in epochs)], device=device)
-        new, *missed = sum_over_ranks(counts).tolist()
+        epochs = range(self._first_unchecked_epoch, epoch + 1)
+        self._first_unchecked_epoch = epoch
+        counts = torch.tensor([len(self._not_exchanged), *(self._num_missed[e] for e in epochs)], device=device)
+        num_new, *missed = sum_over_ranks(counts).tolist()
         first_seen: list[BadFile] = []
-        if new:
-            for file in (file for rank in gather_on_rank0(self._new) or [] for file in rank):
+        if num_new:
+            for file in (file for rank in gather_on_rank0(self._not_exchanged) or [] for file in rank):
                 if file.path not in self.known:
                     self.known[file.path] = file.reason
                     first_seen.append(file)
-            self._new = []
+            self._not_exchanged = []
         if max(missed, default=0):
             with raise_on_all_ranks("read the images"):
                 bad = [BadFile(*item) for item in self.known.items()]
-                refuse_too_many(max(missed), epoch_size, max_share, f"epoch {epoch + 1}: ", bad)
+                check_bad_share(max(missed), epoch_size, max_share, f"epoch {epoch + 1}: ", bad)
         return describe_bad_files(first_seen)
 
     def clear(self) -> None:
-        """A new pass over the same images begins: what was missed before does not count against it."""
-        self._missed.clear()
-        self._first_open = 0
+        """Forget how many images were missed, before a new pass over the same images begins."""
+        self._num_missed.clear()
+        self._first_unchecked_epoch = 0
 
 
 def describe_bad_files(files: Sequence[BadFile]) -> list[str]:
-    """A line for each bad file, the first hundred."""
-    lines = [f"bad image: {file.path}: {file.reason}" for file in files[:_NAMED]]
-    return lines + ([f"... and {len(files) - _NAMED} more bad images"] if len(files) > _NAMED else [])
+    """Return one log message for each bad file, and one that counts those beyond the first hundred."""
+    lines = [f"bad image: {file.path}: {file.reason}" for file in files[:_MAX_NAMED]]
+    num_more = len(files) - _MAX_NAMED
+    return lines + ([f"... and {num_more} more bad images"] if num_more > 0 else [])

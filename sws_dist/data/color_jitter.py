@@ -1,7 +1,8 @@
-"""torchvision's ColorJitter without hue, which is timm's where no RandAugment replaces it, as layers of operators.
+"""Draw torchvision's ColorJitter without hue, as layers of RandAugment's operators.
 
-Source of the semantics: torchvision 0.29, `transforms.ColorJitter`: factors uniform in [max(0, 1 - x), 1 + x], in
-random order. On Pillow images they are Pillow's enhancements, three of the operators that RandAugment has as well.
+timm uses this jitter where no RandAugment replaces it. Source: torchvision 0.29, ``transforms.ColorJitter``. The
+factors are uniform in [max(0, 1 - x), 1 + x] and applied in random order. On Pillow images they are Pillow's
+enhancements, which are three of the operators that RandAugment has as well.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ import numpy as np
 
 from sws_dist.data.randaugment import OPERATORS, SKIP, RandAugmentDraws
 
-_NAMES = ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")
+_OPERATOR_NAMES = ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")
 _ORDERS = np.array(list(itertools.permutations(range(3))))
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """``largest``: of brightness, contrast and saturation; 0 leaves that one alone."""
+    """Jitter of brightness, contrast and saturation."""
 
-    largest: tuple[float, float, float]
+    max_change: tuple[float, float, float]
+    """Largest change of brightness, contrast and saturation; 0 leaves that one alone."""
 
     num_layers = 3
     num_uniforms = 4
 
     @classmethod
     def parse(cls, value: float | Sequence[float]) -> ColorJitter:
-        """``augment.color_jitter`` as timm takes it: one number for all three, or three. ValueError for the rest."""
+        """Read ``augment.color_jitter`` as timm does: one number for all three, or three numbers.
+
+        Raises:
+            ValueError: another count of numbers, or a negative one.
+        """
         numbers = tuple(value) if isinstance(value, Sequence) else (value,) * 3
         if len(numbers) != 3:
             hue = " (hue is not supported)" if len(numbers) == 4 else ""
@@ -39,11 +45,13 @@ class ColorJitter:
         return cls((numbers[0], numbers[1], numbers[2]))
 
     def draw(self, uniforms: np.ndarray, height: int, width: int) -> RandAugmentDraws:
-        """``uniforms`` [B, 4] in [0, 1) -> three layers for each of B images."""
-        largest = np.array(self.largest)
+        """Turn uniforms [B, 4] float64 in [0, 1) into three layers for each of B images of height x width pixels."""
+        largest = np.array(self.max_change)
         low, high = np.maximum(0.0, 1.0 - largest), 1.0 + largest
         factor = low + (high - low) * uniforms[:, :3]
-        kind = np.array([OPERATORS.index(name) if x else SKIP for name, x in zip(_NAMES, largest, strict=True)])
+        kind = np.array(
+            [OPERATORS.index(name) if x else SKIP for name, x in zip(_OPERATOR_NAMES, largest, strict=True)]
+        )
         order = _ORDERS[(uniforms[:, 3] * len(_ORDERS)).astype(int)]
         strength = np.take_along_axis(factor, order, axis=1).astype(np.float32)
         matrix = np.broadcast_to(np.eye(3, dtype=np.float32), (*order.shape, 3, 3))

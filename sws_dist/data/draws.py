@@ -1,8 +1,8 @@
-"""What is drawn for each training image, as a pure function of (seed, position in the stream).
+"""Draw what is done to each training image, as a pure function of the seed and the image's position in the stream.
 
-Each image owns a fixed number of uniforms of a counter-based generator (numpy's Philox), found by its position
-alone. Everything random about the image, from its crop window to its erased box, is computed from them, for a
-whole batch at once. So a run goes on from any step, at any world size, drawing what it would have drawn.
+Each position owns a fixed number of uniforms of a counter-based generator (numpy's Philox). Everything random about its
+image, from the crop window to the erased box, is computed from these uniforms, for a whole batch at once. So a run that
+is resumed at any step, at any world size, draws what the uninterrupted run would have drawn.
 """
 
 from __future__ import annotations
@@ -19,19 +19,27 @@ _CROP_TRIES = 10  # torchvision's RandomResizedCrop
 _ERASE_TRIES = 10  # timm's RandomErasing
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_LOG_ASPECT = (np.log(0.3), np.log(1 / 0.3))
-_BLOCK = 4  # uniforms that Philox makes at once
+_PHILOX_BLOCK = 4  # number of uniforms that Philox makes at once
 
 
-def uniforms(seed: int, positions: np.ndarray, width: int) -> np.ndarray:
-    """``width`` (a multiple of 4) uniforms in [0, 1) for each of the rising positions [n]: [n, width] float64."""
-    assert width % _BLOCK == 0
-    blocks = width // _BLOCK  # that one position owns
+def draw_uniforms(seed: int, positions: np.ndarray, width: int) -> np.ndarray:
+    """Draw ``width`` uniforms in [0, 1) for each position.
+
+    Args:
+        positions: [n], rising.
+        width: a multiple of 4.
+
+    Returns:
+        [n, width] float64.
+    """
+    assert width % _PHILOX_BLOCK == 0
+    blocks = width // _PHILOX_BLOCK  # of one position
     philox = np.random.Philox(key=seed)
     generator = np.random.Generator(philox)
     out = np.empty((len(positions), width))
     at = 0
     for row, position in zip(out, positions.tolist(), strict=True):
-        philox.advance(position * blocks - at)  # moves the counter: costs the same from any rank, at any stride
+        philox.advance(position * blocks - at)  # moves the counter, at the same cost for any distance
         generator.random(out=row)
         at = (position + 1) * blocks
     return out
@@ -39,18 +47,24 @@ def uniforms(seed: int, positions: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """One batch of B images; None where the recipe has no such part."""
+    """The draws of one batch of B images. A field is None where the recipe has no such part."""
 
-    crop_start: np.ndarray  # [B, 2] int32: top, left, in pixels of the file
-    crop_shape: np.ndarray  # [B, 2] int32: height, width
-    flip: np.ndarray  # [B] int32, 1: mirrored
-    affine: np.ndarray | None  # [B, 3, 3] float32, output -> input
-    operations: RandAugmentDraws | None  # RandAugment's or the colour jitter's layers
-    erase: np.ndarray | None  # [B, 4] int32: top, left, height, width of the erased box; height 0: none
+    crop_start: np.ndarray
+    """[B, 2] int32: top and left of the crop window, in pixels of the file."""
+    crop_shape: np.ndarray
+    """[B, 2] int32: height and width of the crop window, in pixels of the file."""
+    flip: np.ndarray
+    """[B] int32: 1 for an image that is mirrored."""
+    affine: np.ndarray | None
+    """[B, 3, 3] float32: maps output positions to input positions, in pixels."""
+    operations: RandAugmentDraws | None
+    """The layers of RandAugment or of the colour jitter."""
+    erase: np.ndarray | None
+    """[B, 4] int32: top, left, height, width of the erased box, in pixels of the output; a height of 0 means none."""
 
 
 def describe_draws(draws: Draws, row: int) -> list[str]:
-    """What was drawn for one image, in words: its window, its operations, its erased box."""
+    """Describe in words what was drawn for one image: its window, its operations, its erased box."""
     (top, left), (height, width) = draws.crop_start[row].tolist(), draws.crop_shape[row].tolist()
     lines = [f"{width} x {height} at {left}, {top}" + (", mirrored" if draws.flip[row] else "")]
     if draws.affine is not None:
@@ -69,12 +83,20 @@ def describe_draws(draws: Draws, row: int) -> list[str]:
 
 
 class Recipe:
-    """The drawing of ``AugmentConfig``'s per-image parts for an output of ``image_size`` pixels squared."""
+    """Draw the parts of ``AugmentConfig`` that concern single images.
+
+    Args:
+        config: the recipe.
+        image_size: height and width of the output, in pixels.
+
+    Raises:
+        ValueError: a RandAugment policy or a colour jitter that is not supported.
+    """
 
     def __init__(self, config: AugmentConfig, image_size: int) -> None:
         self.config, self.image_size = config, image_size
         self.policy: RandAugment | ColorJitter | None = None
-        if config.auto_augment:  # and the colour jitter, as in timm, is left out
+        if config.auto_augment:  # the colour jitter is then left out, as in timm
             self.policy = RandAugment.parse(config.auto_augment)
         elif config.color_jitter:
             self.policy = ColorJitter.parse(config.color_jitter)
@@ -87,11 +109,16 @@ class Recipe:
         }
         ends = np.cumsum(list(counts.values()))
         self._columns = {name: slice(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
-        self.num_uniforms = int(-(-ends[-1] // _BLOCK) * _BLOCK)
+        self.num_uniforms = int(-(-ends[-1] // _PHILOX_BLOCK) * _PHILOX_BLOCK)
 
     def draw(self, seed: int, positions: np.ndarray, sizes: np.ndarray) -> Draws:
-        """positions [B], rising; sizes [B, 2]: height and width of the files."""
-        u = uniforms(seed, positions, self.num_uniforms)
+        """Draw for the images at ``positions``.
+
+        Args:
+            positions: [B], rising.
+            sizes: [B, 2] height and width of the files, in pixels.
+        """
+        u = draw_uniforms(seed, positions, self.num_uniforms)
         parts = {name: u[:, columns] for name, columns in self._columns.items()}
         start, shape = _random_resized_crop(parts["crop"], sizes, self.config.scale, self.config.ratio)
         size = self.image_size
@@ -121,7 +148,15 @@ class Recipe:
 def _random_resized_crop(
     u: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's RandomResizedCrop: the first of ten windows that fits, else the largest central one."""
+    """Draw torchvision's RandomResizedCrop: the first of ten windows that fits, else the largest central one.
+
+    Args:
+        u: [B, 22] uniforms.
+        sizes: [B, 2] height and width of the files.
+
+    Returns:
+        [B, 2] top and left, and [B, 2] height and width.
+    """
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :_CROP_TRIES])
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, _CROP_TRIES : 2 * _CROP_TRIES]
@@ -140,7 +175,7 @@ def _random_resized_crop(
 
 
 def _central_window(sizes: np.ndarray, ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The whole image, cut to the nearest allowed aspect ratio."""
+    """Return height [B] and width [B] of the whole image, cut to the nearest allowed aspect ratio."""
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     aspect = width / height
     h = np.where(aspect < ratio[0], np.round(width / ratio[0]), height)
@@ -149,7 +184,7 @@ def _central_window(sizes: np.ndarray, ratio: tuple[float, float]) -> tuple[np.n
 
 
 def _erase_boxes(u: np.ndarray, probability: float, size: int) -> np.ndarray:
-    """timm's RandomErasing with one box: the first of ten that fits strictly inside the image."""
+    """Draw timm's RandomErasing with one box: the first of ten that is smaller than the image. Returns [B, 4]."""
     area, aspect, y, x = (u[:, 1 + i * _ERASE_TRIES : 1 + (i + 1) * _ERASE_TRIES] for i in range(4))
     area = (_ERASE_AREA[0] + (_ERASE_AREA[1] - _ERASE_AREA[0]) * area) * size * size
     aspect = np.exp(_ERASE_LOG_ASPECT[0] + (_ERASE_LOG_ASPECT[1] - _ERASE_LOG_ASPECT[0]) * aspect)

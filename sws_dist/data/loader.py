@@ -1,8 +1,9 @@
-"""From planned batches to tensors: DALI works ahead; a batch with an unreadable image is read again without it.
+"""Turn planned batches into tensors, and decode a batch that holds an unreadable image again without it.
 
-A decode error costs DALI the whole batch, but no other. The loader reads that batch a second time in halves, and
-halves of halves, until the bad images stand alone. What takes their place is a function of the position (training)
-or nothing at all (evaluation: the image does not count), so it is the same at any world size and after a resume.
+DALI works ahead of the training step. A decoding error costs DALI the whole batch, but no other batch. The loader
+decodes that batch a second time in halves, and in halves of halves, until the bad images stand alone. In training
+another image takes the place of each, chosen as a function of the position; in evaluation a bad image does not count.
+So the result is the same at any world size and after a resume.
 """
 
 from __future__ import annotations
@@ -20,103 +21,122 @@ from torch import Tensor
 
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.manifest import Manifest
-from sws_dist.data.prefetch import read_ahead
-from sws_dist.data.validate import BadImageError, check_whole
+from sws_dist.data.prefetch import prefetch_items
+from sws_dist.data.validate import BadImageError, check_image
 
-_READERS = 8  # images of a shard that are read at once
-_TRIES = 32  # substitutes for one position; that many bad ones in a row mean that there is no data any more
+_NUM_READERS = 8
+"""Number of images of a shard that are read at once."""
+_MAX_SUBSTITUTES = 32
+"""Number of substitutes that are tried for one position. If so many are bad in a row, the data is gone."""
 
 Feeds = tuple[Any, ...]
-Build = Callable[..., Any]  # (source, prefetch) -> a DALI pipeline
+BuildPipeline = Callable[..., Any]
+"""A function of (source, prefetch) that returns a DALI pipeline."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images [B, 3, S, S] float32, normalised, and labels [B] int64, both on the rank's device.
-
-    ``indices`` [B]: the images' places in the manifest. ``valid`` [B]: whether each counts (evaluation fills up
-    its last batch). ``erase`` [B, 4]: boxes to erase, or None. ``position``: the batch's first place in the stream.
-    """
+    """One micro-batch of B images of S x S pixels. The tensors are on the rank's device."""
 
     images: Tensor
+    """[B, 3, S, S] float32, normalised."""
     labels: Tensor
+    """[B] int64."""
     indices: np.ndarray
+    """[B] int64: the images' places in the manifest."""
     valid: np.ndarray
+    """[B] bool: False for an image that does not count, in evaluation (the filling of the last batch, a bad image)."""
     erase: np.ndarray | None = None
+    """[B, 4] int32: the box to erase in each image (``Draws.erase``), or None."""
     position: int = 0
+    """The first image's position in the stream (``sampler.py``)."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The host's side of a batch: which images, and what DALI is told about each. All arrays [B, ...]."""
+class BatchPlan:
+    """The images of a batch of B, and what DALI is told about each. All arrays are [B, ...]."""
 
     indices: np.ndarray
+    """Places in the manifest."""
     valid: np.ndarray
+    """See ``Batch.valid``."""
     feeds: Feeds
+    """Arrays for the pipeline's source, after the encoded images."""
     positions: np.ndarray | None = None
+    """Positions in the stream; None in evaluation."""
     erase: np.ndarray | None = None
+    """See ``Batch.erase``."""
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.indices)
 
-    def part(self, rows: slice) -> Plan:
-        def cut(array: np.ndarray | None) -> Any:
+    def select_rows(self, rows: slice) -> BatchPlan:
+        """Return the plan of a part of the batch."""
+
+        def select(array: np.ndarray | None) -> Any:
             return None if array is None else array[rows]
 
         feeds = tuple(feed[rows] for feed in self.feeds)
-        return Plan(self.indices[rows], self.valid[rows], feeds, cut(self.positions), cut(self.erase))
+        return BatchPlan(self.indices[rows], self.valid[rows], feeds, select(self.positions), select(self.erase))
 
 
 class Loader:
-    """Iterates ``Batch``es in the order of ``plans``; DALI works ahead. One to evaluate with is iterated many times:
-    DALI never frees the threads of a pipeline that calls Python.
+    """Yield one ``Batch`` for each plan, while DALI works ahead.
+
+    An evaluation loader is iterated many times, since DALI never frees the threads of a pipeline that calls Python.
+
+    ``failure`` is set when even substitutes cannot be read. The batch then holds NaN. A rank that raised alone would
+    leave the others waiting; a loss that is NaN, compared over the ranks, stops all of them.
 
     Args:
-        plans: starts a pass over all batches.
-        build: makes a DALI pipeline from a source of (encoded images, *feeds); its images are ``image_size`` squared.
-        substitute: (the plan of one position, attempt) -> a plan with another image; None: bad images do not count.
-        bad: where unreadable images are reported.
-        epoch_size: positions of an epoch, to report each in its own.
-
-    ``failure`` is set when even substitutes cannot be read. The batch is then NaN: whoever compares losses over the
-    ranks stops all of them, where a rank that raised alone would leave the others waiting.
+        build_pipeline: builds a DALI pipeline from a source of (encoded images, *feeds).
+        plans: starts a pass over all batches, and returns their plans.
+        manifest: the images.
+        image_size: height and width in pixels of the pipeline's images.
+        device: where the batches are moved to.
+        bad: collects the unreadable images.
+        substitute: returns, for the plan of one position and the number of the attempt, a plan with another image.
+            None: bad images do not count.
+        epoch_size: positions of an epoch; a bad image is counted in its own epoch.
     """
 
     def __init__(
         self,
-        build: Build,
-        plans: Callable[[], Iterable[Plan]],
+        build_pipeline: BuildPipeline,
+        plans: Callable[[], Iterable[BatchPlan]],
         manifest: Manifest,
         image_size: int,
         device: torch.device,
         bad: BadImages,
-        substitute: Callable[[Plan, int], Plan] | None = None,
+        substitute: Callable[[BatchPlan, int], BatchPlan] | None = None,
         epoch_size: int = 1,
     ) -> None:
         self.manifest, self.device, self.bad = manifest, device, bad
         self.failure: Exception | None = None
         self._substitute, self._epoch_size, self._image_size = substitute, epoch_size, image_size
-        self._build, self._all_plans = build, plans
-        self._plans: Iterator[tuple[Plan, Feeds]] = iter(())
-        self._readers = ThreadPoolExecutor(_READERS)
-        self._ahead: deque[Plan] = deque()
-        self._graph: Any = None
-        self._again: deque[Plan] = deque()
-        self._second_graph: Any = None
+        self._build_pipeline, self._start_plans = build_pipeline, plans
+        self._plans: Iterator[tuple[BatchPlan, Feeds]] = iter(())
+        self._readers = ThreadPoolExecutor(_NUM_READERS)
+        self._in_flight: deque[BatchPlan] = deque()  # what DALI works on, oldest first
+        self._pipeline: Any = None
+        self._retries: deque[BatchPlan] = deque()
+        self._retry_pipeline: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._start()
+        """Yield the batches of one pass."""
+        self._start_pass()
         while True:
             try:
-                images = self._run(self._graph)
-                plan = self._ahead.popleft()
+                images = self._run(self._pipeline)
+                plan = self._in_flight.popleft()
             except StopIteration:
-                self._graph.reset()
+                self._pipeline.reset()
                 return
             except RuntimeError as error:
-                if not self._ahead:
+                if not self._in_flight:
                     raise
-                images, plan = self._read_again(self._ahead.popleft(), error)
+                images, plan = self._recover_batch(self._in_flight.popleft(), error)
             labels = torch.from_numpy(self.manifest.labels[plan.indices])
             yield Batch(
                 images.to(self.device, non_blocking=True),
@@ -127,54 +147,55 @@ class Loader:
                 0 if plan.positions is None else int(plan.positions[0]),
             )
 
-    def _start(self) -> None:
-        if self._graph is None or self._ahead:  # a pass that was left in the middle has batches under way
-            self._ahead.clear()
-            self._graph = self._build(source=self._feed)
-        # Drawing and, from shards, reading go on while the model trains, not in its thread.
-        self._plans = read_ahead(((plan, self._feeds(plan)) for plan in self._all_plans()), depth=2)
+    def _start_pass(self) -> None:
+        if self._pipeline is None or self._in_flight:  # a pass that was left in the middle has batches in flight
+            self._in_flight.clear()
+            self._pipeline = self._build_pipeline(source=self._next_feeds)
+        # A thread draws and, from shards, reads while the model trains.
+        self._plans = prefetch_items(((plan, self._read_feeds(plan)) for plan in self._start_plans()), depth=2)
 
-    def _run(self, graph: Any) -> Tensor:
-        (output,) = graph.run()
-        # Without a copy: DALI keeps the buffer for as long as the tensor lives (exec_dynamic).
+    def _run(self, pipeline: Any) -> Tensor:
+        """Run a pipeline once. Returns its images, [B, 3, S, S]."""
+        (output,) = pipeline.run()
+        # There is no copy: DALI keeps the buffer for as long as the tensor lives (exec_dynamic).
         return torch.from_dlpack(output.as_tensor())
 
-    def _feed(self) -> Feeds:
+    def _next_feeds(self) -> Feeds:
         plan, feeds = next(self._plans)
-        self._ahead.append(plan)
+        self._in_flight.append(plan)
         return feeds
 
-    def _feeds(self, plan: Plan) -> Feeds:
+    def _read_feeds(self, plan: BatchPlan) -> Feeds:
         return (self.manifest.encoded(plan.indices, self._readers.map), *plan.feeds)
 
     # ---- bad images ----------------------------------------------------------------------------------------------
 
-    def _read_again(self, plan: Plan, error: Exception) -> tuple[Tensor, Plan]:
-        """A batch that failed, whole again."""
-        parts = self._salvage(plan, error)
+    def _recover_batch(self, plan: BatchPlan, error: Exception) -> tuple[Tensor, BatchPlan]:
+        """Decode a batch that failed with ``error`` again. Returns its images and the plan that they followed."""
+        parts = self._decode_in_halves(plan, error)
         images, plans = [part for part, _ in parts], [part for _, part in parts]
         whole = torch.cat([part.to(self.device) for part in images])
         if self.failure is not None:
             whole.fill_(torch.nan)
-        return whole, _joined(plans)
+        return whole, _join_plans(plans)
 
-    def _salvage(self, plan: Plan, error: Exception) -> list[tuple[Tensor, Plan]]:
-        """The parts of a batch that failed with ``error``, each decoded, with substitutes for what is bad."""
+    def _decode_in_halves(self, plan: BatchPlan, error: Exception) -> list[tuple[Tensor, BatchPlan]]:
+        """Split a batch that failed with ``error`` until its bad images stand alone; decode the rest, replace these."""
         if len(plan) == 1:
-            return [self._replace(plan, error)]
+            return [self._replace_image(plan, error)]
         parts = []
-        for half in (plan.part(slice(0, len(plan) // 2)), plan.part(slice(len(plan) // 2, None))):
+        for half in (plan.select_rows(slice(0, len(plan) // 2)), plan.select_rows(slice(len(plan) // 2, None))):
             try:
                 parts.append((self._decode(half), half))
             except RuntimeError as reason:
-                parts += self._salvage(half, reason)
+                parts += self._decode_in_halves(half, reason)
         return parts
 
-    def _replace(self, plan: Plan, error: Exception) -> tuple[Tensor, Plan]:
-        """The image of one position failed: another one, by rule."""
+    def _replace_image(self, plan: BatchPlan, error: Exception) -> tuple[Tensor, BatchPlan]:
+        """Decode a substitute for the one image of ``plan``, which failed with ``error``."""
         nothing = torch.zeros(1, 3, self._image_size, self._image_size)
-        for attempt in range(_TRIES):
-            self._report(plan, error, first=attempt == 0)
+        for attempt in range(_MAX_SUBSTITUTES):
+            self._report_bad_image(plan, error, is_first=attempt == 0)
             if self._substitute is None:
                 return nothing, dataclasses.replace(plan, valid=np.zeros(1, dtype=bool))
             plan = self._substitute(plan, attempt)
@@ -183,39 +204,44 @@ class Loader:
             except RuntimeError as reason:
                 error = reason
         self.failure = ValueError(
-            f"{self.manifest.folder}: {_TRIES + 1} images in a row cannot be read, the last one "
+            f"{self.manifest.folder}: {_MAX_SUBSTITUTES + 1} images in a row cannot be read, the last one "
             f"{self.manifest.paths[plan.indices[0]]}; is the data still there?"
         )
         return nothing, plan
 
-    def _decode(self, plan: Plan) -> Tensor:
-        """Through a second pipeline of its own, which does not disturb what is under way in the first."""
-        if self._second_graph is None:
-            self._second_graph = self._build(source=self._feed_again, prefetch=1)
-        self._again.append(plan)
-        return self._run(self._second_graph)
+    def _decode(self, plan: BatchPlan) -> Tensor:
+        """Decode a part of a batch in a second pipeline, which leaves the batches in flight in the first alone."""
+        if self._retry_pipeline is None:
+            self._retry_pipeline = self._build_pipeline(source=self._next_retry_feeds, prefetch=1)
+        self._retries.append(plan)
+        return self._run(self._retry_pipeline)
 
-    def _feed_again(self) -> Feeds:
-        return self._feeds(self._again.popleft())
+    def _next_retry_feeds(self) -> Feeds:
+        return self._read_feeds(self._retries.popleft())
 
-    def _report(self, plan: Plan, error: Exception, first: bool) -> None:
+    def _report_bad_image(self, plan: BatchPlan, error: Exception, is_first: bool) -> None:
+        """Find out why the one image of ``plan`` is bad, and report it.
+
+        Args:
+            is_first: True for the position's own image, False for a substitute.
+        """
         index = int(plan.indices[0])
         try:
-            check_whole(self.manifest.read(index))
+            check_image(self.manifest.read(index))
             reason = "cannot be decoded by DALI: " + str(error).strip().splitlines()[0]
         except BadImageError as found:
             reason = str(found)
         except OSError as found:
             reason = "missing" if isinstance(found, FileNotFoundError) else f"unreadable: {found.strerror}"
         epoch = 0 if plan.positions is None else int(plan.positions[0]) // self._epoch_size
-        self.bad.add(self.manifest.paths[index], reason, epoch, missed=first and bool(plan.valid[0]))
+        self.bad.add(self.manifest.paths[index], reason, epoch, missed=is_first and bool(plan.valid[0]))
 
 
-def _joined(plans: list[Plan]) -> Plan:
-    """The opposite of ``Plan.part``; the feeds have been used and are left out."""
+def _join_plans(plans: list[BatchPlan]) -> BatchPlan:
+    """Join the parts of a batch. Their feeds have been used, and are left out."""
 
     def join(name: str) -> Any:
         arrays = [getattr(plan, name) for plan in plans]
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    return Plan(join("indices"), join("valid"), (), join("positions"), join("erase"))
+    return BatchPlan(join("indices"), join("valid"), (), join("positions"), join("erase"))

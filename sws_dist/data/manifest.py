@@ -1,9 +1,9 @@
-"""What is in a data set: every usable image with its label, height and width, and which files are left out and why.
+"""List the images of a data set with labels and sizes, and the files that are left out with the reasons.
 
-Sizes are needed before anything is decoded, to draw the crop windows of a whole batch. ``launcher/scan.py`` reads
-every file once and keeps what it found in ``<root>/<split>.manifest.jsonl``: a line for each image (path, label,
-height, width, bytes) or bad file (path, label, bytes, reason). ``scan`` takes what that file knows of files that are
-unchanged, and looks at the headers of all others.
+The sizes are needed before anything is decoded, to draw the crop windows of a whole batch. ``sws scan`` decodes every
+file once and keeps what it found in ``<root>/<split>.manifest.jsonl``: one line for each image (path, label, height,
+width, bytes) or bad file (path, label, bytes, reason). ``scan`` uses these lines for the files that are unchanged, and
+reads the headers of all others.
 """
 
 from __future__ import annotations
@@ -25,27 +25,37 @@ from sws_dist.atomic import atomic_write
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.sources import Source
-from sws_dist.data.validate import BadImageError, check_header, check_whole
+from sws_dist.data.validate import BadImageError, check_image, check_image_header
 
-_CHUNK = 4096  # files handed to the threads at once
+_CHUNK = 4096
+"""Number of files that are handed to the threads at once."""
+
+ReadSize = Callable[[Source, int, int], tuple[int, int]]
+"""A function of a source, an image's index and its number of bytes. It returns height and width, or raises
+``BadImageError``."""
 
 
 @dataclass(frozen=True)
 class BadFile:
+    """A file that cannot be used as an image."""
+
     path: str
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Source):
-    """``sizes`` [N, 2] int32: height, width. ``bad``: files that are left out. ``notes``: what a user should hear."""
+    """The N usable images of a split, and the files that are left out."""
 
     sizes: np.ndarray
+    """[N, 2] int32: height and width in pixels."""
     bad: tuple[BadFile, ...] = ()
+    """Files that are left out."""
     notes: tuple[str, ...] = ()
+    """Log messages for the user, for example that the folder has changed."""
 
     def save(self, path: Path) -> Path:
-        """Keep everything but the notes in one ``.npz`` file, whole or not at all."""
+        """Write everything but the notes to one ``.npz`` file, whole or not at all."""
         texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "paths": self.paths}
         texts |= {"shards": self.shards, "bad": [[file.path, file.reason] for file in self.bad]}
         arrays: dict[str, Any] = {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8), "labels": self.labels}
@@ -59,7 +69,11 @@ class Manifest(Source):
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """What ``save`` kept. ValueError for anything else."""
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            ValueError: any other file.
+        """
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 texts = json.loads(arrays["texts"].tobytes())
@@ -84,44 +98,65 @@ def scan(
     num_threads: int = 16,
     max_bad_share: float = MAX_BAD_SHARE,
 ) -> Manifest:
-    """The images of ``<root>/<split>`` (see ``sources``), without those that are known or seen to be bad.
+    """List the images of ``<root>/<split>`` (see ``sources.py``), without those that are bad.
+
+    Sizes come from the manifest's file where it has them, else from the images' headers.
+
+    Args:
+        classes: the names of the labels, in order (a validation split takes the training split's); None: the split's
+        own. num_threads: number of files that are read at once. max_bad_share: largest share of bad files.
 
     Raises:
         ValueError: no images, a class that ``classes`` does not have, or more than ``max_bad_share`` bad files.
     """
-    source, notes = sources.find(root, split, classes, num_threads)
-    kept = path_of(root, split)
-    known = {entry["path"]: entry for entry in sources.read_lines(kept)} if kept.is_file() else {}
-    entries = list(_in_parallel(partial(_entry, source, known, _examine_quick), len(source), num_threads))
-    found = _manifest(source, entries, [*notes, *_changes(source, known, entries, kept)])
-    refuse_too_many(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
+    source, notes = sources.find_source(root, split, classes, num_threads)
+    file = manifest_path(root, split)
+    known = {entry["path"]: entry for entry in sources.read_json_lines(file)} if file.is_file() else {}
+    entries = list(_map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads))
+    found = _build_manifest(source, entries, [*notes, *_describe_changes(source, known, entries, file)])
+    check_bad_share(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
     return found
 
 
-def scan_whole(root: str | Path, split: str, num_threads: int, bar: tqdm[Any]) -> tuple[Manifest, Path | None]:
-    """Read and decode every file, moving ``bar``; the images, and the manifest's file (None: not to be written)."""
-    source, notes = sources.find(root, split, None, num_threads)
+def scan_and_decode(root: str | Path, split: str, num_threads: int, bar: tqdm[Any]) -> tuple[Manifest, Path | None]:
+    """Decode every file of ``<root>/<split>``, and write the manifest's file.
+
+    Args:
+        bar: a progress bar, moved by one for each file.
+
+    Returns:
+        The manifest and the path of its file, or None if the file cannot be written.
+
+    Raises:
+        ValueError: no images.
+    """
+    source, notes = sources.find_source(root, split, None, num_threads)
     bar.reset(total=len(source))
     entries = []
-    for entry in _in_parallel(partial(_entry, source, {}, _examine_whole), len(source), num_threads):
+    for entry in _map_in_threads(partial(_examine, source, {}, _size_by_decoding), len(source), num_threads):
         entries.append(entry)
         bar.update()
-    kept: Path | None = path_of(root, split)
+    file: Path | None = manifest_path(root, split)
     try:
-        sources.write_lines(path_of(root, split), entries)
+        sources.write_json_lines(manifest_path(root, split), entries)
     except OSError as error:
-        notes.append(f"{kept}: cannot be written ({error.strerror})")
-        kept = None
-    return _manifest(source, entries, notes), kept
+        notes.append(f"{file}: cannot be written ({error.strerror})")
+        file = None
+    return _build_manifest(source, entries, notes), file
 
 
-def path_of(root: str | Path, split: str) -> Path:
-    """Where the manifest of a split is kept."""
+def manifest_path(root: str | Path, split: str) -> Path:
+    """Return the path of a split's manifest file."""
     return Path(root) / f"{split}.manifest.jsonl"
 
 
-def refuse_too_many(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:
-    """ValueError when ``count`` of ``total`` files are bad and that is more than ``max_share`` of them, or all."""
+def check_bad_share(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:
+    """Raise ValueError if ``count`` of ``total`` files are bad and that is all of them, or more than ``max_share``.
+
+    Args:
+        where: beginning of the message.
+        bad: bad files, of which the message names the first five.
+    """
     if count > max_share * total or count == total:
         named = "; ".join(f"{entry.path}: {entry.reason}" for entry in bad[:5])
         raise ValueError(
@@ -129,28 +164,26 @@ def refuse_too_many(count: int, total: int, max_share: float, where: str, bad: S
         )
 
 
-def _examine_quick(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+def _size_from_header(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
     if source.spans is not None:
-        return check_header(io.BytesIO(source.read(index)), num_bytes)
+        return check_image_header(io.BytesIO(source.read(index)), num_bytes)
     with source.file(index).open("rb") as file:
-        return check_header(file, num_bytes)
+        return check_image_header(file, num_bytes)
 
 
-def _examine_whole(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
-    return check_whole(source.read(index))
+def _size_by_decoding(source: Source, index: int, num_bytes: int) -> tuple[int, int]:
+    return check_image(source.read(index))
 
 
-def _entry(
-    source: Source, known: dict[str, Any], look: Callable[[Source, int, int], tuple[int, int]], index: int
-) -> dict[str, Any]:
-    """One file's line: what is known of it, if it still has that many bytes, else what ``look`` finds."""
+def _examine(source: Source, known: dict[str, Any], read_size: ReadSize, index: int) -> dict[str, Any]:
+    """Return the manifest's entry of one file: the known one if the file still has as many bytes, else a new one."""
     path = source.paths[index]
     entry: dict[str, Any] = {"path": path, "label": int(source.labels[index])}
     try:
         entry["bytes"] = source.num_bytes(index)
         if known.get(path, {}).get("bytes") == entry["bytes"]:
             return known[path]
-        entry["height"], entry["width"] = look(source, index, entry["bytes"])
+        entry["height"], entry["width"] = read_size(source, index, entry["bytes"])
     except BadImageError as error:
         entry["reason"] = str(error)
     except OSError as error:
@@ -158,23 +191,26 @@ def _entry(
     return entry
 
 
-def _in_parallel(function: Callable[[int], Any], count: int, num_threads: int) -> Iterator[Any]:
-    """``function`` of 0 to count - 1, in order, in threads: Pillow and the file system release Python's lock."""
+def _map_in_threads(function: Callable[[int], Any], count: int, num_threads: int) -> Iterator[Any]:
+    """Yield ``function`` of 0 to count - 1, in order.
+
+    Threads make it faster, since Pillow and the file system release Python's lock.
+    """
     with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, count, _CHUNK):  # a future each for millions of files would take gigabytes
+        for start in range(0, count, _CHUNK):  # one future for each of millions of files would take gigabytes
             yield from pool.map(function, range(start, min(start + _CHUNK, count)))
 
 
-def _manifest(source: Source, entries: list[dict[str, Any]], notes: list[str]) -> Manifest:
+def _build_manifest(source: Source, entries: list[dict[str, Any]], notes: list[str]) -> Manifest:
     good = np.array([i for i, entry in enumerate(entries) if "reason" not in entry], dtype=np.int64)
     bad = tuple(BadFile(entry["path"], entry["reason"]) for entry in entries if "reason" in entry)
     sizes = np.array([(entries[i]["height"], entries[i]["width"]) for i in good], dtype=np.int32).reshape(-1, 2)
-    fields = {"folder": source.folder, "classes": source.classes, "shards": source.shards, **source.keep(good)}
+    fields = {"folder": source.folder, "classes": source.classes, "shards": source.shards, **source.select_rows(good)}
     return Manifest(**fields, sizes=sizes, bad=bad, notes=tuple(notes))
 
 
-def _changes(source: Source, known: dict[str, Any], entries: list[dict[str, Any]], kept: Path) -> list[str]:
-    """What differs between the folder and the manifest's file, in one line."""
+def _describe_changes(source: Source, known: dict[str, Any], entries: list[dict[str, Any]], file: Path) -> list[str]:
+    """Return one log message about what differs between the folder and the manifest's file; none if nothing does."""
     if not known:
         return []
     new = sum(path not in known for path in source.paths)
@@ -183,6 +219,6 @@ def _changes(source: Source, known: dict[str, Any], entries: list[dict[str, Any]
     if not (new or changed or gone):
         return []
     return [
-        f"{source.folder} has changed since {kept.name} was written: {new} file(s) new, {changed} changed, "
+        f"{source.folder} has changed since {file.name} was written: {new} file(s) new, {changed} changed, "
         f"{gone} gone. New and changed ones were looked at again; run launcher/scan.py to read them whole"
     ]

@@ -1,7 +1,7 @@
-"""Random erasing, mixup, cutmix and label smoothing, on the device, after normalisation (timm's definitions).
+"""Apply random erasing, mixup, cutmix and label smoothing on the device, after normalisation, as timm defines them.
 
-The draws come from numpy as functions of the micro-batch's first position, so they are the same on every device;
-erased pixels are filled from torch's generator, which the trainer seeds for each micro-batch.
+numpy draws them as functions of the micro-batch's first position, so the draws are the same on every device. Erased
+pixels are filled from torch's generator, which the trainer seeds for each micro-batch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from torch import Tensor
 
 from sws_dist.config.schema import AugmentConfig
 
-_MIXING_STREAM = 1 << 64  # apart from the images' own draws, which take keys below
+_MIXING_STREAM = 1 << 64
+"""The key of Philox for mixing. The keys of the images' own draws are below it."""
 
 
 def erase(images: Tensor, boxes: np.ndarray, mode: str = "pixel") -> Tensor:
-    """Fill each image's box (top, left, height, width; height 0: none), in place.
+    """Fill one box of each image, in place.
 
-    images [B, 3, H, W], normalised; boxes [B, 4] int. ``mode``: unit normal noise for each ``pixel``, one unit
-    normal colour a box (``rand``), or zero, which is the data set's mean colour (``const``).
+    Args:
+        images: [B, 3, H, W] float, normalised.
+        boxes: [B, 4] int: top, left, height and width in pixels; a height of 0 means no box.
+        mode: what fills the box. ``pixel``: unit normal noise, drawn for each pixel. ``rand``: one unit normal colour.
+            ``const``: zero, which is the data set's mean colour.
+
+    Returns:
+        ``images``.
     """
     for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         if not height:
@@ -36,19 +43,33 @@ def erase(images: Tensor, boxes: np.ndarray, mode: str = "pixel") -> Tensor:
 
 
 class Mixing:
-    """mixup and cutmix of a whole micro-batch with its own reverse, and smoothed labels (timm's ``Mixup``)."""
+    """Mix a whole micro-batch with its own reverse, and smooth its labels, as timm's ``Mixup`` does.
+
+    Args:
+        config: strengths and chances of mixup, cutmix and smoothing.
+        num_classes: number of labels.
+        seed: of the draws.
+    """
 
     def __init__(self, config: AugmentConfig, num_classes: int, seed: int) -> None:
         self.config, self.num_classes, self.seed = config, num_classes, seed
 
     @property
     def changes_images(self) -> bool:
+        """True if mixup or cutmix is on."""
         return self.config.mixup > 0 or self.config.cutmix > 0
 
     def __call__(self, images: Tensor, labels: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W], labels [B] -> images, soft targets [B, classes]; labels as they are if nothing mixes.
+        """Mix one micro-batch.
 
-        ``position``: the micro-batch's first position in the stream; it alone decides the draws.
+        Args:
+            images: [B, 3, H, W] float.
+            labels: [B] int64.
+            position: the micro-batch's first position in the stream. Seed and position alone decide the draws.
+
+        Returns:
+            Images [B, 3, H, W] and soft targets [B, classes] float32; or the labels [B] where nothing is mixed or
+            smoothed.
         """
         if not self.changes_images and not self.config.smoothing:
             return images, labels
@@ -63,7 +84,12 @@ class Mixing:
         return images, targets.lerp(targets.flip(0), 1 - share)
 
     def draw(self, position: int) -> tuple[bool, float, np.random.Generator]:
-        """Cutmix (or else mixup), the share of the unreversed batch, and the generator to go on with."""
+        """Draw how a micro-batch is mixed.
+
+        Returns:
+            True for cutmix or False for mixup, the share of the batch that is not reversed, and the generator for the
+            position of cutmix's box.
+        """
         config = self.config
         rng = np.random.Generator(np.random.Philox(key=_MIXING_STREAM + self.seed, counter=[0, position, 0, 0]))
         use_cutmix = rng.random() < config.mixup_switch_prob if config.mixup > 0 else True
@@ -78,7 +104,7 @@ class Mixing:
 
 
 def _cutmix(images: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-    """Paste a box of the reversed batch; the share is corrected to the box's area inside the image."""
+    """Paste a box of the reversed batch. Returns the images, and the share corrected to the box's area in the image."""
     height, width = images.shape[-2:]
     cut = np.sqrt(1 - share)
     cut_h, cut_w = int(height * cut), int(width * cut)
@@ -91,7 +117,11 @@ def _cutmix(images: Tensor, share: float, rng: np.random.Generator) -> tuple[Ten
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised [B, 3, H, W] -> uint8 for looking at."""
+    """Turn normalised images [B, 3, H, W] float back into pixels [B, 3, H, W] uint8, to look at them.
+
+    Args:
+        mean, std: what the red, green and blue channel (of 0 to 1) were normalised with.
+    """
     shape = (1, -1, 1, 1)
     pixels = images.float() * torch.tensor(std, device=images.device).view(shape)
     pixels = pixels + torch.tensor(mean, device=images.device).view(shape)

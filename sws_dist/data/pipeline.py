@@ -1,6 +1,6 @@
-"""DALI pipelines for training and evaluation; one definition serves DALI's CPU and GPU backends.
+"""Build the DALI pipelines for training and evaluation. One definition serves DALI's CPU and GPU backends.
 
-A Python source hands DALI each batch's encoded images and draws; DALI decodes, resizes, augments and normalises in
+A Python source gives DALI each batch's encoded images and draws. DALI decodes, resizes, augments and normalises them in
 its own threads, ahead of the training step. Nothing random happens inside DALI.
 """
 
@@ -17,13 +17,14 @@ from nvidia.dali import math as dali_math
 from sws_dist.config.schema import DataConfig
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.draws import Recipe
-from sws_dist.data.loader import Build, Loader, Plan
+from sws_dist.data.loader import BatchPlan, BuildPipeline, Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.randaugment import apply_layer, warp
-from sws_dist.data.resize import Resize, resizer
+from sws_dist.data.resize import Resize, build_resize
 from sws_dist.data.sampler import TrainOrder
 
-_DECODE = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}  # as Pillow
+# Decode as Pillow does.
+_DECODER_ARGUMENTS = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
 def train_loader(
@@ -36,9 +37,23 @@ def train_loader(
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Loader:
-    """Training batches, one for each item of ``positions``: rising stream positions [B]."""
+    """Build the loader of training batches.
 
-    def plan(places: np.ndarray, indices: np.ndarray) -> Plan:
+    Args:
+        manifest: the images.
+        order: the image at each position of the stream.
+        positions: for each batch the positions [B] of its images, rising.
+        recipe: draws what is done to each image.
+        seed: of the draws.
+        config: image size, normalisation, and how DALI works.
+        device: where the batches are moved to.
+        bad: collects the unreadable images.
+
+    Raises:
+        ValueError: a GPU setting on a rank without a GPU.
+    """
+
+    def plan(places: np.ndarray, indices: np.ndarray) -> BatchPlan:
         draws = recipe.draw(seed, places, manifest.sizes[indices])
         feeds: list[Any] = [draws.crop_start, draws.crop_shape, draws.flip]
         if draws.affine is not None:
@@ -46,19 +61,19 @@ def train_loader(
         if draws.operations is not None:
             for layer in range(draws.operations.operator.shape[1]):
                 feeds += [np.ascontiguousarray(part[:, layer]) for part in draws.operations]
-        return Plan(indices, np.ones(len(indices), dtype=bool), tuple(feeds), places, draws.erase)
+        return BatchPlan(indices, np.ones(len(indices), dtype=bool), tuple(feeds), places, draws.erase)
 
-    def substitute(bad_one: Plan, attempt: int) -> Plan:
+    def substitute(bad_one: BatchPlan, attempt: int) -> BatchPlan:
         assert bad_one.positions is not None
         other = order.substitute(int(bad_one.positions[0]), attempt)
         return plan(bad_one.positions, np.array([other]))
 
-    def plans() -> Iterator[Plan]:
+    def plans() -> Iterator[BatchPlan]:
         return (plan(places, order.images(places)) for places in positions)
 
-    build = _builder(_train_graph, manifest, config, device, recipe=recipe)
+    build_pipeline = _pipeline_builder(_train_graph, manifest, config, device, recipe=recipe)
     bad = BadImages() if bad is None else bad
-    return Loader(build, plans, manifest, config.image_size, device, bad, substitute, order.epoch_size)
+    return Loader(build_pipeline, plans, manifest, config.image_size, device, bad, substitute, order.epoch_size)
 
 
 def eval_loader(
@@ -68,24 +83,38 @@ def eval_loader(
     device: torch.device,
     bad: BadImages | None = None,
 ) -> Loader:
-    """Evaluation batches: (images [B], whether each counts [B]) as ``sampler.eval_batches`` gives them; any number of
-    passes."""
+    """Build the loader of evaluation batches, for any number of passes.
 
-    def plans() -> Iterator[Plan]:
+    Args:
+        manifest: the images.
+        batches: for each batch its images [B] and whether each counts [B], as ``sampler.eval_batches`` returns them.
+        config, device, bad: as for ``train_loader``.
+
+    Raises:
+        ValueError: a GPU setting on a rank without a GPU.
+    """
+
+    def plans() -> Iterator[BatchPlan]:
         for indices, valid in batches:
             resized, offset = _eval_geometry(manifest.sizes[indices], config.image_size, config.crop_pct)
-            yield Plan(indices, valid, (resized, offset))
+            yield BatchPlan(indices, valid, (resized, offset))
 
-    build = _builder(_eval_graph, manifest, config, device)
+    build_pipeline = _pipeline_builder(_eval_graph, manifest, config, device)
     bad = BadImages() if bad is None else bad
-    return Loader(build, plans, manifest, config.image_size, device, bad)
+    return Loader(build_pipeline, plans, manifest, config.image_size, device, bad)
 
 
 def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's Resize and CenterCrop in whole pixels: resized [B, 2], offset of the crop [B, 2].
+    """Compute torchvision's Resize and CenterCrop in whole pixels.
 
-    The shorter side becomes floor(image_size / crop_pct), the longer one keeps the aspect, rounded down; the crop's
-    offset is rounded as Python rounds (half to even).
+    The shorter side becomes floor(image_size / crop_pct). The longer one keeps the aspect ratio and is rounded down.
+    The crop's offset is rounded as Python rounds, half to even.
+
+    Args:
+        sizes: [B, 2] height and width of the files.
+
+    Returns:
+        [B, 2] float32 height and width after resizing, and [B, 2] int32 top and left of the crop.
     """
     short = int(np.floor(image_size / crop_pct))
     resized = short * sizes.astype(np.int64) // sizes.min(axis=1, keepdims=True)
@@ -93,14 +122,14 @@ def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple
     return resized.astype(np.float32), offset.astype(np.int32)
 
 
-def _builder(
+def _pipeline_builder(
     graph: Callable[..., Any], manifest: Manifest, config: DataConfig, device: torch.device, **arguments: Any
-) -> Build:
-    """The pipeline function with everything but its source and the number of batches it works ahead."""
+) -> BuildPipeline:
+    """Return a function that builds the pipeline of ``graph`` from its source and the number of prefetched batches."""
     on_gpu = config.device == "gpu" or (config.device == "auto" and device.type == "cuda")
     if on_gpu and device.type != "cuda":
         raise ValueError("data.device is gpu, but this rank trains on the CPU; set data.device to auto or cpu")
-    decoder: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", **_DECODE}
+    decoder: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", **_DECODER_ARGUMENTS}
     if config.hw_decoder_load is not None:
         if not on_gpu:
             raise ValueError("data.hw_decoder_load: there is no GPU decoder on the CPU; set it to null")
@@ -111,10 +140,10 @@ def _builder(
             source=source,
             config=config,
             decoder=decoder,
-            resize=resizer(config.interpolation, on_gpu, config.num_threads),
+            resize=build_resize(config.interpolation, on_gpu, config.num_threads),
             from_files=manifest.spans is None,
             **arguments,
-            batch_size=4096,  # only an upper bound: each batch has the size that the source gives it
+            batch_size=4096,  # an upper bound: each batch has the size that the source gives it
             num_threads=config.num_threads,
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=prefetch,
@@ -130,6 +159,7 @@ def _builder(
 def _train_graph(
     source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool, recipe: Recipe
 ) -> Any:
+    """Decode a window of each image, resize, flip and augment it."""
     num_layers = recipe.policy.num_layers if recipe.policy else 0
     affine = recipe.config.affine
     num_outputs = 4 + (affine is not None) + 3 * num_layers
@@ -137,7 +167,7 @@ def _train_graph(
     red, green, blue = (round(255 * channel) for channel in config.mean)
     size = config.image_size
     encoded = fn.io.file.read(encoded) if from_files else encoded
-    images = _decode(encoded, decoder, start, shape)
+    images = _decode_window(encoded, decoder, start, shape)
     images = resize(images, types.Constant([size, size], dtype=types.FLOAT, shape=[2], device="cpu"))
     images = fn.flip(images, horizontal=flip)
     if affine is not None:
@@ -150,20 +180,24 @@ def _train_graph(
 
 @pipeline_def
 def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool) -> Any:
+    """Decode each image, resize it and crop its centre."""
     encoded, resized, offset = fn.external_source(source=source, num_outputs=3, batch=True)
     encoded = fn.io.file.read(encoded) if from_files else encoded
-    images = _decode(encoded, decoder)
+    images = _decode_window(encoded, decoder)
     images = resize(images, resized)
     images = fn.slice(images, start=offset, shape=[config.image_size] * 2, axes=[0, 1])
     return _normalise(images, config)
 
 
-def _decode(encoded: Any, decoder: dict[str, Any], start: Any = None, shape: Any = None) -> Any:
-    """A window of each image, or all of it.
+def _decode_window(encoded: Any, decoder: dict[str, Any], start: Any = None, shape: Any = None) -> Any:
+    """Decode a window of each image, or all of it.
 
-    A file whose header the decoder cannot parse, or a window outside the image, makes DALI 2.4's decoder throw while
-    its threads still work on the batch, which is a segmentation fault as often as an error. So the header is parsed
-    by an operator of its own before, and windows are cut to the image that is really there.
+    DALI 2.4's decoder throws at a file whose header it cannot parse, and at a window outside the image, while its
+    threads still work on the batch: a use after free, which ends in a segmentation fault as often as in an error. So an
+    operator of its own parses the header first, and each window is cut to the image that is really there.
+
+    Args:
+        start, shape: top and left, height and width of each window, in pixels.
     """
     size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)[:2]
     if start is None:
@@ -174,6 +208,7 @@ def _decode(encoded: Any, decoder: dict[str, Any], start: Any = None, shape: Any
 
 
 def _normalise(images: Any, config: DataConfig) -> Any:
+    """Subtract the mean, divide by the standard deviation: uint8 HWC -> float32 CHW."""
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,

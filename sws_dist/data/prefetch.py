@@ -1,4 +1,4 @@
-"""Work that is done before it is asked for."""
+"""Compute the items of an iterator ahead of time, in a thread."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """Yield ``items``, computed in a thread of its own, up to ``depth`` of them ahead.
+def prefetch_items(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Yield ``items`` in order, while a thread computes up to ``depth`` of them ahead.
 
-    What the thread raises is raised here, in its turn. A consumer that stops early leaves no thread behind.
+    An exception of the thread is raised here when its item is due. A consumer that stops early leaves no thread behind.
     """
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

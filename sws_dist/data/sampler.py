@@ -1,9 +1,9 @@
-"""In which order images are seen, and by which rank: pure functions of the seed and the position.
+"""Order the images of a run, and share them among the ranks: pure functions of the seed and the position.
 
-A training run is one long *stream* of positions 0, 1, 2, ...: epoch e holds positions e * size to
-(e + 1) * size - 1, each image once (or ``num_repeats`` times in a row, with correspondingly fewer images).
-Optimizer step s takes the global batch of positions s * G to (s + 1) * G - 1, so every batch is full, also where
-it reaches from one epoch into the next, and nothing but the step is needed to go on, at any world size.
+A training run is one long *stream* of positions 0, 1, 2, ... Epoch e holds the positions e * size to (e + 1) * size - 1
+and shows each image once (or fewer images ``num_repeats`` times in a row). Optimizer step s takes the global batch of
+the positions s * G to (s + 1) * G - 1. So every batch is full, even where it reaches from one epoch into the next, and
+a run needs only the number of its step to go on, at any world size.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-_ROUND = 256  # timm's RepeatAugSampler keeps a multiple of this many images an epoch
-_SUBSTITUTE_STREAM = 2 << 64  # apart from the images' own draws and the mixing's (see recipe.py, mixing.py)
+_EPOCH_MULTIPLE = 256
+"""With repeats, the length of an epoch is a multiple of this, as in timm's RepeatAugSampler."""
+_SUBSTITUTE_STREAM = 2 << 64
+"""The key of Philox for substitutes; the images' own draws (``draws.py``) and mixing (``mixup.py``) have other keys."""
 
 
 class TrainOrder:
-    """Which image stands at each position of the stream.
+    """Find the image at each position of the stream.
 
     The shuffle is torch's ``randperm`` seeded with ``seed + epoch``, as in DistributedSampler. With
     ``num_repeats`` above 1 each image stands that often in a row and an epoch keeps the length of the data set,
     rounded down to a multiple of 256 (timm's RepeatAugSampler, from DeiT).
 
     Args:
-        shards: [num_images] the tar shard of each image, and ``window``: shuffle the shards, then the images of so
-            many shards at a time, so that only these are read meanwhile. None: shuffle all images.
+        num_images: number of images of the data set.
+        seed: of the shuffle.
+        num_repeats: how often an image stands in a row.
+        shards: [num_images] int: the tar shard of each image.
+        window: number of shards. The shards are shuffled, then the images of so many shards at a time, so that only
+            these are read meanwhile. None: all images are shuffled.
     """
 
     def __init__(
@@ -37,56 +43,72 @@ class TrainOrder:
     ) -> None:
         self.num_images, self.seed, self.num_repeats = num_images, seed, num_repeats
         self.epoch_size = num_images
-        if num_repeats > 1 and num_images >= _ROUND:
-            self.epoch_size = num_images // _ROUND * _ROUND
+        if num_repeats > 1 and num_images >= _EPOCH_MULTIPLE:
+            self.epoch_size = num_images // _EPOCH_MULTIPLE * _EPOCH_MULTIPLE
         self._shards, self._window = shards, window
         self._cached: tuple[int, np.ndarray] | None = None
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """The images of one epoch in order, [epoch_size] int64."""
+    def epoch_images(self, epoch: int) -> np.ndarray:
+        """Return the images of one epoch in order, [epoch_size] int64."""
         if self._cached is None or self._cached[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = self._shuffled(generator).repeat_interleave(self.num_repeats)
+            order = self._shuffle(generator).repeat_interleave(self.num_repeats)
             self._cached = epoch, order[: self.epoch_size].numpy()
         return self._cached[1]
 
-    def _shuffled(self, generator: torch.Generator) -> torch.Tensor:
+    def _shuffle(self, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(self.num_images, generator=generator)
         if self._shards is None or self._window is None:
             return order
-        turn = torch.randperm(int(self._shards.max()) + 1, generator=generator)  # of each shard
-        windows = turn[torch.from_numpy(self._shards)][order] // self._window
+        shard_order = torch.randperm(int(self._shards.max()) + 1, generator=generator)
+        windows = shard_order[torch.from_numpy(self._shards)][order] // self._window
         return order[windows.argsort(stable=True)]
 
     def images(self, positions: np.ndarray) -> np.ndarray:
-        """Positions of the stream [n] -> images [n]."""
+        """Return the images [n] at positions [n] of the stream."""
         epochs, places = np.divmod(positions, self.epoch_size)
         images = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            images[here] = self.epoch(int(epoch))[places[here]]
+            images[here] = self.epoch_images(int(epoch))[places[here]]
         return images
 
     def substitute(self, position: int, attempt: int) -> int:
-        """The image to take at a position whose own (attempt 0) or latest substitute (1, 2, ...) cannot be read."""
+        """Return the image that replaces an unreadable one at ``position``.
+
+        Args:
+            attempt: 0 if the position's own image cannot be read, n if its n-th substitute cannot be read either.
+        """
         key, counter = _SUBSTITUTE_STREAM + self.seed, [attempt, position, 0, 0]
         return int(np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(self.num_images))
 
 
 def micro_batch_positions(step: int, global_batch: int, micro: int, num_micros: int) -> np.ndarray:
-    """Positions of micro-batch ``micro`` of the ``num_micros`` (ranks x accumulation) of an optimizer step.
+    """Return the positions of one micro-batch of an optimizer step: every ``num_micros``-th one of the step.
 
-    Every ``num_micros``-th position: the same micro-batches whether they are spread over ranks or accumulated on
-    one, and, without accumulation, the same image on the same rank as torch's and timm's distributed samplers.
+    The micro-batches are the same whether they are spread over ranks or accumulated on one. Without accumulation each
+    rank sees the images that torch's and timm's distributed samplers give it.
+
+    Args:
+        step: number of the optimizer step, from 0.
+        global_batch: number of images of a step.
+        micro: number of the micro-batch within the step, from 0.
+        num_micros: micro-batches of a step: ranks x accumulation.
+
+    Returns:
+        [global_batch / num_micros] int64, rising.
     """
     return np.arange(step * global_batch + micro, (step + 1) * global_batch, num_micros)
 
 
 def eval_batches(num_images: int, rank: int, world_size: int, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """This rank's evaluation batches: images [b] and whether each counts [b].
+    """Return this rank's evaluation batches.
 
     Every image counts exactly once over all ranks. All ranks get the same number of equally large batches, since
-    ZeRO-3's forward is a collective; what is missing at the end is filled with images that do not count.
+    ZeRO-3's forward is a collective. Images that do not count fill the last batch where it would be too small.
+
+    Returns:
+        For each batch its images [b] int64, and whether each of them counts [b] bool.
     """
     per_rank = -(-num_images // world_size)
     batches = []

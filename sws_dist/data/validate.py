@@ -1,4 +1,7 @@
-"""Is this file an image that the decoders can read, and how large? A size, or one reason why not."""
+"""Check that a file is an image which the decoders can read, and find its size.
+
+A file that is not one is described by one reason of a few words: ``empty``, ``truncated``, ``not an image``, ...
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,26 @@ from typing import BinaryIO
 
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # what DALI decodes of what Pillow knows
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the last bytes of a whole file
-_TAIL = 16
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""The formats that both Pillow and DALI decode."""
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the last bytes of a complete file
+_TAIL_BYTES = 16
 
 
 class BadImageError(ValueError):
-    """The message is the reason, a few words: ``empty``, ``truncated``, ``not an image``, ..."""
+    """A file cannot be used as an image. The message is the reason."""
 
 
-def check_whole(data: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, every pixel of which has been decoded.
+def check_image(data: bytes) -> tuple[int, int]:
+    """Decode every pixel of an encoded image.
+
+    Returns:
+        Its height and width.
 
     Raises:
-        BadImageError: with the reason.
+        BadImageError: the image cannot be decoded.
     """
-    size = _open(io.BytesIO(data), data)
+    size = _read_header(io.BytesIO(data), data)
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -31,24 +38,33 @@ def check_whole(data: bytes) -> tuple[int, int]:
     return size
 
 
-def check_header(file: BinaryIO, num_bytes: int) -> tuple[int, int]:
-    """Height and width from the header; a file that does not end as its format does is decoded as well.
+def check_image_header(file: BinaryIO, num_bytes: int) -> tuple[int, int]:
+    """Read an image's header, and decode all of it only if it does not end as its format does.
+
+    A file that is damaged in the middle passes.
+
+    Args:
+        file: an open file, at the image's first byte.
+        num_bytes: length of the encoded image.
+
+    Returns:
+        Its height and width.
 
     Raises:
-        BadImageError: with the reason. A file that is damaged in the middle passes.
+        BadImageError: the header or the end is not that of an image.
     """
     start = file.tell()
     head = file.read(min(num_bytes, 64))
-    file.seek(start + max(0, num_bytes - _TAIL))
-    tail = file.read(_TAIL)
+    file.seek(start + max(0, num_bytes - _TAIL_BYTES))
+    tail = file.read(_TAIL_BYTES)
     file.seek(start)
-    if not head.strip(b"\0") or not tail.endswith(tuple(_ENDS.values())):
-        return check_whole(file.read(num_bytes))
-    return _open(file, head)
+    if not head.strip(b"\0") or not tail.endswith(tuple(_END_MARKERS.values())):
+        return check_image(file.read(num_bytes))
+    return _read_header(file, head)
 
 
-def _open(file: BinaryIO, head: bytes) -> tuple[int, int]:
-    """The size from the header; ``head`` are the first bytes, for a better reason."""
+def _read_header(file: BinaryIO, head: bytes) -> tuple[int, int]:
+    """Return height and width from the header. ``head`` holds the first bytes, which make the reason more exact."""
     if not head:
         raise BadImageError("empty")
     if not head.strip(b"\0"):

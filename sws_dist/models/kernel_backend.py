@@ -1,7 +1,7 @@
-"""A stage through the Triton kernels: when that is possible, how it is chosen, and the call itself.
+"""Run the stages of a model through the Triton kernels, where that is asked for and possible.
 
-``sws_kernels`` is imported where it is used: triton takes a second to import, and who runs the reference path does
-not need it.
+``sws_kernels`` is imported where it is used, since importing triton takes a second and the reference path does not need
+it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from torch import Tensor, nn
 
 Kernels = Literal["auto", "triton", "reference"]
 
-MIN_CAPABILITY = (8, 0)  # bf16 in the tensor cores
+MIN_CAPABILITY = (8, 0)
+"""The lowest CUDA compute capability whose tensor cores compute in bf16."""
 
 
 def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Set ``model`` to run as ``model.kernels`` asks; the sentence that says what was chosen.
+    """Let ``model`` run its stages as ``kernels`` asks.
+
+    Args:
+        kernels: the config key ``model.kernels``.
+        model: any model; only ours can use the kernels.
+        device, dtype: where and in what precision the model will run.
+
+    Returns:
+        A log message that names the choice, and with ``auto`` the reason.
 
     Raises:
-        ValueError: ``triton`` where the kernels cannot run: another device, precision or architecture.
+        ValueError: ``triton`` where the kernels cannot run, because of the device, the precision or the architecture.
     """
     obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or _model_obstacle(model)
     if kernels == "triton" and obstacle is not None:
@@ -32,10 +41,13 @@ def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: to
 
 
 def enable_cuda_graphs(model: Any, device: torch.device) -> str:
-    """Let the stages of ``model`` train as CUDA graphs, captured at the first step; the words that say so.
+    """Let the stages of ``model`` train as CUDA graphs, which are captured at the first step.
+
+    Returns:
+        A part of a log message.
 
     Raises:
-        ValueError: where they cannot: the stages do not run through the kernels, or not on a GPU.
+        ValueError: the stages do not run through the kernels, or not on a GPU.
     """
     obstacle = None
     if not (hasattr(model, "use_kernels") and model.blocks[0].kernels == "triton"):
@@ -54,6 +66,7 @@ def enable_cuda_graphs(model: Any, device: torch.device) -> str:
 
 
 def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot run on ``device`` in ``dtype``, or None."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
@@ -72,13 +85,17 @@ def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype)
 
 
 def _model_obstacle(model: Any) -> str | None:
+    """Return why the kernels cannot run ``model``, or None."""
     if not hasattr(model, "use_kernels"):
         return f"{type(model).__name__} is not one of our models (sws_...)"
     return next((reason for block in model.blocks if (reason := _stage_obstacle(block)) is not None), None)
 
 
 def _stage_obstacle(stage: Any) -> str | None:
-    """What in a stage the kernels do not compute. It is a plain pre-norm block: our constructor takes no other."""
+    """Return what in a stage the kernels do not compute, or None.
+
+    A stage is always a plain pre-norm block, since our constructor accepts no other.
+    """
     from sws_kernels.add_layer_norm import MAX_WIDTH
     from sws_kernels.linear_gelu import WIDTH_MULTIPLE
     from sws_kernels.packed_attention import HEAD_DIMS
@@ -96,12 +113,12 @@ def _stage_obstacle(stage: Any) -> str | None:
 
 
 def fused_stage_forward(stage: Any, x: Tensor) -> Tensor:
-    """What ``Stage.forward`` computes, x [batch, tokens, width], by one call of ``sws_kernels.stage``."""
+    """Compute ``Stage.forward`` for x [batch, tokens, width] by one call of ``sws_kernels.stage``."""
     from sws_kernels import StageWeights
     from sws_kernels import stage as run
 
     attn, mlp = stage.attn, stage.mlp
-    # The parameters themselves: ZeRO-3 frees and gathers them between forward and backward.
+    # The parameters themselves are passed: ZeRO-3 frees and gathers them between forward and backward.
     weights = StageWeights(
         *(stage.norm1.weight, stage.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias),
         *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
@@ -114,11 +131,19 @@ def fused_stage_forward(stage: Any, x: Tensor) -> Tensor:
 
 
 def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:
-    """[positions, 2, batch]: 0 or 1/keep, drawn number by number as timm's ``drop_path`` draws them."""
+    """Draw the factors of drop-path for one pass of a stage, in the order in which timm's ``drop_path`` draws them.
+
+    Args:
+        x: [batch, tokens, width]; gives batch size, dtype and device.
+        rates: the drop-path rate of each repeat.
+
+    Returns:
+        [repeats, 2, batch]: 0 where a branch is dropped, else 1 / (1 - rate). The branches are attention and MLP.
+    """
     scales = x.new_ones(len(rates), 2, x.shape[0])
     for scale, rate in zip(scales, rates, strict=True):
         if rate:
-            for branch in scale:  # two draws, as timm makes them: the attention's, then the MLP's
+            for branch in scale:  # timm draws twice: for the attention, then for the MLP
                 branch.bernoulli_(1 - rate)
             scale.div_(1 - rate)
     return scales

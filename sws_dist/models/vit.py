@@ -1,8 +1,9 @@
-"""One class for auxiliary models and descendants: timm's ViT whose blocks run a given number of times.
+"""Define auxiliary models and descendants as one class: timm's ViT whose blocks run a given number of times.
 
-``blocks[i]`` is the layer of stage i and runs ``schedule[i]`` times in a row. An auxiliary model has few blocks
-and repeats above 1; a descendant has one block a layer and a schedule of ones. State-dict keys, head handling,
-position-embedding resampling and ``create_model`` are timm's, so a descendant's weights are a plain timm ViT's.
+``blocks[i]`` is the layer of stage i and runs ``schedule[i]`` times in a row. An auxiliary model has few blocks, some
+of which run more than once. A descendant has one block for each layer, and a schedule of ones. State-dict keys, the
+handling of the head, the resampling of the position embedding and ``create_model`` are timm's, so a descendant's
+weights are those of a plain timm ViT.
 
 Method: Xia et al., "Exploring Learngene via Stage-wise Weight Sharing for Initializing Variable-sized Models",
 IJCAI 2024 (arXiv 2404.16897), section 3.
@@ -23,30 +24,41 @@ from torch import Tensor
 from sws_dist.models.kernel_backend import fused_stage_forward
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
-# Arguments of timm's VisionTransformer: those that ``geometry`` records, and those that only training sees.
-RECORDED = {
+"""The paper's auxiliary model: 16 layers in 5 stages."""
+GEOMETRY_ARGUMENTS = {
     *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "num_heads", "mlp_ratio"),
     "qkv_bias",
 }
-TRAINING_ONLY = {"weight_init", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"}
+"""Arguments of timm's VisionTransformer that change what the model computes; ``geometry`` records them."""
+TRAINING_ARGUMENTS = {
+    *("weight_init", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+}
+"""Arguments of timm's VisionTransformer that matter in training alone."""
 
 
 class Stage(Block):
-    """A transformer block that runs ``len(drop_rates)`` times in a row with one set of weights.
+    """Run one transformer block several times in a row, with one set of weights.
 
-    ``drop_rates`` holds the drop-path rate of each *position*: shared weights, own rates. The loop lives inside
-    one module so that ZeRO-3 gathers the weights once a stage, whatever the repeats (as a leaf module).
+    ``drop_rates`` holds the drop-path rate of each *position*: its length is the number of repeats, which share the
+    weights but have their own rates. The loop is inside one module so that ZeRO-3 gathers the weights once for each
+    stage (as a leaf module), whatever the number of repeats.
     """
 
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, drop_path=0.0, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
         self.kernels: Literal["reference", "triton"] = "reference"
-        self.recompute = False  # the kernels' own activation checkpointing
-        self.graphed: Any = None  # a sws_kernels.GraphedStage: the kernels' calls as CUDA graphs, in training
+        self.recompute = False
+        """True if the kernels recompute activations in backward (their own activation checkpointing)."""
+        self.graphed: Any = None
+        """A ``sws_kernels.GraphedStage`` if training launches the kernels as CUDA graphs."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x: [batch, tokens, width] -> the same shape."""
+        """Run the stage: x [batch, tokens, width] -> the same shape.
+
+        Raises:
+            ValueError: a mask, with the Triton kernels.
+        """
         if self.kernels == "triton":
             if attn_mask is not None or is_causal:
                 raise ValueError(
@@ -62,19 +74,22 @@ class Stage(Block):
 
 
 class SWSVisionTransformer(VisionTransformer):
-    """timm's VisionTransformer with a stage schedule.
+    """Add a stage schedule to timm's VisionTransformer.
+
+    Images [batch, channels, height, width] become logits [batch, classes].
 
     Args:
         schedule: repeats of each distinct block. Default: ``depth`` blocks that run once each.
-        depth: number of distinct blocks; taken from ``schedule`` when that is given.
-        drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, linear from 0.
-        norm_eps: epsilon of every LayerNorm.
-        class_token: ViT's own class token and token pooling. Default: none; tokens are normed, then averaged.
-        kwargs: those arguments of timm's VisionTransformer that ``geometry`` records or that only training sees. Any
-            other would make a model that its own weight files do not describe.
+        depth: number of distinct blocks. Default: the length of ``schedule``, or 12.
+        drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, growing linearly from 0 at the
+        first. norm_eps: epsilon of every LayerNorm. class_token: True for ViT's own class token and token pooling.
+        Otherwise the tokens are normed, then averaged. kwargs: ``GEOMETRY_ARGUMENTS`` and ``TRAINING_ARGUMENTS`` of
+        timm's VisionTransformer. Any other argument would make
+            a model that its own weight files do not describe.
 
     Raises:
-        ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``; another argument.
+        ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``; an argument that is not
+        listed.
     """
 
     def __init__(
@@ -94,11 +109,11 @@ class SWSVisionTransformer(VisionTransformer):
                 f"depth {depth} contradicts schedule {list(schedule)}: its {len(schedule)} stages are the distinct "
                 "layers; leave depth out, or give a schedule of that many numbers"
             )
-        unknown = sorted(set(kwargs) - RECORDED - TRAINING_ONLY)
+        unknown = sorted(set(kwargs) - GEOMETRY_ARGUMENTS - TRAINING_ARGUMENTS)
         if unknown:
             raise ValueError(
                 f"argument(s) {', '.join(unknown)} are not for our models; known: "
-                f"schedule, depth, class_token, norm_eps, {', '.join(sorted(RECORDED | TRAINING_ONLY))}"
+                f"schedule, depth, class_token, norm_eps, {', '.join(sorted(GEOMETRY_ARGUMENTS | TRAINING_ARGUMENTS))}"
             )
         kwargs = {"global_pool": "token" if class_token else "avg", "fc_norm": False} | kwargs
         norm_layer = partial(LayerNorm, eps=norm_eps)
@@ -111,16 +126,19 @@ class SWSVisionTransformer(VisionTransformer):
 
     @property
     def is_shared(self) -> bool:
-        """Whether some stage runs more than once: an auxiliary model."""
+        """True if some stage runs more than once, as in an auxiliary model."""
         return max(self.schedule) > 1
 
     def use_kernels(self, kernels: Literal["reference", "triton"]) -> None:
-        """Which code runs the stages; ``fused.choose`` checks that it can. Before ``set_grad_checkpointing``."""
+        """Choose the code that runs the stages. Call it before ``set_grad_checkpointing``.
+
+        ``kernel_backend.select_kernels`` checks first that the kernels can run.
+        """
         for stage in self.blocks:
             stage.kernels = kernels
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's; with the kernels each repeat, rather than each stage, is run again in the backward."""
+        """Recompute activations in backward: of each stage as timm does, or of each repeat with the kernels."""
         own = self.blocks[0].kernels == "triton"
         for stage in self.blocks:
             stage.recompute = enable and own
@@ -128,7 +146,10 @@ class SWSVisionTransformer(VisionTransformer):
 
 
 def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
-    """The constructor arguments that reproduce the model's function (no recipe such as drop-path); JSON-ready."""
+    """Return the constructor arguments that reproduce what the model computes, JSON-ready.
+
+    Arguments that matter in training alone, such as drop-path, are not among them.
+    """
     block, embed = model.blocks[0], model.patch_embed
     return {
         "schedule": list(model.schedule),
@@ -147,10 +168,10 @@ def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
 
 
 def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments for ``timm.create_model`` of the plain ViT that a descendant's weights fit.
+    """Return name and arguments for ``timm.create_model`` of the plain ViT that a descendant's weights fit.
 
     Raises:
-        ValueError: for a geometry whose stages share weights.
+        ValueError: a geometry whose stages share weights.
     """
     arguments = dict(geometry)
     schedule = arguments.pop("schedule")
@@ -163,25 +184,42 @@ def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def timm_call(geometry: dict[str, Any], num_classes: int) -> str:
-    """``timm_arguments`` as a line of Python for a reader to copy."""
+    """Return the line of Python that builds the plain timm ViT of ``timm_arguments``, for the user to copy.
+
+    Raises:
+        ValueError: a geometry whose stages share weights.
+    """
     name, arguments = timm_arguments(geometry | {"num_classes": num_classes})
     if arguments.pop("norm_layer", None):
-        arguments["norm_layer"] = _Source(f"partial(torch.nn.LayerNorm, eps={geometry['norm_eps']})")
+        arguments["norm_layer"] = _PythonSource(f"partial(torch.nn.LayerNorm, eps={geometry['norm_eps']})")
     return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
-class _Source(str):
-    """Python source, printed as it is."""
+class _PythonSource(str):
+    """Python source that ``repr`` shows without quotes."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
 def create_model(name: str, **kwargs: Any) -> Any:
-    """``timm.create_model`` without pretrained weights: nothing is fetched from a hub.
+    """Build a model as ``timm.create_model`` does, with random weights: nothing is fetched from a hub.
+
+    Args:
+        name: any timm model, or one of ours: ``sws_aux_{tiny,small,base}_patch16_224`` (stages that share weights),
+            ``sws_des_{tiny,small,base}_patch16_224`` (descendants), ``sws_vit`` (any geometry).
+        kwargs: arguments of its constructor, such as ``num_classes``, ``schedule``, ``depth``, ``drop_path_rate``.
+
+    Returns:
+        A float32 model on the CPU; ours map images [batch, 3, height, width] to logits [batch, num_classes].
 
     Raises:
         ValueError: naming the model or the argument that timm does not know.
+
+    >>> import sws_dist, torch
+    >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
+    >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
+    (3, torch.Size([2, 10]))
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:8]}*")[:5]
@@ -192,7 +230,7 @@ def create_model(name: str, **kwargs: Any) -> Any:
         raise ValueError(f"model {name}: {error}") from None
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
+def _build_variant(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
     return build_model_with_cfg(
         SWSVisionTransformer,
         variant,
@@ -203,7 +241,8 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionT
     )
 
 
-def _config(**kwargs: Any) -> dict[str, Any]:
+def _default_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return what timm has to know of a model (its ``default_cfg``)."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -218,6 +257,7 @@ def _config(**kwargs: Any) -> dict[str, Any]:
     } | kwargs
 
 
+# Name -> geometry. Heads are 64 wide.
 SIZES = {
     "tiny": {"embed_dim": 192, "num_heads": 3},
     "small": {"embed_dim": 384, "num_heads": 6},
@@ -225,22 +265,22 @@ SIZES = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {"sws_vit": _config()}
-    | {f"sws_{kind}_{size}_patch16_224.untrained": _config() for kind in ("aux", "des") for size in SIZES}
+    {"sws_vit": _default_cfg()}
+    | {f"sws_{kind}_{size}_patch16_224.untrained": _default_cfg() for kind in ("aux", "des") for size in SIZES}
 )
 
 
 @register_model
 def sws_vit(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
-    """Any geometry, all of it from the arguments."""
-    return _create("sws_vit", pretrained, **kwargs)
+    """Build a model of any geometry from the arguments of ``SWSVisionTransformer``."""
+    return _build_variant("sws_vit", pretrained, **kwargs)
 
 
 def _register(name: str, **defaults: Any) -> None:
-    """What ``@register_model`` does, for one name of a family."""
+    """Register one name of a family with timm, as ``@register_model`` does for a function."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
-        return _create(name, pretrained, **(defaults | kwargs))
+        return _build_variant(name, pretrained, **(defaults | kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     globals()[name] = register_model(entrypoint)

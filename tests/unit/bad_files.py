@@ -1,4 +1,4 @@
-"""Files that are no images, of nine kinds, in the place of real ones."""
+"""Damage image files in nine ways."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _rewrite(change: Callable[[Path], bytes]) -> Callable[[Path], object]:
     return lambda file: file.write_bytes(change(file))
 
 
-# What is done to a good JPEG file, and a word of the reason that has to be given.
+# Kind -> (how a good JPEG file is damaged, a word of the reason that has to be reported).
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (_rewrite(lambda file: b""), "empty"),
     "zeros": (_rewrite(lambda file: bytes(len(file.read_bytes()))), "zeros"),
@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def spoil(files: list[Path]) -> dict[str, str]:
-    """Make each file bad in the next of nine ways: file name -> a word of the reason."""
+    """Damage each file in the next of nine ways. Returns file name -> a word of the reason."""
     reasons = {}
     for file, (damage, reason) in zip(files, list(KINDS.values()) * len(files), strict=False):
         damage(file)

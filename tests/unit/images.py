@@ -1,4 +1,4 @@
-"""Real image files of many kinds for the data tests: photographs, drawings, noise, in odd sizes and encodings."""
+"""Write real image files of many kinds for the data tests: photographs, drawings, noise, in odd sizes and encodings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sklearn.datasets import load_sample_image
 
 
 def photograph(name: str, top: int, left: int, height: int, width: int) -> Image.Image:
-    """A window of ``china`` or ``flower`` (427 x 640 pixels each)."""
+    """Return a window of ``china`` or ``flower`` (427 x 640 pixels each)."""
     pixels = load_sample_image(f"{name}.jpg")[top : top + height, left : left + width]
     assert pixels.shape[:2] == (height, width)
     return Image.fromarray(pixels)
 
 
 def drawing(height: int, width: int) -> Image.Image:
-    """Thin lines and hard edges in pure colours: what a resampling filter gets wrong first."""
+    """Draw thin lines and hard edges in pure colours, which show the errors of a resampling filter first."""
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     for i in range(0, width, 9):
@@ -28,15 +28,16 @@ def drawing(height: int, width: int) -> Image.Image:
 
 
 def noise(height: int, width: int) -> Image.Image:
+    """Draw uniform noise."""
     pixels = np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def write(folder: Path) -> list[Path]:
-    """One file of each kind into ``folder``, sorted by name."""
+def write_sample_images(folder: Path) -> list[Path]:
+    """Write one file of each of twelve kinds into ``folder``. Returns them sorted by name."""
     folder.mkdir(parents=True, exist_ok=True)
     rotated = Image.Exif()
-    rotated[0x0112] = 6  # orientation: turn by 90 degrees to look at it; neither Pillow nor the loaders do
+    rotated[0x0112] = 6  # orientation: to be turned by 90 degrees, which neither Pillow nor the loaders do
 
     photograph("china", 0, 0, 427, 639).save(folder / "420.jpg", quality=90, subsampling="4:2:0")
     photograph("flower", 31, 77, 333, 501).save(folder / "422.jpg", quality=80, subsampling="4:2:2")

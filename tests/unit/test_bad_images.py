@@ -1,4 +1,4 @@
-"""Images that turn bad while they are being read: the batch is whole again, the same at every world size."""
+"""Test that images which go bad during a run are replaced, by the same images at every world size."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ RECIPE = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", scale=(1.0, 1
 
 @pytest.fixture
 def listed(few_digits: Path, tmp_path: Path) -> Manifest:
-    """80 digits that were good when they were listed."""
+    """Return 80 digits that were good when they were listed."""
     shutil.copytree(few_digits, tmp_path / "data")
     return manifest.scan(tmp_path / "data", "train")
 
 
 def spoil(listed: Manifest, count: int = 9) -> dict[str, str]:
+    """Damage ``count`` of the images. Returns file name -> a word of the reason."""
     return bad_files.spoil([listed.file(i) for i in np.linspace(3, 77, count).astype(int)])
 
 
@@ -39,7 +40,7 @@ def training(listed: Manifest, positions: list[np.ndarray], bad: BadImages | Non
 
 
 def seen(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None) -> dict[int, tuple[int, bytes]]:
-    """position -> (image, its pixels, its label)."""
+    """Train on ``positions``. Returns position -> (image, its pixels)."""
     pairs: dict[int, tuple[int, bytes]] = {}
     for places, batch in zip(positions, training(listed, positions, bad), strict=True):
         assert batch.position == places[0]
@@ -62,15 +63,15 @@ def test_substitutes_take_the_places_of_bad_images(listed: Manifest) -> None:
     assert not lost & {image for image, _ in after.values()}
     for place, (image, pixels) in before.items():
         if image not in lost:
-            assert after[place] == (image, pixels), "a good image next to a bad one is what it would have been"
-    (said,) = [bad.exchange(CPU, 1, 80, max_share=0.2)]
-    assert len(said) == len(bad) == 9, "each is named once, though each was met in two epochs"
+            assert after[place] == (image, pixels), "a good image beside a bad one is unchanged"
+    messages = bad.exchange(CPU, 1, 80, max_share=0.2)
+    assert len(messages) == len(bad) == 9, "each file is named once, though it is read in two epochs"
     for name, reason in reasons.items():
-        assert any(name in line and reason in line for line in said), (name, reason, said)
+        assert any(name in line and reason in line for line in messages), (name, reason, messages)
 
 
 def test_substitutes_are_functions_of_the_position(listed: Manifest) -> None:
-    """On one rank, on three, from the middle, with files found bad before or not: the same image and pixels."""
+    """Check that one rank, three ranks and a start in the middle get the same images and pixels."""
     spoil(listed, 20)  # of 80, so that substitutes are bad as well
     whole = seen(listed, [np.arange(s, s + 12) for s in range(0, 48, 12)])
     ranks = [sampler.micro_batch_positions(step, 12, rank, 3) for step in range(4) for rank in range(3)]
@@ -79,7 +80,7 @@ def test_substitutes_are_functions_of_the_position(listed: Manifest) -> None:
     assert seen(listed, [np.array([place]) for place in (11, 30)]) == {place: whole[place] for place in (11, 30)}
 
 
-def test_too_many_stop_the_run(listed: Manifest) -> None:
+def test_too_many_bad_images_stop_the_run(listed: Manifest) -> None:
     spoil(listed)
     bad = BadImages()
     seen(listed, [np.arange(80)], bad)
@@ -89,11 +90,11 @@ def test_too_many_stop_the_run(listed: Manifest) -> None:
         bad.exchange(CPU, 1, 80, max_share=0.1)
 
 
-def test_data_that_is_gone_is_a_failure_not_a_hang(listed: Manifest) -> None:
+def test_missing_data_is_a_failure_and_no_hang(listed: Manifest) -> None:
     shutil.rmtree(listed.folder)
     loader = training(listed, [np.arange(4), np.arange(4, 8)])
     for batch in loader:
-        assert batch.images.isnan().all(), "every loss is NaN, so every rank of a run stops"
+        assert batch.images.isnan().all(), "every loss is NaN, so all ranks of a run stop"
     assert "is the data still there?" in str(loader.failure)
 
 

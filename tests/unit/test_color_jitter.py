@@ -1,4 +1,4 @@
-"""Colour jitter against torchvision's: the distribution of factors and orders, and the pixels for equal draws."""
+"""Compare colour jitter with torchvision's: the distribution of factors and orders, and the pixels for equal draws."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def test_pixels_are_torchvisions() -> None:
         assert np.abs(pixels.astype(np.int16) - np.asarray(expected)).mean() < 0.05
 
 
-def test_only_where_rand_augment_does_not_replace_it() -> None:
+def test_rand_augment_replaces_it() -> None:
     both = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
     assert not isinstance(Recipe(both, 32).policy, ColorJitter)
     assert isinstance(Recipe(AugmentConfig(color_jitter=0.4), 32).policy, ColorJitter)
     assert Recipe(AugmentConfig(), 32).policy is None
 
 
-def test_what_is_zero_is_left_alone() -> None:
+def test_a_change_of_zero_is_skipped() -> None:
     draws = ColorJitter.parse((0.0, 0.5, 0.0)).draw(np.random.default_rng(0).random((50, 4)), 32, 32)
     assert ((draws.operator == SKIP).sum(axis=1) == 2).all()
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [((0.4, 0.4, 0.4, 0.1), "hue"), ((0.4,), "one number or three"), (-1.0, "nega")]
+    ("value", "message"), [((0.4, 0.4, 0.4, 0.1), "hue"), ((0.4,), "one number or three"), (-1.0, "nega")]
 )
-def test_the_rest_is_refused(value: float | tuple[float, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=rf"augment.color_jitter.*{said}"):
+def test_other_values_are_refused(value: float | tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"augment.color_jitter.*{message}"):
         ColorJitter.parse(value)

@@ -1,4 +1,4 @@
-"""DALI's pixels against Pillow's and torchvision's on real files of many kinds, with equal draws on both sides."""
+"""Compare DALI's pixels with Pillow's and torchvision's on real files of many kinds, with equal draws on both sides."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SIZE = 224
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Twelve files of twelve kinds, in two classes."""
+    """List twelve files of twelve kinds, in two classes."""
     root = tmp_path_factory.mktemp("kinds")
-    files = images.write(root / "all")
+    files = images.write_sample_images(root / "all")
     for index, file in enumerate(files):
         folder = root / "val" / "ab"[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def config(listed: Manifest, **keys) -> DataConfig:
 
 
 def pixels(batch: Batch, data: DataConfig) -> np.ndarray:
-    """[B, S, S, 3] uint8: the model's input, turned back."""
+    """Return the model's input as pixels, [B, S, S, 3] uint8."""
     return denormalise(batch.images, data.mean, data.std).permute(0, 2, 3, 1).numpy()
 
 
@@ -48,6 +48,7 @@ def pillow(listed: Manifest, index: int) -> Image.Image:
 
 
 def difference(ours: np.ndarray, theirs: Image.Image) -> np.ndarray:
+    """Return the absolute difference in 8-bit units, [H, W, 3]."""
     assert ours.shape[:2] == (theirs.height, theirs.width)
     return np.abs(ours.astype(np.int16) - np.asarray(theirs))
 
@@ -79,7 +80,7 @@ def test_normalisation_is_torchvisions(listed: Manifest) -> None:
 
 
 def training(listed: Manifest, augment: AugmentConfig, data: DataConfig, epochs: int) -> list[tuple[Batch, Draws]]:
-    """``epochs`` epochs in batches of one epoch each, with the draws that the loader must have used."""
+    """Load ``epochs`` epochs, each as one batch. Returns them with the draws that the loader must have used."""
     count = len(listed)
     recipe, order = Recipe(augment, data.image_size), sampler.TrainOrder(count, seed=1)
     positions = [np.arange(epoch * count, (epoch + 1) * count) for epoch in range(epochs)]
@@ -114,7 +115,7 @@ def test_training_crops_give_pillows_pixels(listed: Manifest, size: int, interpo
 
 
 def test_affine_gives_torchvisions_pixels(listed: Manifest) -> None:
-    """Noise and thin lines are left out: there every resampling differs by tens (see ``warp``)."""
+    """Leave out noise and thin lines, where any two resampling filters differ by tens (see ``warp``)."""
     affine = AffineConfig(degrees=15, translate=0.12, scale=(0.85, 1.15), fill=(10, 200, 30))
     data = config(listed, image_size=128)
     errors = []
@@ -135,7 +136,7 @@ def test_affine_gives_torchvisions_pixels(listed: Manifest) -> None:
 
 
 def test_full_recipe_depends_on_positions_alone(listed: Manifest) -> None:
-    """The same (image, draw) pairs, pixel for pixel, from one rank, three ranks, or a start in mid-epoch."""
+    """Check that one rank, three ranks and a start in mid-epoch give the same images, pixel for pixel."""
     augment = AugmentConfig(
         auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5, affine=AffineConfig(degrees=10, scale=(0.9, 1.1))
     )
@@ -155,7 +156,7 @@ def test_full_recipe_depends_on_positions_alone(listed: Manifest) -> None:
         return seen
 
     whole = run([np.arange(s * 12, s * 12 + 12) for s in range(4)])
-    assert len(set(whole.values())) == 4 * 12, "every position has draws of its own"
+    assert len(set(whole.values())) == 4 * 12, "each position has its own draws"
     ranks = [sampler.micro_batch_positions(step, 12, rank, 3) for step in range(4) for rank in range(3)]
     assert run(ranks) == whole
     assert run([np.arange(17, 22), np.arange(22, 48)]) == {place: whole[place] for place in range(17, 48)}

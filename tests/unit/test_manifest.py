@@ -1,4 +1,4 @@
-"""What is in a data set: three kinds of sources, the scan, its file, and what is said when the folder has changed."""
+"""Test the list of images: three kinds of sources, the scan and its file, the message about a changed folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from sws_dist.config.schema import AugmentConfig, DataConfig
-from sws_dist.data import manifest, sampler, sources, validate
+from sws_dist.data import manifest, sampler, sources
 from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
-from sws_dist.data.validate import BadImageError, check_header, check_whole
+from sws_dist.data.validate import BadImageError, check_image, check_image_header
 from tests.launching import REPOSITORY
 from tests.unit import bad_files, images
 
@@ -35,7 +35,7 @@ def root(few_digits: Path, tmp_path: Path) -> Path:
 
 
 def write_shards(root: Path, listed: Manifest, split: str, names: bool, num_shards: int = 3) -> None:
-    """The images of ``listed`` in their order as WebDataset shards, with numbers or names as labels."""
+    """Write the images of ``listed`` in their order as WebDataset shards, with numbers or names as labels."""
     (root / split).mkdir(parents=True)
     for shard in range(num_shards):
         with tarfile.open(root / split / f"shard-{shard:03d}.tar", "w") as tar:
@@ -52,31 +52,31 @@ def write_shards(root: Path, listed: Manifest, split: str, names: bool, num_shar
 
 
 def test_every_kind_of_image_is_accepted(tmp_path: Path) -> None:
-    for file in images.write(tmp_path):
+    for file in images.write_sample_images(tmp_path):
         with Image.open(file) as image:
             expected = image.height, image.width
-        assert check_whole(file.read_bytes()) == expected
+        assert check_image(file.read_bytes()) == expected
         with file.open("rb") as opened:
-            assert check_header(opened, file.stat().st_size) == expected
+            assert check_image_header(opened, file.stat().st_size) == expected
 
 
 @pytest.mark.parametrize("kind", [kind for kind in bad_files.KINDS if kind != "gone"])
 @pytest.mark.parametrize("source", ["420.jpg", "progressive.jpg", "small.jpg"])
 def test_every_kind_of_bad_file_has_its_reason(tmp_path: Path, kind: str, source: str) -> None:
-    images.write(tmp_path)
+    images.write_sample_images(tmp_path)
     file = tmp_path / source
     damage, reason = bad_files.KINDS[kind]
     damage(file)
     with pytest.raises(BadImageError, match=reason):
-        check_whole(file.read_bytes())
+        check_image(file.read_bytes())
     with file.open("rb") as opened, pytest.raises(BadImageError, match=reason):
-        check_header(opened, file.stat().st_size)
+        check_image_header(opened, file.stat().st_size)
 
 
 # ---- The scan and its file ----
 
 
-def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_scan(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launcher/scan.py", *map(str, arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +86,7 @@ def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_scan_names_every_bad_file(root: Path, tmp_path: Path) -> None:
     files = sorted((root / "train").glob("*/*.jpg"))
     reasons = bad_files.spoil(files[::8][:9])
-    done = scan("--data", root, "--json", tmp_path / "found.json")
+    done = run_scan("--data", root, "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["images"] == 80 - 9 + 33
     assert len(found["bad"]) == 9
@@ -96,21 +96,21 @@ def test_scan_names_every_bad_file(root: Path, tmp_path: Path) -> None:
         assert entry["path"] in done.stdout
     assert "train: 71 images in 10 classes, 9 bad files" in done.stdout
     assert "100%" in done.stderr  # the progress bar
-    scan("--data", root / "train", "--json", tmp_path / "split.json")
+    run_scan("--data", root / "train", "--json", tmp_path / "split.json")
     bad = json.loads((tmp_path / "split.json").read_text())["bad"]
     assert [f"train/{entry['path']}" for entry in bad] == [entry["path"] for entry in found["bad"]]
 
 
-def test_scan_keeps_what_it_found(root: Path) -> None:
+def test_scan_writes_a_manifest_file(root: Path) -> None:
     (victim, *_) = sorted((root / "train").glob("*/*.jpg"))
     light = manifest.scan(root, "train")
-    # Damage in the middle: the header is whole, and the file ends as it should.
+    # The damage is in the middle: the header is intact, and the file ends as it should.
     Image.open(victim).save(victim, format="PNG")
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     victim.write_bytes(damaged)
     assert len(manifest.scan(root, "train")) == 80
-    scan("--data", root)
+    run_scan("--data", root)
     lines = [json.loads(line) for line in (root / "train.manifest.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines] == list(light.paths)
     assert [(line["height"], line["width"], line["label"]) for line in lines[1:]] == [
@@ -118,18 +118,18 @@ def test_scan_keeps_what_it_found(root: Path) -> None:
     ]
     listed = manifest.scan(root, "train")
     assert not listed.notes
-    assert [file.path for file in listed.bad] == ["0/" + victim.name], "the scan's verdict stands"
+    assert [file.path for file in listed.bad] == ["0/" + victim.name], "the scan knows it to be bad"
     np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
 
 
-def test_a_kept_manifest_spares_the_headers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan("--data", root)
-    monkeypatch.setattr(validate, "quick", lambda *_: pytest.fail("a header was read"))
+def test_with_a_manifest_file_no_header_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_scan("--data", root)
+    monkeypatch.setattr(manifest, "check_image_header", lambda *_: pytest.fail("a header was read"))
     assert len(manifest.scan(root, "train")) == 80
 
 
-def test_a_changed_folder_is_noticed(root: Path) -> None:
-    scan("--data", root)
+def test_a_changed_folder_is_reported(root: Path) -> None:
+    run_scan("--data", root)
     new, changed, gone, emptied = sorted((root / "train").glob("*/*.jpg"))[:40:10]
     shutil.copy(new, new.with_name("new.jpg"))
     changed.write_bytes(gone.read_bytes() + b"\0")
@@ -163,7 +163,7 @@ def test_a_damaged_manifest_is_refused(root: Path) -> None:
 
 
 def same_images(a: Manifest, b: Manifest) -> None:
-    """The same bytes, sizes, labels, and pixels in training and in evaluation."""
+    """Check that bytes, sizes and labels are the same, and the pixels in training and in evaluation."""
     assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
     np.testing.assert_array_equal(a.sizes, b.sizes)
     np.testing.assert_array_equal(a.labels, b.labels)
@@ -192,8 +192,8 @@ def test_the_shards_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPa
     write_shards(root, folders, "shards", names=False)
     first = manifest.scan(root, "shards")
     opened: list[Path] = []
-    members = sources._members
-    monkeypatch.setattr(sources, "_members", lambda path: opened.append(path) or members(path))
+    list_shard = sources._list_shard
+    monkeypatch.setattr(sources, "_list_shard", lambda path: opened.append(path) or list_shard(path))
     again = manifest.scan(root, "shards")
     assert not opened
     assert again.paths == first.paths
@@ -205,7 +205,7 @@ def test_the_shards_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_bad_images_in_shards(root: Path) -> None:
     reasons = bad_files.spoil(sorted((root / "train").glob("*/*.jpg"))[::10][:8])
-    listed, _ = sources.find(root, "train")
+    listed, _ = sources.find_source(root, "train")
     write_shards(root, listed, "shards", names=False)  # type: ignore[arg-type]
     shards = manifest.scan(root, "shards")
     assert len(shards.bad) == len(reasons) == 8
@@ -233,16 +233,16 @@ def test_lists_that_cannot_be_used(root: Path) -> None:
     file = root / "some.txt"
     file.write_text("train/0/a.jpg 0\nlonely.jpg\n")
     with pytest.raises(ValueError, match=r"some.txt, line 2: expected '<path> <label>'"):
-        sources.find(root, "some.txt")
+        sources.find_source(root, "some.txt")
     file.write_text("train/0/a.jpg 11\n")
     with pytest.raises(ValueError, match=r"label 11, but there are 10 classes"):
-        sources.find(root, "some.txt", [f"class {i}" for i in range(10)])
+        sources.find_source(root, "some.txt", [f"class {i}" for i in range(10)])
     file.write_text("train/0/a.jpg cat\n")
     with pytest.raises(ValueError, match=r"1 class\(es\) that the training split .* does not have: \['cat'\]"):
-        sources.find(root, "some.txt", ["dog", "horse"])
+        sources.find_source(root, "some.txt", ["dog", "horse"])
     file.write_text("")
     with pytest.raises(ValueError, match="lists no images"):
-        sources.find(root, "some.txt")
+        sources.find_source(root, "some.txt")
 
 
 def test_a_classes_file_gives_the_order(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""RandAugment against timm 1.0.x: the grammar, the distribution of the draws, and the pixels."""
+"""Compare RandAugment with timm 1.0.x: the grammar, the distribution of the draws, and the pixels."""
 
 import math
 import random
@@ -73,7 +73,7 @@ def test_parse_refuses_the_rest_by_name(policy: str, named: str) -> None:
 
 
 def draw_one_layer(operator: int, magnitude: float, sign: int) -> RandAugmentDraws:
-    """The draw of one image for exactly this operator, magnitude and sign."""
+    """Draw exactly this operator, magnitude and sign for one image."""
     uniforms = np.array([[(operator + 0.5) / len(OPERATORS), 0.0, 0.25 if sign > 0 else 0.75, 0.5, 0.5]])
     return RandAugment(magnitude, num_layers=1, prob=1.0).draw(uniforms, HEIGHT, WIDTH)
 
@@ -97,7 +97,7 @@ def test_strength_is_timms_argument(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timm_draws(policy: str, count: int) -> dict[str, list[float]]:
-    """Run timm's own transform with its image functions replaced by a record of their arguments."""
+    """Run timm's own transform, and record the arguments of its image functions instead of calling them."""
     drawn: dict[str, list[float]] = {name: [] for name in OPERATORS}
     transform = timm_augment.rand_augment_transform(policy, {})
     for operator in transform.ops:
@@ -110,7 +110,7 @@ def timm_draws(policy: str, count: int) -> dict[str, list[float]]:
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference between two samples' distribution functions, in units of its scale."""
+    """Return the largest difference between the distribution functions of two samples, in units of its scale."""
     a, b = np.sort(a), np.sort(b)
     at = np.concatenate([a, b])
     difference = np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)
@@ -137,7 +137,7 @@ def test_distribution_is_timms(policy: str) -> None:
     their_strengths["PosterizeIncreasing"] = their_strengths["PosterizeIncreasing"].clip(min=1)
     for name in OPERATORS:
         assert kolmogorov_smirnov(strengths[name], their_strengths[name]) < 1.95, name  # one in a thousand
-    # The operators that are linear in the magnitude show together what would be lost in noise in each.
+    # The operators that are linear in the magnitude are pooled: together they show what noise would hide in each.
     pooled, their_pooled = (
         np.concatenate([np.abs(of[name]) / maximum for name, maximum in GEOMETRIC_MAXIMUM.items()])
         for of in (strengths, their_strengths)
@@ -178,8 +178,8 @@ def test_draws_have_the_declared_form() -> None:
 
 # ---- The pixels ----
 
-# Mean absolute difference from Pillow in 8-bit units: what is exact, then what the module's comments explain.
-# (worst case, mean over the cases)
+# Largest mean absolute difference from Pillow in 8-bit units: (worst case, mean over the cases). Comments in the module
+# explain those that are not exact.
 EXACT = (0.002, 0.001)
 BOUNDS = dict.fromkeys(OPERATORS, EXACT) | {
     "Equalize": (0.6, 0.5),
@@ -198,7 +198,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def run_layer(images: list[np.ndarray], operator: np.ndarray, strength: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """One `apply_layer` over the batch: [B, HEIGHT, WIDTH, 3] uint8."""
+    """Apply one layer to the batch. Returns [B, HEIGHT, WIDTH, 3] uint8."""
 
     @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, enable_conditionals=True)
     def pipeline():
@@ -211,7 +211,7 @@ def run_layer(images: list[np.ndarray], operator: np.ndarray, strength: np.ndarr
 
 
 def pillow(image: np.ndarray, name: str, strength: float) -> np.ndarray:
-    """timm's own function for this operator."""
+    """Apply timm's own function of this operator."""
     arguments = [] if name in NO_ARGUMENT else [int(strength) if name in INTEGER_ARGUMENT else strength]
     options = {"fillcolor": FILL, "resample": PIL_Image.Resampling.BICUBIC}
     return np.asarray(timm_augment.NAME_TO_OP[name](PIL_Image.fromarray(image), *arguments, **options))

@@ -1,4 +1,4 @@
-"""The order of the images: timm's, each exactly once, and the same sequence from any step at any world size."""
+"""Test that the order of the images is timm's, shows each once, and is the same from any step at any world size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sws_dist.data.sampler import TrainOrder, eval_batches, micro_batch_position
 def test_repeated_augmentation_is_timms_index_for_index(num_images: int, num_repeats: int, world_size: int) -> None:
     order = TrainOrder(num_images, seed=0, num_repeats=num_repeats)
     for epoch in (0, 1, 7):
-        ours = order.epoch(epoch)
+        ours = order.epoch_images(epoch)
         for rank in range(world_size):
             theirs = RepeatAugSampler(range(num_images), world_size, rank, num_repeats=num_repeats)
             theirs.set_epoch(epoch)
@@ -27,7 +27,7 @@ def test_repeated_augmentation_is_timms_index_for_index(num_images: int, num_rep
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_a_rank_gets_timms_images_step_by_step(world_size: int) -> None:
-    """Where the batch divides the epoch, rank r's micro-batches are what timm's loader gives to rank r."""
+    """Check a batch that divides the epoch: rank r's micro-batches are what timm's loader gives to rank r."""
     order = TrainOrder(1000, seed=0, num_repeats=3)
     batch = 96 // world_size
     for rank in range(world_size):
@@ -41,7 +41,7 @@ def test_a_rank_gets_timms_images_step_by_step(world_size: int) -> None:
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 6), (2, 3), (3, 1), (6, 1)])
 @pytest.mark.parametrize("num_images", [5, 100, 257])
 def test_every_image_once_an_epoch(num_images: int, world_size: int, accumulation: int) -> None:
-    """Batches reach across the ends of epochs, so the seen images are counted by their place in the stream."""
+    """Count the images by their place in the stream, since batches reach across the ends of epochs."""
     order = TrainOrder(num_images, seed=3)
     global_batch, num_micros = 12, world_size * accumulation
     steps = 4 * num_images // global_batch + 1
@@ -59,11 +59,11 @@ def test_every_image_once_an_epoch(num_images: int, world_size: int, accumulatio
 
 
 def test_goes_on_at_another_world_size() -> None:
-    """Seven steps on one rank, eight on three, the rest on two: the stream that a single rank would have seen."""
+    """Take seven steps on one rank, eight on three, the rest on two: together they are a single rank's stream."""
     whole = TrainOrder(50, seed=9)
     stream: list[np.ndarray] = []
     for steps, world_size in [(range(7), 1), (range(7, 15), 3), (range(15, 20), 2)]:
-        order = TrainOrder(50, seed=9)  # a new process knows nothing but the step
+        order = TrainOrder(50, seed=9)  # a new process knows only the step
         for step in steps:
             seen = np.empty(12, dtype=np.int64)
             for rank in range(world_size):
@@ -76,25 +76,25 @@ def test_goes_on_at_another_world_size() -> None:
 def test_the_shuffle_is_torchs() -> None:
     generator = torch.Generator().manual_seed(42 + 5)
     expected = torch.randperm(300, generator=generator).tolist()
-    assert TrainOrder(300, seed=42).epoch(5).tolist() == expected
+    assert TrainOrder(300, seed=42).epoch_images(5).tolist() == expected
 
 
 @pytest.mark.parametrize("num_repeats", [1, 3])
 def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
     shards = np.repeat(np.arange(10), 30)
     order = TrainOrder(300, seed=4, num_repeats=num_repeats, shards=shards, window=3)
-    turns = []
+    epochs = []
     for epoch in range(3):
-        images = order.epoch(epoch)
+        images = order.epoch_images(epoch)
         windows = [set(shards[images[start : start + 90 * num_repeats]]) for start in range(0, 300, 90 * num_repeats)]
         assert all(len(window) <= 3 for window in windows)
         assert not set.intersection(*windows) or len(windows) == 1
         assert len(set(images)) == (300 if num_repeats == 1 else -(-256 // 3))
         assert max(np.diff(images)) > 30, "shuffled inside a window"
-        turns.append(tuple(images))
-    assert len(set(turns)) == 3
-    everything = TrainOrder(300, seed=4, shards=shards, window=10).epoch(0)
-    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).epoch(0))
+        epochs.append(tuple(images))
+    assert len(set(epochs)) == 3
+    everything = TrainOrder(300, seed=4, shards=shards, window=10).epoch_images(0)
+    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).epoch_images(0))
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 7, 100])

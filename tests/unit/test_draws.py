@@ -1,4 +1,4 @@
-"""The draws of crops and erased boxes: distributed as torchvision's and timm's, and functions of the position alone."""
+"""Test that crops and erased boxes are distributed as torchvision's and timm's, and depend on the position alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from sws_dist.config.schema import AffineConfig, AugmentConfig
-from sws_dist.data.draws import Draws, Recipe, uniforms
+from sws_dist.data.draws import Draws, Recipe, draw_uniforms
 
 COUNT = 20_000
-ONE_IN_A_THOUSAND = 1e-3  # of drawing samples this different from equal distributions; the seeds are fixed
+ONE_IN_A_THOUSAND = 1e-3  # chance that samples of equal distributions differ so much; the seeds are fixed
 FULL = AugmentConfig(
     affine=AffineConfig(degrees=15, translate=0.1, scale=(0.8, 1.2)), auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5
 )
@@ -49,7 +49,7 @@ def test_crops_are_timms(height: int, width: int, scale: tuple[float, float]) ->
 
 
 def test_fallback_is_timms_window() -> None:
-    """Ratios that no window of the image has: the largest central one of the nearest ratio, the same every time."""
+    """Check ratios that no window has: the largest central window of the nearest ratio is taken every time."""
     for height, width in [(100, 640), (640, 100), (101, 997), (33, 35)]:
         config = AugmentConfig(scale=(1.0, 1.0), ratio=(0.75, 1.3))
         draws = Recipe(config, 224).draw(0, np.arange(50), np.tile([height, width], (50, 1)))
@@ -79,7 +79,7 @@ def test_erased_boxes_are_timms(size: int) -> None:
 
 
 def _timm_box(eraser: RandomErasing, size: int) -> tuple[int, int, int, int]:
-    """What timm erases from an image of zeros; the noise is never exactly zero over a whole row or column."""
+    """Return what timm erases from an image of zeros; its noise is never zero over a whole row or column."""
     image = eraser(torch.zeros(1, size, size))[0] != 0
     rows, columns = image.any(dim=1).nonzero(), image.any(dim=0).nonzero()
     if not len(rows):
@@ -103,7 +103,7 @@ def fields(draws: Draws) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("positions", [range(96), range(5, 96, 8), range(40, 41), [3, 4, 50, 95]])
 def test_draws_depend_on_the_position_alone(positions: list[int]) -> None:
-    """Whatever else is in the batch: so ranks, accumulation and resuming do not change what an image gets."""
+    """Check that the rest of the batch does not matter, and with it ranks, accumulation and resuming."""
     recipe = Recipe(FULL, 64)
     sizes = np.random.default_rng(0).integers(20, 500, (96, 2))
     whole = fields(recipe.draw(7, np.arange(96), sizes))
@@ -114,7 +114,7 @@ def test_draws_depend_on_the_position_alone(positions: list[int]) -> None:
 
 def test_neighbours_and_seeds_draw_differently() -> None:
     far = 1_281_167 * 150 * 3  # the last position of a long run on ImageNet
-    a, b, c = (uniforms(seed, np.arange(far, far + 500), 112) for seed in (0, 1, 0))
+    a, b, c = (draw_uniforms(seed, np.arange(far, far + 500), 112) for seed in (0, 1, 0))
     np.testing.assert_array_equal(a, c)
     assert len(np.unique(np.concatenate([a, b]))) == 2 * a.size
     assert stats.kstest(a.ravel(), "uniform").pvalue > ONE_IN_A_THOUSAND
@@ -122,15 +122,19 @@ def test_neighbours_and_seeds_draw_differently() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({"scale": (0.0, 1.0)}, "augment.scale"),
         ({"scale": (0.5, 1.2)}, "augment.scale.*at most 1"),
         ({"ratio": (1.5, 0.5)}, "augment.ratio"),
-        ({"affine": AffineConfig(scale=(0.0, 1.0))}, "augment.affine.scale"),
         ({"auto_augment": "rand-m9"}, "-inc1"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(keys: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_recipe_that_cannot_be_drawn_is_refused(keys: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Recipe(AugmentConfig(**keys), 32)
+
+
+def test_an_affine_scale_that_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"augment.affine.scale"):
+        AffineConfig(scale=(0.0, 1.0))

@@ -1,4 +1,4 @@
-"""mixup, cutmix, smoothing and erasing against timm's own classes: the arithmetic, the laws of the draws."""
+"""Compare mixup, cutmix, smoothing and erasing with timm's own classes: the arithmetic and the distributions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sws_dist.config.schema import AugmentConfig
 from sws_dist.data.mixup import Mixing, denormalise, erase
 
 SIZE, CLASSES, COUNT = 16, 7, 20_000
-ONE_IN_A_THOUSAND = 1e-3  # of drawing samples this different from equal distributions; the seeds are fixed
+ONE_IN_A_THOUSAND = 1e-3  # chance that samples of equal distributions differ so much; the seeds are fixed
 PAPER = {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5}
 
 
@@ -31,15 +31,16 @@ PAIR_LABELS = torch.tensor([0, 1])
 
 
 def drawn(mix, calls: int) -> dict[str, np.ndarray]:
-    """What ``mix(images, labels, call)`` drew, read off its results: [calls] each.
+    """Find out from the results of ``mix(images, labels, call)`` what it drew.
 
-    ``cutmix``: whether a box was pasted; ``share``: of the first image in its target; ``height``, ``width``,
-    ``top``, ``left``: the box (cutmix, where it is not empty).
+    Returns:
+        Arrays [calls]: ``cutmix`` (1 where a box was pasted), ``share`` (of the first image in its target), and
+        ``height``, ``width``, ``top``, ``left`` of the box (where there is one).
     """
     rows = []
     for call in range(calls):
         images, targets = mix(PAIR.clone(), PAIR_LABELS, call)
-        first, share = images[0, 0], round(float(targets[0, 0]), 5)  # ties must tie
+        first, share = images[0, 0], round(float(targets[0, 0]), 5)  # equal shares must stay equal
         is_box = bool(((first == 0) | (first == 1)).all())
         ys, xs = (first == 1).any(1).nonzero(), (first == 1).any(0).nonzero()
         box = (len(ys), len(xs), int(ys[0]), int(xs[0])) if is_box and len(ys) else (0, 0, -1, -1)
@@ -85,7 +86,7 @@ def test_targets_are_timms_for_the_share_that_was_drawn(parts: dict[str, float],
         mixed, targets = Mixing(config, CLASSES, seed=3)(images.clone(), labels, position)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
         assert targets.min() >= smoothing / CLASSES - 1e-7
-        # The share is read off the images: mixup's from all pixels, cutmix's from the box that was pasted.
+        # The share is computed from the images: mixup's from all pixels, cutmix's from the box that was pasted.
         changed = (mixed != images).any(dim=1)[0]
         pasted = bool((mixed[0][:, changed] == images[-1][:, changed]).all())
         if pasted:
@@ -129,7 +130,7 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
 
 
 def test_batches_of_any_size_are_mixed() -> None:
-    """timm refuses odd batches; here the middle image of one is mixed with itself."""
+    """Check odd batches, which timm refuses: the middle image is mixed with itself."""
     for count in (1, 3):
         images, labels = batch(count)
         mixed, targets = Mixing(AugmentConfig(mixup=0.8), CLASSES, seed=0)(images.clone(), labels, 0)
@@ -139,7 +140,7 @@ def test_batches_of_any_size_are_mixed() -> None:
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_erased_pixels_are_timms(mode: str) -> None:
-    """Only the box changes, and what fills it is distributed as in timm: noise, one colour, or zero."""
+    """Check that only the box changes, and that its filling is distributed as in timm: noise, one colour, or zero."""
     torch.manual_seed(1)
     images = torch.full((400, 3, 32, 32), 5.0)
     boxes = np.tile([3, 5, 9, 7], (400, 1))
