@@ -178,10 +178,23 @@ class _Source(str):
 
 
 def create_model(name: str, **kwargs: Any) -> Any:
-    """``timm.create_model`` without pretrained weights: nothing is fetched from a hub.
+    """Build a model as ``timm.create_model`` does, with random weights: nothing is fetched from a hub.
+
+    Args:
+        name: any timm model, or one of ours: ``sws_aux_{tiny,small,base}_patch16_224`` (stages that share weights),
+            ``sws_des_{tiny,small,base}_patch16_224`` (descendants), ``sws_vit`` (any geometry).
+        kwargs: arguments of its constructor, such as ``num_classes``, ``schedule``, ``depth``, ``drop_path_rate``.
+
+    Returns:
+        A float32 model on the CPU; ours map images [batch, 3, height, width] to logits [batch, num_classes].
 
     Raises:
         ValueError: naming the model or the argument that timm does not know.
+
+    >>> import sws_dist, torch
+    >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
+    >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
+    (3, torch.Size([2, 10]))
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name[:8]}*")[:5]
