@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import sws_dist
 from sws_dist.cli import main as cli
@@ -53,6 +54,8 @@ def test_every_command_has_a_launch_script_whose_name_hides_no_standard_module()
 def test_help_and_version() -> None:
     assert sws("--help").stdout == sws().stdout == cli.usage() + "\n"
     assert sws("--version").stdout == f"sws-dist {sws_dist.__version__}\n"
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == sws_dist.__version__
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
