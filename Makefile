@@ -9,7 +9,7 @@ DALI ?= dali
 .DEFAULT_GOAL := help
 .PHONY: quickstart test test-gpu lint bench docs clean help
 
-$(VENV)/ready: setup.py constraints.txt
+$(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'

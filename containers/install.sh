@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What both images hold, for a Debian 12: the same environment as `make`, from the same constraints.txt.
+# Install what both images hold on Debian 12: the environment that `make` sets up, from the same constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 apt-get update -qq

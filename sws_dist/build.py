@@ -7,6 +7,7 @@ process group -> resolved configs -> output folder -> checkpoint to resume -> im
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from sws_dist.optim import LRSchedule
 from sws_dist.run_dir import prepare_output
 from sws_dist.seed import seed_everything
 from sws_dist.units import format_bytes
-from sws_dist.zero.config import precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
+from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.protocol import ZeroEngine
@@ -101,12 +102,14 @@ class RunParts:
     nonfinite: NonFiniteGuard
 
 
-def build_run(config: RunConfig, ds_path: str | Path, resume: str | None = None) -> RunParts:
+def build_run(
+    config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
+) -> RunParts:
     """Build one training run on this rank. A collective.
 
     Args:
         config: what to train.
-        ds_path: the DeepSpeed JSON, which says how the run is sharded.
+        deepspeed_config: the DeepSpeed JSON, which says how the run is sharded: its file, its name, or its content.
         resume: ``auto`` (the newest valid checkpoint of ``config.output``, if any), a checkpoint's folder, or None.
 
     Raises:
@@ -115,8 +118,8 @@ def build_run(config: RunConfig, ds_path: str | Path, resume: str | None = None)
     world = init_distributed(config.train.timeout_s)
     connect_deepspeed()
     with raise_on_all_ranks("read the DeepSpeed config"):
-        ds = resolve_deepspeed_config(ds_path, config, world.size)
-        check_against_deepspeed(ds, ds_path, world.device)
+        ds = resolve_deepspeed_config(deepspeed_config, config, world.size)
+        check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
     dtype = DTYPES[precision_of(ds)]
     output = prepare_output(config, resume, world)
     with raise_on_all_ranks("prepare the heartbeats"):

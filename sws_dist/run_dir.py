@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import time
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +21,7 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
+from sws_dist.source_tree import commit
 
 _PACKAGES = ("sws-dist", "torch", "deepspeed", "triton", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _VISIBLE_WITHIN_S = 15.0
@@ -92,23 +92,6 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
-
-
-def commit() -> str:
-    """Return the checkout's commit, with ``+`` where files differ from it; empty for an installed package.
-
-    A snapshot that ``submit`` made carries its commit in a file.
-    """
-    root = Path(__file__).parents[1]
-    if (kept := root / "COMMIT").is_file():
-        return kept.read_text().strip()
-    if not (root / ".git").exists():  # git would look further up, and find the commit of another project
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _versions() -> dict[str, str]:

@@ -24,18 +24,18 @@ from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import erase
-from sws_dist.distributed.collectives import average_buffers, raise_on_all_ranks
+from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_sync import StepStatus, StepSync, StopAwareIterator
 from sws_dist.distributed.step_timer import DATA, LOG
 from sws_dist.errors import RunError, Stopped
-from sws_dist.evaluate import Scores, evaluate
 from sws_dist.logging.images import log_first_batch
 from sws_dist.logging.startup import RunHeader, log_run_header
 from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
 from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.losses import LossParts
 from sws_dist.run_dir import collect_provenance, write_configs
+from sws_dist.scoring import Scores, score_batches
 from sws_dist.seed import seed_everything
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
 
@@ -64,8 +64,11 @@ class Trainer:
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self) -> dict[str, Any] | None:
         """Train to the end (or ``train.max_steps``), then write the run's results.
+
+        Returns:
+            What ``metrics.json`` holds, on every rank; None if ``train.max_steps`` came before the end.
 
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``distributed/signals.py``).
@@ -75,6 +78,7 @@ class Trainer:
                 self._log_start()
                 self._prune()  # a kill after saving leaves one checkpoint too many
                 self._train()
+                return self._finish() if self.step == self.parts.total_steps else None
             finally:
                 self.parts.recorder.close()
 
@@ -100,9 +104,7 @@ class Trainer:
                 self._evaluate_and_save(stop)
                 self._window.reset()
                 heartbeat.finish_step()
-        if self.step == self.parts.total_steps:
-            self._finish()
-        else:
+        if self.step < self.parts.total_steps:
             log.info(
                 f"stopped at step {self.step} of {self.parts.total_steps} (train.max_steps); --resume auto goes on"
             )
@@ -208,7 +210,7 @@ class Trainer:
         parts.data.bad_val.clear()
         batches = StopAwareIterator(parts.data.val_loader, parts.world.device, parts.heartbeat.tick)
         with parts.heartbeat.phase("evaluating"):
-            scores = evaluate(parts.engine, batches, parts.dtype)
+            scores = score_batches(parts.engine, batches, parts.dtype)
         self._report_bad_images(parts.data.bad_val, 0, len(parts.data.val))
         parts.engine.train()
         return None if batches.stop_requested else scores
@@ -246,8 +248,12 @@ class Trainer:
             except OSError as error:  # the newest checkpoint is whole: what is left of old ones costs room, no more
                 log.warning("an old checkpoint could not be deleted: %s", error)
 
-    def _finish(self) -> None:
-        """Write the run's results: weights to use, and ``metrics.json``, whose presence says that the run is done."""
+    def _finish(self) -> dict[str, Any]:
+        """Write the run's results: weights to use, and ``metrics.json``, whose presence says that the run is done.
+
+        Returns:
+            What ``metrics.json`` holds, on every rank.
+        """
         parts = self.parts
         name = "learngene" if parts.models.info.kind == "learngene" else "model"
         with raise_on_all_ranks("write the final weights"):
@@ -256,13 +262,15 @@ class Trainer:
                 export_weights(self._checkpoint, parts.output / f"{name}.safetensors")
                 if parts.ema is not None:
                     export_weights(self._checkpoint, parts.output / f"{name}_ema.safetensors", average=True)
+        result = broadcast_from_rank0(self._results() if parts.world.is_rank_zero else None)
         if parts.world.is_rank_zero:
-            result, train = self._results(), parts.config.train
+            train = parts.config.train
             atomic_write_json(parts.output / "metrics.json", result)
             settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.schedule.peak}
             settings |= {"epochs": train.epochs, "batch": train.global_batch}
             parts.recorder.hparams(settings, {"final/top1": result["top1"]})
             log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
+        return result
 
     def _results(self) -> dict[str, Any]:
         """Return what ``metrics.json`` holds."""

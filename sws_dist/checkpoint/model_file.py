@@ -124,6 +124,51 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def load_model(path: str | Path, name: str | None = None) -> Any:
+    """Build the model of a weight file, with its weights, on the CPU.
+
+    How the model wants its images and what its labels are called stand in ``pretrained_cfg``, as in any timm model.
+
+    Args:
+        path: ``.safetensors``, or a PyTorch file of plain tensors.
+        name: the timm model (ours included) that the weights are of; None: what the file says.
+
+    Raises:
+        ValueError: a file that cannot be read, a file that names no model where ``name`` is None, weights that do not
+            fit.
+    """
+    if Path(path).suffix == ".safetensors" and is_described(path):
+        info, weights = load_model_file(path)
+        name = name or info.name
+        ours = name == info.name or name.startswith("sws_")  # the file's arguments are that model's
+        model = create_model(name, num_classes=info.num_classes, **(info.kwargs if ours else {}))
+        set_input_description(model, info)
+    elif name is None:
+        raise ValueError(f"{path} does not say which model it is of; give --model NAME")
+    else:
+        weights = load_state_dict_file(path)
+        default = create_model(name).num_classes
+        model = create_model(name, num_classes=infer_num_labels(name, weights, default))
+        weights = apply_timm_filter(model, weights)
+    load_weights_strict(model, weights, path)
+    return model
+
+
+def set_input_description(model: Any, info: ModelInfo) -> None:
+    """Write a file's preprocessing and labels into ``model.pretrained_cfg``, where timm's tools look for them."""
+    about = info.preprocessing
+    size = about.get("image_size")
+    model.pretrained_cfg = model.pretrained_cfg | {
+        "mean": about.get("mean"),
+        "std": about.get("std"),
+        "input_size": size and (3, size, size),
+        "crop_pct": about.get("crop_pct", 0.875),
+        "interpolation": about.get("interpolation", "bicubic"),
+        "num_classes": info.num_classes,
+        "label_names": tuple(info.classes) or None,
+    }
+
+
 def infer_num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:
     """Infer how many labels a state dict knows from the classifier that timm names for the model ``name``."""
     about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # create_model refuses unknown names

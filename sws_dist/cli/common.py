@@ -1,4 +1,8 @@
-"""Share what all commands need: a parser that keeps the help's layout, logging options, errors without tracebacks."""
+"""Share what all commands need: a parser that keeps the help's layout, options, results, errors without tracebacks.
+
+What a command was asked for (scores, a job's number, a script) goes to standard output through ``print_result``, also
+under ``--quiet``. All other messages go through ``logging``, and ``--quiet`` and ``--debug`` choose among them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from sws_dist.distributed.launch_env import ANY_RANK, local_rank, rank
 from sws_dist.errors import EXIT_REQUEUE, ConfigError, RunError, Stopped
@@ -19,9 +24,42 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return an argument parser whose help is the command's docstring, with ``--quiet`` and ``--debug``."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     level = parser.add_mutually_exclusive_group()
-    level.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    level.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
     level.add_argument("--debug", action="store_true", help="print details, and tracebacks of errors")
     return parser
+
+
+def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--config`` and ``--set``, which every command that reads a run config has."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=required,
+        help="what to train: a YAML file, or the name of a shipped config (auxiliary_small, quickstart/teacher, ...)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a config key; repeatable",
+    )
+
+
+def add_deepspeed_option(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--deepspeed_config``, spelled as DeepSpeed does."""
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        required=required,
+        help="how it is sharded: a JSON file, or the name of a shipped config (zero2_bf16, ...)",
+    )
+
+
+def add_local_rank_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--local_rank``, which DeepSpeed's launcher appends; the environment says the same."""
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -29,6 +67,12 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     setup_console(logging.WARNING if args.quiet else logging.DEBUG if args.debug else logging.INFO)
     return args
+
+
+def print_result(text: str) -> None:
+    """Print what the command was asked for, on rank 0, whatever ``--quiet`` says."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def run_command(main: Callable[[], None]) -> None:

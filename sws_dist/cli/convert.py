@@ -2,14 +2,14 @@
 
 examples:
   # the released code's auxiliary model; the file says neither its repeats nor its heads
-  python launcher/convert.py --released aux.pth --schedule 3,3,4,3,3 --heads 6 --out learngene.safetensors
+  sws convert --released aux.pth --schedule 3,3,4,3,3 --heads 6 --out learngene.safetensors
 
   # a learngene as the plain, unrolled timm ViT that computes what the auxiliary model computed
-  python launcher/convert.py --learngene learngene.safetensors --out model.safetensors
+  sws convert --learngene learngene.safetensors --out model.safetensors
 
   # a training checkpoint of any ZeRO stage and world size: a descendant's weights for timm, an auxiliary model's
   # learngene; one tensor is in memory at a time
-  python launcher/convert.py --checkpoint runs/des12/checkpoints/step-00000880 --out model.safetensors
+  sws convert --checkpoint runs/des12/checkpoints/step-00000880 --out model.safetensors
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sws_dist.checkpoint.model_file import ModelInfo
 from sws_dist.cli.common import make_parser, parse_args
+
+if TYPE_CHECKING:  # the helpers import what they need: torch takes seconds, and --help should not wait for it
+    from sws_dist.checkpoint.model_file import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +40,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     args = parse_args(parser)
     if args.released:
-        released(args)
+        convert_released_file(args)
     elif args.learngene:
-        unroll(args)
+        unroll_learngene(args)
     else:
-        checkpoint(args)
+        convert_checkpoint(args)
 
 
-def released(args: argparse.Namespace) -> None:
+def convert_released_file(args: argparse.Namespace) -> None:
+    """Write a learngene from a checkpoint of the paper's released code."""
     from sws_dist.checkpoint.model_file import load_state_dict_file, save_model_file
     from sws_dist.learngene.released import convert_released
 
@@ -59,21 +63,22 @@ def released(args: argparse.Namespace) -> None:
     log.info(f"{args.out}: a learngene of {len(schedule)} stages, schedule {args.schedule}, {args.heads} heads")
 
 
-def unroll(args: argparse.Namespace) -> None:
+def unroll_learngene(args: argparse.Namespace) -> None:
+    """Write a learngene's descendant of the auxiliary model's own depth."""
     from sws_dist.checkpoint.model_file import save_model_file
     from sws_dist.learngene.expand import expand_learngene
     from sws_dist.learngene.file import load_learngene
     from sws_dist.learngene.plan import expansion_plan
 
-    info, weights = load_learngene(args.learngene)
-    schedule = info.kwargs["schedule"]
-    layers = expansion_plan(schedule, sum(schedule))
-    described, unrolled = expand_learngene(info, weights, layers)
-    save_model_file(args.out, described, unrolled)
-    tell_timm(args.out, described)
+    learngene = load_learngene(args.learngene)
+    layers = expansion_plan(learngene.schedule, sum(learngene.schedule))
+    info, weights = expand_learngene(*learngene, layers)
+    save_model_file(args.out, info, weights)
+    log_timm_call(args.out, info)
 
 
-def checkpoint(args: argparse.Namespace) -> None:
+def convert_checkpoint(args: argparse.Namespace) -> None:
+    """Write the weights of a training checkpoint."""
     import torch
 
     from sws_dist.checkpoint.checkpoint import export_weights, verify
@@ -84,13 +89,13 @@ def checkpoint(args: argparse.Namespace) -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     info = export_weights(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype])
     if info.kind == "learngene":
-        log.info(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; expand it with launcher/expand.py")
+        log.info(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; sws expand makes descendants of it")
     else:
-        tell_timm(args.out, info)
+        log_timm_call(args.out, info)
 
 
-def tell_timm(path: Path, info: ModelInfo) -> None:
-    """Print the line that builds the plain timm model for the file."""
+def log_timm_call(path: Path, info: ModelInfo) -> None:
+    """Log the line that builds the plain timm model for the file."""
     from sws_dist.models.vit import timm_call
 
     if info.name == "sws_vit":

@@ -2,23 +2,21 @@
 
 examples:
   # 12 layers, each stage's layer copied evenly
-  python launcher/expand.py --learngene runs/auxiliary/learngene.safetensors --depth 12 --out des12.safetensors
+  sws expand --learngene runs/auxiliary_small/learngene.safetensors --depth 12 --out des12.safetensors
 
   # other labels and another image size: a fresh head, a resampled position embedding
-  python launcher/expand.py --learngene learngene.safetensors --depth 8 --num-classes 37 --image-size 288 \\
-      --out pets8.safetensors
+  sws expand --learngene learngene.safetensors --depth 8 --num-classes 37 --image-size 288 --out pets8.safetensors
 
   # an explicit plan: which stage each layer is copied from
-  python launcher/expand.py --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
+  sws expand --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
 
 Fine-tune the result with
-  launcher/train.py --set model.initial_checkpoint=des12.safetensors --set model.depth=12
+  sws train --set model.initial_checkpoint=des12.safetensors --set model.depth=12 ...
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from pathlib import Path
 
 from sws_dist.cli.common import make_parser, parse_args
@@ -38,29 +36,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of a fresh head (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parse_args(parser)
-
+    # torch takes seconds to import; --help and a wrong option should not wait for it.
     from sws_dist.checkpoint.model_file import save_model_file
     from sws_dist.learngene.expand import expand_learngene
     from sws_dist.learngene.file import load_learngene, read_learngene_info
     from sws_dist.learngene.plan import expansion_plan, parse_plan
 
-    kind = parse_plan(args.plan)
     schedule = read_learngene_info(args.learngene).kwargs["schedule"]
-    layers = expansion_plan(schedule, args.depth, kind)  # checked before any tensor is read
-    info, weights = load_learngene(args.learngene)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        described, descendant = expand_learngene(
-            info, weights, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
-        )
-    for warning in caught:
-        log.info(f"warning: {warning.message}")
-    if described.provenance["fresh_head"]:
-        log.info(f"the head is new: {described.num_classes} classes, the learngene knows {info.num_classes}")
-    save_model_file(args.out, described, descendant)
-    count = sum(tensor.numel() for tensor in descendant.values())
-    stored = sum(tensor.numel() for tensor in weights.values())
+    layers = expansion_plan(schedule, args.depth, parse_plan(args.plan))  # checked before any tensor is read
+    learngene = load_learngene(args.learngene)
+    info, weights = expand_learngene(
+        *learngene, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
+    )
+    if info.provenance["fresh_head"]:
+        log.info("the head is new: %d classes, the learngene knows %d", info.num_classes, learngene.info.num_classes)
+    save_model_file(args.out, info, weights)
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
     log.info(
         f"{args.out}: {args.depth} layers from stages {','.join(map(str, layers))}; "
-        f"{count / 1e6:.2f} M parameters from a learngene of {stored / 1e6:.2f} M"
+        f"{num_parameters / 1e6:.2f} M parameters from a learngene of {learngene.num_parameters / 1e6:.2f} M"
     )

@@ -1,8 +1,8 @@
 """Write a report and its curves from the quickstart's runs, as they came out.
 
 examples:
-  python launcher/report.py --runs runs/quickstart                # report.md and report.png in that folder
-  python launcher/report.py --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results.md
+  sws report --runs runs/quickstart                               # report.md and report.png in that folder
+  sws report --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results.md
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
     args = parse_args(parser)
-    seeds = [read(folder) for folder in args.runs]
+    seeds = [read_metrics(folder) for folder in args.runs]
     out = args.out or args.runs[0] / "report.md"
     picture = out.with_suffix(".png")
-    curves(seeds, picture)
-    text = report(seeds, picture.name)
+    draw_curves(seeds, picture)
+    text = write_report(seeds, picture.name)
     atomic_write_text(out, text)
     log.info(text)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """One seed's metrics: ``teacher``, ``auxiliary``, and ``depths``: depth -> kind -> metrics."""
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return one seed's metrics: ``teacher``, ``auxiliary``, and ``depths``: depth -> kind -> metrics."""
 
     def metrics(run: Path) -> Metrics:
         path = run / "metrics.json"
@@ -47,23 +47,24 @@ def read(folder: Path) -> dict[str, Any]:
 
     found = sorted(folder.glob("depth*"), key=lambda p: int(p.name.removeprefix("depth")))
     if not found:
-        raise ValueError(f"{folder}: holds no depth*/ folders; run launcher/quickstart.py first")
+        raise ValueError(f"{folder}: holds no depth*/ folders; run sws quickstart first")
     depths = {int(p.name.removeprefix("depth")): {kind: metrics(p / kind) for kind in KINDS} for p in found}
     return {"teacher": metrics(folder / "teacher"), "auxiliary": metrics(folder / "auxiliary"), "depths": depths}
 
 
 def top1(run: Metrics, epoch: int) -> float:
-    """Validation top-1 in percent after that epoch."""
+    """Return validation top-1 in percent after that epoch."""
     return next(100 * point["val/top1"] for point in run["history"] if point["epoch"] == epoch)
 
 
 def spread(values: list[float], unit: str = "") -> str:
-    """Mean, and the smallest and largest where they differ."""
+    """Return the mean, and the smallest and largest value where they differ."""
     text = f"{mean(values):.1f}{unit}"
     return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
 
 
-def report(seeds: list[dict[str, Any]], picture: str) -> str:
+def write_report(seeds: list[dict[str, Any]], picture: str) -> str:
+    """Return the report, in Markdown; ``picture`` is the file of its curves."""
     first = seeds[0]
     some = next(iter(first["depths"].values()))
     short, full = some["tuned"]["epochs"], some["scratch_full"]["epochs"]
@@ -72,7 +73,7 @@ def report(seeds: list[dict[str, Any]], picture: str) -> str:
     lines = [
         "# Quickstart: a family of vision transformers from one learngene",
         "",
-        f"Written by `launcher/report.py` from seed{'s' if len(seeds) > 1 else ''} {numbers}"
+        f"Written by `sws report` from seed{'s' if len(seeds) > 1 else ''} {numbers}"
         + ("; mean (smallest-largest)." if len(seeds) > 1 else ".")
         + f" Validation top-1 in percent over {auxiliary['validation_images']} images of handwritten digits: one image "
         f"is {100 / auxiliary['validation_images']:.1f} points.",
@@ -107,7 +108,7 @@ def report(seeds: list[dict[str, Any]], picture: str) -> str:
 
 
 def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
-    """The paper's two claims, as these runs bear them out or not."""
+    """Compare the runs with the paper's two claims."""
     runs = [kinds for seed in seeds for kinds in seed["depths"].values()]
     tuned, scratch = (mean(top1(r[kind], 1) for r in runs) for kind in ("tuned", "scratch"))
     ends = [(top1(r["tuned"], short), top1(r["scratch_full"], full)) for r in runs]
@@ -121,15 +122,16 @@ def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
 
 
 def _origin(run: Metrics) -> list[str]:
+    """Say where a run took place, and with which versions."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "sws-dist")
     return [f"Commit {run['commit'] or 'unknown'}; {run['hardware']} a rank; {versions}."]
 
 
 def _costs(seeds: list[dict[str, Any]]) -> list[str]:
-    """The whole family by learngene and from scratch: seconds, floating-point operations, parameters."""
+    """Compare the whole family by learngene and from scratch: seconds, floating-point operations, parameters."""
 
     def spent(key: str, once: tuple[str, ...], each: str) -> list[float]:
-        """Of each seed: the runs that are made once, and one run of that kind for each depth."""
+        """Sum a metric, for each seed, over the runs that are made once and one run of that kind for each depth."""
         return [sum(s[run][key] for run in once) + sum(runs[each][key] for runs in s["depths"].values()) for s in seeds]
 
     class Row(NamedTuple):
@@ -140,7 +142,7 @@ def _costs(seeds: list[dict[str, Any]]) -> list[str]:
 
     def row(family: str, once: tuple[str, ...], each: str) -> Row:
         stored = seeds[0]["auxiliary"]["parameters"] if once else spent("parameters", (), each)[0]
-        # Seconds of the quickest seed: what else a machine does only ever adds to them.
+        # The quickest seed's seconds: what else the machine does only ever adds to them.
         return Row(family, min(spent("rank_seconds", once, each)), mean(spent("flops", once, each)), stored)
 
     scratch = row("from scratch, full budget", (), "scratch_full")
@@ -163,8 +165,8 @@ def _costs(seeds: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def curves(seeds: list[dict[str, Any]], path: Path) -> None:
-    """A panel a depth: validation top-1 over epochs, expanded against scratch, every seed a line."""
+def draw_curves(seeds: list[dict[str, Any]], path: Path) -> None:
+    """Draw validation top-1 over epochs, expanded against scratch: a panel for each depth, a line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,22 +1,25 @@
-"""Read and decode every file of a data set once: which are images, how large, and which are bad, for what reason.
+"""Read and decode every file of a data set once, and list the bad ones with their reasons.
 
 What is found is kept beside each split, in <root>/<split>.manifest.jsonl. Training takes the sizes from there instead
 of reading every header, and leaves the bad files out.
 
 examples:
-  python launcher/scan.py --data /data/imagenet                    # the splits train and val
-  python launcher/scan.py --data /data/imagenet/train --json train.json
+  sws scan --data /data/imagenet                    # the splits train and val
+  sws scan --data /data/imagenet/train --json train.json
 
 --json F writes {"images": how many are good, "bad": [{"path", "reason"}, ...]}; paths are relative to --data.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
 from pathlib import Path
 
-from sws_dist.cli.common import make_parser
+from sws_dist.atomic import atomic_write_json
+from sws_dist.cli.common import make_parser, parse_args, print_result
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -29,38 +32,44 @@ def main() -> None:
     parser.add_argument(
         "--num-threads", type=int, default=2 * (os.cpu_count() or 1), help="files at a time (default: 2 a core)"
     )
-    scan(parser.parse_args())
-
-
-def scan(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from sws_dist.atomic import atomic_write_json
-    from sws_dist.data import manifest
-
-    root: Path = args.data
-    splits = [split for split in args.splits if holds_split(root / split)]
-    within = [f"{split}/" for split in splits] if splits else [""]
-    root, splits = (root, splits) if splits else (root.parent, [root.name])
-    images, bad = 0, []
-    for split, prefix in zip(splits, within, strict=True):
-        with tqdm(unit="file", desc=split) as bar:
-            found, kept = manifest.scan_and_decode(root, split, args.num_threads, bar)
-        print(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
-        for note in found.notes:
-            print(note)
-        for file in found.bad:
-            print(f"bad image: {prefix}{file.path}: {file.reason}")
-        if kept:
-            print(f"wrote {kept}")
-        images += len(found)
-        bad += [{"path": prefix + file.path, "reason": file.reason} for file in found.bad]
+    args = parse_args(parser)
+    num_images, bad = 0, []
+    for root, split, prefix in find_splits(args.data, args.splits):
+        good, found = scan_split(root, split, prefix, args.num_threads, show_bar=not args.quiet)
+        num_images += good
+        bad += found
     if args.json:
-        atomic_write_json(args.json, {"images": images, "bad": bad})
+        atomic_write_json(args.json, {"images": num_images, "bad": bad})
+
+
+def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
+    """Return the root of each split, its name, and what its paths begin with in ``--json``."""
+    found = [name for name in names if holds_split(data / name)]
+    return [(data, name, f"{name}/") for name in found] if found else [(data.parent, data.name, "")]
 
 
 def holds_split(place: Path) -> bool:
-    """A list, or a folder of folders or of shards: a class that is named ``train`` holds images instead."""
+    """Return True for a list, or a folder of folders or shards: a class named ``train`` holds images instead."""
     if not place.is_dir():
         return place.is_file()
     return any(entry.is_dir() or entry.name.endswith(".tar") for entry in os.scandir(place))
+
+
+def scan_split(
+    root: Path, split: str, prefix: str, num_threads: int, show_bar: bool
+) -> tuple[int, list[dict[str, str]]]:
+    """Scan one split. Returns the number of good images, and path and reason of each bad file."""
+    from tqdm import tqdm
+
+    from sws_dist.data import manifest
+
+    with tqdm(unit="file", desc=split, disable=not show_bar) as bar:
+        found, kept = manifest.scan_and_decode(root, split, num_threads, bar)
+    print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
+    for note in found.notes:
+        log.info(note)
+    for file in found.bad:
+        print_result(f"bad image: {prefix}{file.path}: {file.reason}")
+    if kept:
+        log.info(f"wrote {kept}")
+    return len(found), [{"path": prefix + file.path, "reason": file.reason} for file in found.bad]

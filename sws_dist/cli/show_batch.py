@@ -1,8 +1,8 @@
-"""Write a picture of a training batch as the model will see it: labels, drawn operations, mixing and all.
+"""Write a picture of a training batch as the model will see it, with what was drawn for each image.
 
 examples:
-  python launcher/show_batch.py --config configs/runs/auxiliary_small.yaml --set data.root=/data/imagenet
-  python launcher/show_batch.py --config configs/runs/quickstart/auxiliary.yaml --out batch.png --images 64 --step 100
+  sws show-batch --config auxiliary_small --set data.root=/data/imagenet
+  sws show-batch --config quickstart/auxiliary --out batch.png --images 64 --step 100
 
 Under each image: its target (the classes with the largest shares), the window that was cropped from the file (width x
 height at left, top), the operations with their strengths, and the erased box. Mixup and cutmix put the batch over its
@@ -12,27 +12,35 @@ own reverse; operations are those of the image that the tile belongs to.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import add_config_options, make_parser, parse_args
 from sws_dist.config.loader import load_config
 from sws_dist.config.schema import RunConfig
+from sws_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="a run's config (YAML, see configs/runs)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="override")
+    add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("batch.png"), help="the picture to write (default batch.png)")
     parser.add_argument("--images", type=int, default=32, help="how many of the batch to show (default 32)")
     parser.add_argument("--step", type=int, default=0, help="which optimizer step (default: the first)")
     parser.add_argument("--batch", type=int, help="images in a micro-batch (default: the global batch)")
     args = parse_args(parser)
-    show(load_config(args.config, args.overrides), args)
+    write_picture(load_config(args.config, args.overrides), args)
 
 
-def show(run: RunConfig, args: argparse.Namespace) -> None:
+def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
+    """Read, augment and mix the images of one micro-batch as a training step does, and write them with captions."""
+    # torch and DALI take seconds to import; a wrong key should not wait for them.
     import torch
     from PIL import Image
 
@@ -44,31 +52,33 @@ def show(run: RunConfig, args: argparse.Namespace) -> None:
     from sws_dist.logging.images import labelled_grid
     from sws_dist.seed import seed_everything
 
-    images, _ = list_images(run.data)
-    order = train_order(run, images)
-    micro = args.batch or run.train.global_batch
-    positions = sampler.micro_batch_positions(args.step, run.train.global_batch, 0, run.train.global_batch // micro)
-    recipe, mixing = Recipe(run.augment, run.data.image_size), Mixing(run.augment, len(images.classes), run.train.seed)
+    augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
+    micro = args.batch or global_batch
+    if global_batch % micro:
+        raise ConfigError(f"--batch {micro} does not divide train.global_batch {global_batch}")
+    images, _ = list_images(config.data)
+    order = train_order(config, images)
+    positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro)
+    recipe, mixing = Recipe(augment, config.data.image_size), Mixing(augment, len(images.classes), seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    loader = pipeline.train_loader(images, order, [positions], recipe, run.train.seed, run.data, device)
-    (batch,) = loader
-    draws = recipe.draw(run.train.seed, positions, images.sizes[batch.indices])
-    seed_everything(run.train.seed, batch.position)
-    pixels = batch.images if batch.erase is None else erase(batch.images, batch.erase, run.augment.re_mode)
+    (batch,) = pipeline.train_loader(images, order, [positions], recipe, seed, config.data, device)
+    draws = recipe.draw(seed, positions, images.sizes[batch.indices])
+    seed_everything(seed, batch.position)
+    pixels = batch.images if batch.erase is None else erase(batch.images, batch.erase, augment.re_mode)
     pixels, targets = mixing(pixels, batch.labels, batch.position)
 
     count = min(args.images, len(pixels))
-    names = [target_in_words(target, images.classes, run.augment.smoothing) for target in targets[:count]]
+    names = [target_in_words(target, images.classes, augment.smoothing) for target in targets[:count]]
     captions = ["\n".join([name, *describe_draws(draws, row)]) for row, name in enumerate(names)]
-    grid = labelled_grid(denormalise(pixels[:count], run.data.mean, run.data.std), captions, tile=200)
+    grid = labelled_grid(denormalise(pixels[:count], config.data.mean, config.data.std), captions, tile=200)
     atomic_write(args.out, lambda path: Image.fromarray(grid).save(path, format="PNG"))
     use_cutmix, share, _ = mixing.draw(batch.position) if mixing.changes_images else (False, 1.0, None)
     mixed = f"{'cutmix' if use_cutmix else 'mixup'}, drawn share {share:.2f}" if mixing.changes_images else "not mixed"
-    print(f"wrote {args.out}: {count} of {len(pixels)} images of step {args.step}, {mixed}")
+    log.info(f"wrote {args.out}: {count} of {len(pixels)} images of step {args.step}, {mixed}")
 
 
-def target_in_words(target: Any, classes: tuple[str, ...], smoothing: float) -> str:
-    """``cat``, or ``0.62 cat + 0.28 dog`` where the target is soft; what smoothing gives to every class is left out."""
+def target_in_words(target: Tensor, classes: tuple[str, ...], smoothing: float) -> str:
+    """Return ``cat``, or ``0.62 cat + 0.28 dog`` for a soft target, without what smoothing gives to every class."""
     if target.ndim == 0:
         return classes[int(target)]
     shares, labels = target.topk(min(2, len(classes)))

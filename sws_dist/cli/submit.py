@@ -2,26 +2,27 @@
 
 examples:
   # the auxiliary model on two nodes of eight GPUs; the batch is checked against their number before it is queued
-  python launcher/submit.py auxiliary --config configs/runs/auxiliary_small.yaml \\
-      --deepspeed_config configs/deepspeed/zero2_bf16.json --nodes 2 --gpus-per-node 8 --time 1-00:00 \\
-      --set data.root=/data/imagenet
+  sws submit auxiliary --config auxiliary_small --deepspeed_config zero2_bf16 --nodes 2 --gpus-per-node 8 \\
+      --time 1-00:00 --set data.root=/data/imagenet
 
   # three descendants that start when job 4711 has ended well: an array, one element a depth
-  python launcher/submit.py descendants --config configs/runs/descendant_small.yaml \\
-      --deepspeed_config configs/deepspeed/zero2_bf16.json --learngene runs/auxiliary_small/learngene.safetensors \\
-      --depths 6,9,12 --after 4711 --gpus-per-node 8 --time 12:00:00 --set output=runs/descendants
+  sws submit descendants --config descendant_small --deepspeed_config zero2_bf16 \\
+      --learngene runs/auxiliary_small/learngene.safetensors --depths 6,9,12 --after 4711 --gpus-per-node 8 \\
+      --time 12:00:00 --set output=runs/descendants
 
   # a score
-  python launcher/submit.py evaluate --checkpoint runs/descendants/depth9/model.safetensors \\
-      --data /data/imagenet/val --gpus-per-node 8 --time 1:00:00
+  sws submit evaluate --checkpoint runs/descendants/depth9/model.safetensors --data /data/imagenet/val \\
+      --gpus-per-node 8 --time 1:00:00
 
 Beside the run, in OUTPUT/jobs/<time>-<job>/, stay the script, the resolved configs, and the code as it is now: the job
-runs from there, so editing the checkout changes nothing that is queued. `sbatch <that script>` submits it once more.
+runs from there, so editing the checkout or upgrading the package changes nothing that is queued. `sbatch <that script>`
+submits it once more.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import shutil
 import subprocess
@@ -31,60 +32,65 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sws_dist import source_tree
 from sws_dist.atomic import atomic_write_text
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import add_config_options, add_deepspeed_option, make_parser, parse_args, print_result
 from sws_dist.config.loader import config_to_yaml, load_config
+from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError, RunError
 from sws_dist.zero.config import resolve_deepspeed_config
 
-ROOT = Path(__file__).resolve().parents[1]
-EVALUATE_THREADS = 4  # evaluate.py's default
-CODE = ("launcher", "sws_dist", "kernels", "configs")
+EVALUATE_THREADS = 4  # the default of sws evaluate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """``output``: the folder of what it makes; ``arguments``: of its batch script."""
+    """What is submitted."""
 
     kind: str
     output: Path
+    """The folder of what the job makes."""
     folder: Path
+    """Where its script, configs and code are kept."""
     arguments: list[str]
+    """Of its batch script."""
     threads: int
-    """That a rank's input takes."""
+    """Threads that a rank's input takes."""
     texts: dict[str, str]
-    """Files beside the script."""
+    """Files beside the script, by name."""
 
 
 def main() -> None:
     args = parse()
-    job = evaluation(args) if args.job == "evaluate" else training(args)
-    text = script(job, args)
+    job = plan_evaluation(args) if args.job == "evaluate" else plan_training(args)
+    text = fill_template(job, args)
     if args.dry_run:
-        print(text, end="")
+        print_result(text.rstrip("\n"))
         return
-    keep(job)
-    file = atomic_write_text(job.folder / "job.sbatch", text)
-    number = submit(file)
-    if args.parsable:
-        print(number)
+    keep_code(job)
+    script = atomic_write_text(job.folder / "job.sbatch", text)
+    number = sbatch(script)
+    if args.parsable or args.quiet:
+        print_result(number)
         return
-    log = f"{number}_*.out" if args.depths else f"{number}.out"
-    print(
+    output = f"{number}_*.out" if args.depths else f"{number}.out"
+    print_result(
         f"job {number}: {job.kind}, {args.nodes} node(s) x {ranks_per_node(args)} rank(s)\n"
-        f"  script  {file}\n"
+        f"  script  {script}\n"
         f"  state   squeue --jobs={number}\n"
-        f"  log     tail -F {job.folder}/{log}\n"
+        f"  log     tail -F {job.folder}/{output}\n"
         f"  curves  tensorboard --logdir {job.output}"
     )
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line, and refuse options that the job does not take."""
     parser = make_parser(__doc__)
     parser.add_argument("job", choices=("auxiliary", "descendants", "evaluate"), help="auxiliary: any single run")
-    parser.add_argument("--config", type=Path, help="what to train (YAML)")
-    parser.add_argument("--deepspeed_config", type=Path, help="how it is sharded (JSON)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="repeatable")
+    add_config_options(parser, required=False)
+    add_deepspeed_option(parser, required=False)
     parser.add_argument("--learngene", type=Path, help="descendants: what they are expanded from")
     parser.add_argument("--depths", help="descendants: their layers, 6,9,12")
     parser.add_argument("--checkpoint", type=Path, help="evaluate: the weights")
@@ -103,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help="any other: --sbatch=--mem=64G")
     parser.add_argument("--python", default=sys.executable, help="command on the nodes (default: this one)")
-    parser.add_argument("--parsable", action="store_true", help="print the job's number and nothing else")
+    parser.add_argument("--parsable", action="store_true", help="print the job's number and nothing else, as --quiet")
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     args = parse_args(parser)
     needed = {
@@ -124,53 +130,58 @@ def parse() -> argparse.Namespace:
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
+    """Return how many ranks a node runs: one for each GPU."""
     return args.gpus_per_node or args.ranks_per_node or 1
 
 
-def training(args: argparse.Namespace) -> Job:
-    """What would stop the job once it runs stops it here, before it is queued.
+def plan_training(args: argparse.Namespace) -> Job:
+    """Plan a training job. What would stop it once it runs stops it here, before it is queued.
 
     Raises:
         ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
     """
     learngene = [f"model.initial_learngene={args.learngene}"] if args.learngene else []
-    run = load_config(args.config, [*args.overrides, *learngene])
-    resolve_deepspeed_config(args.deepspeed_config, run, args.nodes * ranks_per_node(args))
-    output, folder = Path(run.output), folder_of(args.job, Path(run.output))
+    config = load_config(args.config, [*args.overrides, *learngene])
+    resolve_deepspeed_config(args.deepspeed_config, config, args.nodes * ranks_per_node(args))
+    output = Path(config.output)
+    folder = job_folder(args.job, output)
     arguments = ["--config", f"{folder}/config.yaml", "--deepspeed_config", f"{folder}/deepspeed.json"]
     if args.job == "descendants":
         if not all(depth.isdigit() and int(depth) for depth in args.depths.split(",")):
             raise ConfigError(f"--depths {args.depths}: expected numbers of layers, for example 6,9,12")
-        if not args.after and not args.learngene.is_file():
-            raise ConfigError(
-                f"--learngene {args.learngene}: there is no such file; --after JOB waits for the job that writes it"
-            )
+        require_file("--learngene", args.learngene, args.after)
         arguments = [str(output), *arguments]
-    texts = {"config.yaml": config_to_yaml(run), "deepspeed.json": args.deepspeed_config.read_text()}
-    return Job(args.job, output, folder, arguments, run.data.num_threads, texts)
+    deepspeed_json = find_deepspeed_config(args.deepspeed_config).read_text()
+    texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": deepspeed_json}
+    return Job(args.job, output, folder, arguments, config.data.num_threads, texts)
 
 
-def evaluation(args: argparse.Namespace) -> Job:
-    if not args.after and not args.checkpoint.is_file():
-        raise ConfigError(
-            f"--checkpoint {args.checkpoint}: there is no such file; --after JOB waits for the job that writes it"
-        )
+def plan_evaluation(args: argparse.Namespace) -> Job:
+    """Plan a job that scores a model."""
+    require_file("--checkpoint", args.checkpoint, args.after)
     output = args.checkpoint.parent
     scores = f"{args.checkpoint.with_suffix('')}.scores.json"
     arguments = ["--checkpoint", str(args.checkpoint), "--data", str(args.data), "--json", scores]
-    return Job(args.job, output, folder_of(args.job, output), arguments, EVALUATE_THREADS, {})
+    return Job(args.job, output, job_folder(args.job, output), arguments, EVALUATE_THREADS, {})
 
 
-def folder_of(kind: str, output: Path) -> Path:
+def require_file(option: str, path: Path, after: str | None) -> None:
+    """Raise ConfigError if a file is not there, unless an earlier job is to write it."""
+    if not after and not path.is_file():
+        raise ConfigError(f"{option} {path}: there is no such file; --after JOB waits for the job that writes it")
+
+
+def job_folder(kind: str, output: Path) -> Path:
+    """Return the folder that is to keep a job's script, configs and code."""
     return output / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}"
 
 
-def script(job: Job, args: argparse.Namespace) -> str:
-    """The batch script of that kind with resources, code and arguments filled in."""
-    lines = (ROOT / "launcher" / "slurm" / f"{job.kind}.sbatch").read_text().splitlines()
+def fill_template(job: Job, args: argparse.Namespace) -> str:
+    """Return the batch script of the job's kind with resources, code and arguments filled in."""
+    lines = (source_tree.launcher_folder() / "slurm" / f"{job.kind}.sbatch").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     filled = [
-        *(f"#SBATCH {option}" for option in options(job, args)),
+        *(f"#SBATCH {option}" for option in sbatch_options(job, args)),
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"CODE={shlex.quote(str((job.folder / 'code').absolute()))}",
         f"PYTHON={shlex.quote(args.python)}",
@@ -181,8 +192,8 @@ def script(job: Job, args: argparse.Namespace) -> str:
     return "\n".join([*header, *filled, *lines[first:]]) + "\n"
 
 
-def options(job: Job, args: argparse.Namespace) -> Iterator[str]:
-    """sbatch's."""
+def sbatch_options(job: Job, args: argparse.Namespace) -> Iterator[str]:
+    """Yield sbatch's options."""
     yield f"--nodes={args.nodes}"
     yield f"--ntasks-per-node={ranks_per_node(args)}"
     yield f"--cpus-per-task={args.cpus_per_task or job.threads + 1}"
@@ -194,32 +205,39 @@ def options(job: Job, args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name}={value}"
     if args.after:
         yield f"--dependency=afterok:{args.after}"
-        yield "--kill-on-invalid-dep=yes"  # or it would wait for ever for what can no longer come
+        yield "--kill-on-invalid-dep=yes"  # without it, a job whose dependency can no longer be met waits for ever
     if args.depths:
         yield f"--array={args.depths}"
     yield f"--output={job.folder.absolute()}/{'%A_%a' if args.depths else '%j'}.out"
     yield from args.sbatch
 
 
-def keep(job: Job) -> None:
-    """Code and configs, beside the run."""
+def keep_code(job: Job) -> None:
+    """Copy the code and the configs into the job's folder, laid out as in a checkout."""
     code = job.folder / "code"
-    for name in CODE:
-        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folders = {
+        "sws_dist": source_tree.PACKAGE,
+        "kernels": source_tree.kernels_folder(),
+        "configs": source_tree.configs_folder(),
+        "launcher": source_tree.launcher_folder(),
+    }
+    for name, source in folders.items():
+        # An installed sws_dist holds the launch scripts and configs, which stand beside it in a checkout.
+        elsewhere = {path.name for path in folders.values() if path.parent == source}
+        shutil.copytree(source, code / name, ignore=shutil.ignore_patterns("__pycache__", *elsewhere))
     (code / "sws_kernels").symlink_to("kernels")  # the name under which it is imported
-    from sws_dist.run_dir import commit  # imports torch: not before everything else is known to be right
-
-    atomic_write_text(code / "COMMIT", commit() + "\n")
+    atomic_write_text(code / "COMMIT", source_tree.commit() + "\n")
     for name, text in job.texts.items():
         atomic_write_text(job.folder / name, text)
+    log.debug("%s: the code, as it is now", code)
 
 
-def submit(file: Path) -> str:
-    """Returns the job's number."""
+def sbatch(script: Path) -> str:
+    """Submit a script. Returns the job's number."""
     try:
-        done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     except FileNotFoundError:
         raise RunError("there is no sbatch on this machine; --dry-run prints the script") from None
     if done.returncode:
-        raise RunError(f"sbatch {file}: {done.stderr.strip()}")
+        raise RunError(f"sbatch {script}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]

@@ -1,21 +1,24 @@
 """Train a model: a teacher, an auxiliary model with shared weights, a descendant, or one from scratch.
 
 examples:
-  # two ranks of this machine
-  deepspeed --num_accelerators 2 launcher/train.py --config configs/runs/quickstart/auxiliary.yaml \\
-      --deepspeed_config configs/deepspeed/zero2.json
+  # one process
+  sws train --config quickstart/teacher --deepspeed_config zero0 --set optim.lr=1e-3 --set output=runs/trial
+
+  # two ranks of this machine, without the launcher's own messages
+  deepspeed --quiet --num_accelerators 2 --module sws_dist.cli.train --config quickstart/auxiliary \\
+      --deepspeed_config zero2
 
   # every host of a hostfile, in bf16, going on where an earlier run stopped
-  deepspeed --hostfile hostfile launcher/train.py --config configs/runs/auxiliary_small.yaml \\
-      --deepspeed_config configs/deepspeed/zero2_bf16.json --set data.root=/data/imagenet --resume auto
+  deepspeed --hostfile hostfile --module sws_dist.cli.train --config auxiliary_small \\
+      --deepspeed_config zero2_bf16 --set data.root=/data/imagenet --resume auto
 
-  # one process, another learning rate
-  python launcher/train.py --config configs/runs/quickstart/teacher.yaml \\
-      --deepspeed_config configs/deepspeed/zero0.json --set optim.lr=1e-3 --set output=runs/trial
+In a checkout, `python launcher/train.py` and `deepspeed launcher/train.py` are the same, and configs may be given by
+their paths: --config configs/runs/auxiliary_small.yaml. Every config key stands, explained, in docs/config.md.
+
+`deepspeed --quiet` (before --module) hides what the launcher says of itself on every start; its errors are shown.
 
 The run's folder (config key `output`) receives config.yaml, deepspeed.json, log.jsonl, tensorboard/, checkpoints/,
 and at the end metrics.json with learngene.safetensors (auxiliary models) or model.safetensors (all others).
-Every config key stands, explained, in sws_dist/config.py.
 
 SIGTERM, SIGUSR1 and Ctrl-C finish the step under way and save; every rank then leaves with exit code 75, which means:
 start again with --resume auto. A second Ctrl-C stops at once.
@@ -23,48 +26,43 @@ start again with --resume auto. A second Ctrl-C stops at once.
 
 from __future__ import annotations
 
-import argparse
-import logging
-from pathlib import Path
-
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import (
+    add_config_options,
+    add_deepspeed_option,
+    add_local_rank_option,
+    make_parser,
+    parse_args,
+)
+from sws_dist.config.loader import load_config
 from sws_dist.distributed.signals import install_handlers
-
-log = logging.getLogger(__name__)
+from sws_dist.zero.config import load_deepspeed_config
 
 
 def main() -> None:
     install_handlers()  # before the imports that take seconds
-    from sws_dist.config.loader import load_config
-
     parser = make_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="what to train (YAML, see configs/runs)")
-    parser.add_argument(
-        "--deepspeed_config", type=Path, required=True, help="how it is sharded (JSON, see configs/deepspeed)"
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="override a config key; repeatable",
-    )
+    add_config_options(parser)
+    add_deepspeed_option(parser)
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="auto: go on from the run's newest whole checkpoint, if any; or one's folder",
+        help="auto: go on from the run's newest valid checkpoint, if any; or the path of a checkpoint",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
+    add_local_rank_option(parser)
     args = parse_args(parser)
-    run = load_config(args.config, args.overrides)
-    if args.resume and (done := Path(run.output) / "metrics.json").is_file():
-        log.info(f"{done} exists: this run is done")
-        return
+    config = load_config(args.config, args.overrides)
+    load_deepspeed_config(args.deepspeed_config)
     # torch and DeepSpeed take seconds to import; a wrong key should not wait for them.
-    from sws_dist.build import build_run
+    from sws_dist.api import train
     from sws_dist.distributed.init import close_distributed
-    from sws_dist.trainer import Trainer
 
-    Trainer(build_run(run, args.deepspeed_config, args.resume)).run()
+    train(config, args.deepspeed_config, resume=args.resume)
     close_distributed()
+
+
+if __name__ == "__main__":  # deepspeed --module sws_dist.cli.train
+    import sys
+
+    from sws_dist.cli.main import run
+
+    run("train", sys.argv[1:])

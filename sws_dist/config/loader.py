@@ -19,19 +19,30 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sws_dist.config.schema import KeyConflictError, RunConfig
+from sws_dist.config.shipped import find_run_config
 from sws_dist.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run config; ``overrides`` are ``key=value`` strings with dotted keys and YAML values.
+    """Read a run config.
 
-    A file may name another one under ``base:`` (relative to itself); its own keys win.
+    A file may name another one under ``base:`` (relative to itself, or a shipped one's name); its own keys win.
+
+    Args:
+        path: a YAML file, or the name of a config that ships with this package: ``auxiliary_small``.
+        overrides: ``key=value`` strings with dotted keys and YAML values.
 
     Raises:
         ConfigError: with every unknown, missing, duplicate or ill-typed key, the file it stands in and the
             nearest valid key.
+
+    >>> import sws_dist
+    >>> config = sws_dist.load_config("auxiliary_small", ["data.root=/data/imagenet", "train.epochs=3"])
+    >>> config.model.name, config.train.epochs
+    ('sws_aux_small_patch16_224', 3)
     """
-    values, sources = _read_with_bases(Path(path), seen=())
+    path = find_run_config(path)
+    values, sources = _read_with_bases(path, seen=())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -107,7 +118,9 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     sources: dict[str, str] = {}
     base = own.pop("base", None)
     if base is not None:
-        values, sources = _read_with_bases(path.parent / str(base), (*seen, path.resolve()))
+        beside = path.parent / str(base)
+        file = beside if beside.is_file() else find_run_config(str(base))
+        values, sources = _read_with_bases(file, (*seen, path.resolve()))
     _merge(values, own, sources, str(path))
     return values, sources
 

@@ -54,6 +54,8 @@ class World:
 def init_distributed(timeout_s: int) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and choose this rank's device and thread count.
 
+    A group that this process has joined already is kept, with its own timeout.
+
     Args:
         timeout_s: seconds that a collective may take before it is an error.
 
@@ -72,13 +74,14 @@ def init_distributed(timeout_s: int) -> World:
             log.warning(note, extra=ANY_RANK)
         if "OMP_NUM_THREADS" not in env:  # ranks that share a node share its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # Longer than the heartbeat's own limit (heartbeat.py), which has more to say than the backend.
-        timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
-        # Binding the device lets NCCL connect at once; a single rank has no peer to connect to.
-        device_id=device if device.type == "cuda" and env["WORLD_SIZE"] != "1" else None,
-    )
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # Longer than the heartbeat's own limit (heartbeat.py), which has more to say than the backend.
+            timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
+            # Binding the device lets NCCL connect at once; a single rank has no peer to connect to.
+            device_id=device if device.type == "cuda" and env["WORLD_SIZE"] != "1" else None,
+        )
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, _count_nodes())
     with raise_on_all_ranks("count the ranks"):
         for each in expected:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +40,46 @@ def read_learngene_info(path: str | Path) -> ModelInfo:
     return info
 
 
-def load_learngene(path: str | Path) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """Read a learngene's metadata and tensors.
+class Learngene(NamedTuple):
+    """The distinct layers of an auxiliary model, and what its file says of them."""
+
+    info: ModelInfo
+    weights: dict[str, Tensor]
+    """By timm's names, on the CPU; ``blocks.i`` is the layer of stage i."""
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Repeats of each stage's layer in the auxiliary model."""
+        return tuple(self.info.kwargs["schedule"])
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of stored parameters."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+
+def load_learngene(path: str | Path) -> Learngene:
+    """Read a learngene: an auxiliary run's ``learngene.safetensors``.
+
+    Args:
+        path: the file; nothing in it is executed.
+
+    Returns:
+        The learngene, with its tensors on the CPU in the file's dtype (float32 as training writes it).
 
     Raises:
         ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
+
+    >>> import sws_dist
+    >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
+    >>> learngene.schedule
+    (2, 2, 2, 2, 2)
+    >>> learngene.weights["blocks.0.attn.qkv.weight"].shape
+    torch.Size([288, 96])
     """
-    info, weights = read_learngene_info(path), load_tensors(path)
-    _check_stages(path, info, weights)
-    return info, weights
+    learngene = Learngene(read_learngene_info(path), load_tensors(path))
+    _check_stages(path, learngene.info, learngene.weights)
+    return learngene
 
 
 @dataclass(frozen=True)

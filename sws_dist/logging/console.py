@@ -8,6 +8,7 @@ error with their level in front. Rank 0 shows all records; other ranks show thos
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 
@@ -15,13 +16,15 @@ from tqdm import tqdm
 
 from sws_dist.distributed.launch_env import rank
 
-# Libraries say these at every start, and no user can act on them.
+# Libraries say these at every start, and no user can act on them: how DeepSpeed calls torch, ...
 _IGNORED_WARNINGS = (
     (FutureWarning, r".*all_gather_into_tensor.*"),
     (FutureWarning, r".*_all_gather_base.*"),
     (FutureWarning, r".*reduce_scatter_tensor.*"),
     (FutureWarning, r".*_reduce_scatter_base.*"),
 )
+# ... and, in DeepSpeed's log, the device, which the run's own first lines name.
+_IGNORED_RECORDS = re.compile(r"Setting accelerator to CPU")
 
 
 class ConsoleHandler(logging.Handler):
@@ -51,3 +54,9 @@ def setup_console(level: int = logging.INFO) -> None:
         logger.addHandler(handler)
     for category, message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+    # DeepSpeed will find its logger with this filter when it is imported. Adding a filter once more changes nothing.
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return not _IGNORED_RECORDS.search(record.getMessage())

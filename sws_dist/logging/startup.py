@@ -33,18 +33,20 @@ class RunHeader:
 
 
 def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:
-    """Log model, data, length and layout of a run."""
-    teacher = f", taught by {header.teacher}" if header.teacher else ""
+    """Log length, model, data and layout of a run, a line each."""
     start = f"from step {header.first_step}, " if header.first_step else ""
+    about_data, *more = describe_dataset(train, val)
     lines = [
-        f"{header.output}: {header.model}, {header.num_parameters / 1e6:.2f} M parameters{teacher}",
-        *describe_dataset(train, val),
-        f"{start}{header.total_steps} steps of {header.global_batch} images, {header.world}, {header.device}, "
-        f"ZeRO-{header.zero_stage}, {header.precision}",
-        header.kernels,
+        ("run", f"{header.output}: {start}{header.total_steps} steps of {header.global_batch} images"),
+        ("model", f"{header.model}, {header.num_parameters / 1e6:.2f} M parameters"),
+        *([("teacher", header.teacher)] if header.teacher else []),
+        ("data", about_data),
+        *(("", line) for line in more),
+        ("ranks", f"{header.world}, {header.device}, ZeRO-{header.zero_stage}, {header.precision}"),
+        ("kernels", header.kernels.removeprefix("kernels: ")),
     ]
-    for line in lines:
-        log.info(line)
+    for label, text in lines:
+        log.info(f"{label:8} {text}")
 
 
 def describe_dataset(train: Manifest, val: Manifest) -> list[str]:

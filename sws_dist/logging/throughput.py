@@ -129,9 +129,10 @@ def log_progress(recorder: Recorder, means: WindowMeans, now: Progress, device: 
         "perf/hours_left": left_s / 3600,
     }
     recorder.scalars(now.step, values)
+    # Numbers of fixed width, so that the eye can run down a column.
     log.info(
-        f"step {now.step}/{now.total_steps}  loss {means.loss:.4f}  lr {now.lr:.2e}  "
-        f"{means.images_per_s:.0f} images/s  waiting for data {100 * means.data_wait_share:.0f} %  "
+        f"step {now.step:{len(str(now.total_steps))}}/{now.total_steps}  loss {means.loss:.4f}  lr {now.lr:.2e}  "
+        f"{means.images_per_s:6.0f} images/s  waiting for data {100 * means.data_wait_share:3.0f} %  "
         f"{format_duration(left_s)} left"
     )
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sws_dist.config.schema import RunConfig
+from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError
 
 HONOURED = {
@@ -70,7 +72,9 @@ STAGES = (0, 1, 2, 3)
 ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it
 
 
-def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+def resolve_deepspeed_config(
+    source: str | Path | Mapping[str, Any], config: RunConfig, world_size: int
+) -> dict[str, Any]:
     """Return the dictionary for ``deepspeed.initialize(config=...)``, checked against the run config.
 
     Of micro batch and accumulation the JSON may give both, one or none (then accumulation is 1); what is missing
@@ -79,7 +83,7 @@ def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: in
     Raises:
         ConfigError: naming the key, the file and what would be right.
     """
-    ds = load_deepspeed_config(path)
+    ds, path = load_deepspeed_config(source), config_source(source)
     zero = ds["zero_optimization"]
     if config.model.compile and zero["stage"] == 3:
         raise ConfigError(f"{path}: model.compile does not work under ZeRO-3; use stage 0, 1 or 2, or leave it off")
@@ -105,12 +109,21 @@ def resolve_deepspeed_config(path: str | Path, config: RunConfig, world_size: in
     return ds
 
 
-def load_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """Read and check a DeepSpeed JSON; ``zero_optimization.stage`` is always there afterwards."""
+def config_source(source: str | Path | Mapping[str, Any]) -> str:
+    """Return what messages call a DeepSpeed config: its file, if it has one."""
+    return "deepspeed_config" if isinstance(source, Mapping) else str(find_deepspeed_config(source))
+
+
+def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON; ``zero_optimization.stage`` is always there afterwards.
+
+    Args:
+        source: a file, the name of a config that ships with this package (``zero2_bf16``), or its content.
+    """
+    path = config_source(source)
+    text = json.dumps(dict(source)) if isinstance(source, Mapping) else _read(path)
     try:
-        ds = json.loads(Path(path).read_text(), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except OSError as error:
-        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
+        ds = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(ds, dict):
@@ -198,6 +211,13 @@ def _group(ds: dict[str, Any], dotted: str, path: str | Path) -> dict[str, Any]:
 def precision_of(ds: dict[str, Any]) -> str:
     """Return ``fp32``, ``bf16`` or ``fp16``: the dtype of the model under this DeepSpeed config."""
     return next((p for p in ("bf16", "fp16") if ds.get(p, {}).get("enabled")), "fp32")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]], path: str | Path) -> dict[str, Any]:

@@ -1,56 +1,64 @@
-"""Score a model, counting every image exactly once on any number of ranks."""
+"""Score a model: every image counts exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sws_dist.atomic import atomic_write
 from sws_dist.data.loader import Batch
+from sws_dist.data.manifest import Manifest
 from sws_dist.distributed.collectives import sum_over_ranks
 from sws_dist.errors import RunError
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores over ``images`` images: top-1 and top-5 as shares in [0, 1], and the mean cross-entropy."""
+    """What a model scores over ``images`` images."""
 
     top1: float
+    """Share of the images, in [0, 1], whose label has the largest logit."""
     top5: float
+    """Share of the images whose label is among the five largest logits."""
     loss: float
+    """Mean cross-entropy."""
     images: int
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of this rank's images, each once: ``indices`` [n] in the manifest, ``logits`` [n, classes] float32."""
+    """One rank's logits, each image once."""
 
     indices: np.ndarray
+    """[n], of the images in the manifest."""
     logits: np.ndarray
+    """[n, classes], float32."""
 
 
 @torch.no_grad()
-def evaluate(
+def score_batches(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     dtype: torch.dtype,
     predictions: list[Predictions] | None = None,
 ) -> Scores:
-    """Score all ranks' ``batches``. A collective.
+    """Compute top-1, top-5 and loss over the batches of all ranks. A collective.
 
     Sums are kept in float64 and added up over the ranks once, at the end.
 
     Args:
-        model: [B, 3, H, W] -> logits [B, classes].
-        dtype: of the model's input.
-        predictions: collects this rank's logits, if given.
+        model: maps images [batch, 3, height, width] to logits [batch, classes].
+        dtype: of the images that ``model`` takes.
+        predictions: a list that receives this rank's logits; None: they are not kept.
 
     Raises:
-        RunError: none of the images can be read.
+        RunError: on every rank; no image could be read.
     """
     sums: Tensor | None = None
     for batch in batches:
@@ -67,10 +75,26 @@ def evaluate(
 
 
 def _sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """Sum up one batch: [hits in the first, hits in the first five, loss, images], float64."""
+    """Return [hits in the first, hits in the first five, summed loss, images] of one batch, in float64."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="none")
     columns = torch.stack(
         [best[:, 0].double(), best.any(dim=1).double(), loss.double(), torch.ones_like(loss).double()]
     )
     return (columns * valid).sum(dim=1)
+
+
+def save_predictions(path: str | Path, predictions: Iterable[Predictions], images: Manifest) -> Path:
+    """Write arrays ``path``, ``label`` and ``logits`` to an ``.npz`` file, one row an image in the manifest's order."""
+    parts = list(predictions)
+    indices = np.concatenate([part.indices for part in parts])
+    logits = np.concatenate([part.logits for part in parts])
+    order = np.argsort(indices)
+    rows = indices[order]
+    arrays = {"path": np.array([images.paths[i] for i in rows]), "label": images.labels[rows], "logits": logits[order]}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    return atomic_write(path, write)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from sws_dist.data.loader import Batch
 from sws_dist.errors import RunError
-from sws_dist.evaluate import Predictions, evaluate
+from sws_dist.scoring import Predictions, score_batches
 
 
 def batch(logits: torch.Tensor, labels: torch.Tensor, valid: list[bool], first: int = 0) -> Batch:
@@ -22,7 +22,7 @@ def test_scores_count_valid_images_only() -> None:
     valid = [True] * 17 + [False] * 3
     batches = [batch(logits[:20], labels[:20], [True] * 20), batch(logits[20:], labels[20:], valid, first=20)]
     predictions: list[Predictions] = []
-    scores = evaluate(lambda images: images, batches, torch.float32, predictions)
+    scores = score_batches(lambda images: images, batches, torch.float32, predictions)
     logits, labels = logits[:37], labels[:37]
     best = logits.argsort(dim=1, descending=True)
     assert scores.images == 37
@@ -33,10 +33,10 @@ def test_scores_count_valid_images_only() -> None:
 
 
 def test_fewer_than_five_classes() -> None:
-    scores = evaluate(lambda x: x, [batch(torch.eye(3), torch.arange(3), [True] * 3)], torch.float32)
+    scores = score_batches(lambda x: x, [batch(torch.eye(3), torch.arange(3), [True] * 3)], torch.float32)
     assert (scores.top1, scores.top5) == (1.0, 1.0)
 
 
 def test_nothing_that_can_be_read_is_an_error() -> None:
     with pytest.raises(RunError, match="none of the images"):
-        evaluate(lambda x: x, [batch(torch.eye(3), torch.arange(3), [False] * 3)], torch.float32)
+        score_batches(lambda x: x, [batch(torch.eye(3), torch.arange(3), [False] * 3)], torch.float32)

@@ -1,0 +1,5 @@
+"""Let ``python -m sws_dist COMMAND`` be ``sws COMMAND``."""
+
+from sws_dist.cli.main import main
+
+main()

@@ -1,0 +1,230 @@
+"""Train, expand and evaluate from Python: what the commands ``sws train``, ``sws expand`` and ``sws evaluate`` call.
+
+``import sws_dist`` offers these functions under its own name; see there. In the examples, ``data/digits`` is what
+``python -m sws_dist.data.digits data/digits`` writes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sws_dist.build import build_run
+from sws_dist.checkpoint.model_file import load_model, load_weights_strict, set_input_description
+from sws_dist.config.loader import load_config
+from sws_dist.config.schema import DataConfig, RunConfig
+from sws_dist.data import manifest, pipeline, sampler
+from sws_dist.data.bad_images import BadImages, describe_bad_files
+from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
+from sws_dist.distributed.init import close_distributed, init_distributed
+from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.file import Learngene, load_learngene
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.models import SWSVisionTransformer
+from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
+from sws_dist.trainer import Trainer
+
+__all__ = ["evaluate", "expand", "train"]
+
+EVALUATION_TIMEOUT_S = 1800
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: RunConfig | str | Path,
+    deepspeed_config: str | Path | Mapping[str, Any],
+    *,
+    resume: str | None = None,
+) -> dict[str, Any] | None:
+    """Train the model that ``config`` describes, on this rank. A collective of all ranks.
+
+    A single process trains alone. To train on several ranks, start the program that calls this function with
+    ``deepspeed``, ``torchrun`` or ``srun``. The process group stays open until the process ends.
+
+    Args:
+        config: what to train: what ``load_config`` returned, a YAML file, or the name of a shipped config.
+        deepspeed_config: how the run is sharded: a DeepSpeed JSON file, the name of a shipped one (``zero2_bf16``), or
+            its content.
+        resume: ``auto`` goes on from the newest valid checkpoint of ``config.output``, if there is one, and trains no
+            run that is finished; a path goes on from that checkpoint. None starts anew.
+
+    Returns:
+        What the run's ``metrics.json`` holds, on every rank: ``top1`` and ``top5`` (shares in [0, 1]), ``history`` (one
+        dictionary an evaluation), ``parameters``, ``steps``, ``seconds``, ... The weights are in
+        ``<config.output>/learngene.safetensors`` for a model whose stages share weights, else in ``model.safetensors``.
+        None if ``train.max_steps`` stopped the run before its end.
+
+    Raises:
+        ValueError, OSError: a wrong config, data or weights that cannot be read.
+        RunError: the same where several ranks run: all of them raise it together.
+        Stopped: a signal told the run to stop, and it has saved (see ``sws_dist/distributed/signals.py``).
+
+    >>> import sws_dist
+    >>> config = sws_dist.load_config("quickstart/auxiliary", [
+    ...     "output=runs/auxiliary", "data.root=data/digits", "distill.teacher=null",
+    ...     "train.global_batch=721", "train.epochs=1"])
+    >>> metrics = sws_dist.train(config, {"zero_optimization": {"stage": 1}})
+    >>> metrics["steps"], metrics["validation_images"]
+    (2, 355)
+    """
+    run = config if isinstance(config, RunConfig) else load_config(config)
+    finished = Path(run.output) / "metrics.json"
+    if resume and finished.is_file():
+        log.info("%s exists: this run is done", finished)
+        return json.loads(finished.read_text())
+    atexit.register(close_distributed)
+    return Trainer(build_run(run, deepspeed_config, resume)).run()
+
+
+def expand(
+    learngene: Learngene | str | Path,
+    depth: int,
+    *,
+    plan: str | Sequence[int] = "even",
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> SWSVisionTransformer:
+    """Expand a learngene into a descendant: copy each stage's layer to as many layers as the plan says.
+
+    Args:
+        learngene: what ``load_learngene`` returned, or its file.
+        depth: the descendant's layers. A depth below the number of stages drops stages, with a warning in the log.
+        plan: ``even`` (as many layers to each stage, the remainder to the earliest), ``proportional`` to the
+            learngene's own schedule, or the stage of each layer: ``[0, 0, 1, 2, 3, 4]``.
+        num_classes: another number than the learngene's gives a fresh head.
+        image_size: height and width in pixels; another size than the learngene's resamples the position embedding.
+        seed: of a fresh head.
+
+    Returns:
+        The descendant: a float32 model on the CPU that maps images [batch, 3, image_size, image_size] to logits
+        [batch, num_classes]. Its state dict fits plain timm's ViT (``sws_dist.models.vit.timm_arguments``), and
+        ``pretrained_cfg`` says how its images are normalised.
+
+    Raises:
+        ValueError: a file that holds no learngene, or a plan of the wrong length, range or order.
+
+    >>> import sws_dist, torch
+    >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
+    >>> model = sws_dist.expand(learngene, depth=8, num_classes=37, image_size=48)
+    >>> len(model.blocks), model(torch.zeros(2, 3, 48, 48)).shape
+    (8, torch.Size([2, 37]))
+    """
+    source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
+    layers = expansion_plan(source.schedule, depth, plan)
+    info, weights = expand_learngene(*source, layers, num_classes=num_classes, image_size=image_size, seed=seed)
+    model = info.build()
+    load_weights_strict(model, weights, "the learngene")
+    set_input_description(model, info)
+    return model
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: str | Path,
+    *,
+    model_name: str | None = None,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    batch_size: int = 128,
+    num_threads: int = 4,
+    predictions: str | Path | None = None,
+) -> Scores:
+    """Score a model on a folder of images, each image counted once. A collective of all ranks, which share the images.
+
+    Args:
+        model: maps images [batch, 3, height, width] to logits [batch, classes]: a timm model (whose
+            ``pretrained_cfg`` says how its images are normalised, resized and cropped) or a file of weights. A model is
+            moved to this rank's device.
+        data: a folder of class folders. Their names are matched with the model's labels if it knows them; otherwise the
+            sorted folders are labels 0, 1, 2, ...
+        model_name: the timm model that a file's weights are of; not needed for the files that this package writes.
+        image_size: height and width in pixels, where the model takes another size than its own.
+        crop_pct: share of the resized image that is cropped; None: the model's own.
+        batch_size: images at a time on one rank.
+        num_threads: threads of one rank that decode images.
+        predictions: an ``.npz`` file to write, with arrays ``path``, ``label`` and ``logits`` (float32), one row an
+            image.
+
+    Returns:
+        Top-1, top-5 and loss over all images, the same on every rank.
+
+    Raises:
+        ValueError: weights that do not fit, a model that does not say how it wants its images, other classes than the
+            model's, or too many unreadable images. A ``RunError`` where several ranks run.
+
+    >>> import sws_dist
+    >>> model = sws_dist.expand("runs/auxiliary/learngene.safetensors", depth=10)
+    >>> scores = sws_dist.evaluate(model, "data/digits/val")
+    >>> scores == sws_dist.evaluate("runs/auxiliary/learngene.safetensors", "data/digits/val")
+    True
+    >>> scores.images
+    355
+    """
+    atexit.register(close_distributed)
+    world = init_distributed(EVALUATION_TIMEOUT_S)
+    with raise_on_all_ranks("load the model and list the images"):
+        name = "the model" if isinstance(model, nn.Module) else str(model)
+        scored: Any = model if isinstance(model, nn.Module) else load_model(model, model_name)
+        config = _input_config(scored, name, Path(data), image_size, crop_pct, num_threads)
+        classes = scored.pretrained_cfg.get("label_names")
+        images = manifest.scan(Path(data).parent, Path(data).name, classes)
+        if len(images.classes) != scored.num_classes:
+            raise ValueError(
+                f"{data} has {len(images.classes)} class folders, {name} knows {scored.num_classes} labels and not "
+                "their names; which label is which folder cannot be told"
+            )
+    for line in (*images.notes, *describe_bad_files(images.bad)):
+        log.info(line)
+    was_training = scored.training
+    scored.to(world.device).eval()
+    bad = BadImages(images.bad)
+    batches = sampler.eval_batches(len(images), world.rank, world.size, batch_size)
+    loader = pipeline.eval_loader(images, batches, config, world.device, bad)
+    kept: list[Predictions] | None = None if predictions is None else []
+    scores = score_batches(scored, loader, next(scored.parameters()).dtype, kept)
+    scored.train(was_training)
+    for line in bad.exchange(world.device, 0, len(images), config.max_bad_share):
+        log.warning(line)
+    if kept is not None and predictions is not None:
+        gathered = gather_on_rank0(kept)
+        with raise_on_all_ranks("write the predictions"):
+            if gathered is not None:
+                save_predictions(predictions, [part for rank in gathered for part in rank], images)
+    return scores
+
+
+def _input_config(
+    model: Any, name: str, data: Path, image_size: int | None, crop_pct: float | None, num_threads: int
+) -> DataConfig:
+    """Return how the images of ``data`` are read for ``model``."""
+    about = getattr(model, "pretrained_cfg", None)
+    if not about:
+        raise ValueError(
+            f"{name} has no pretrained_cfg, which says how it wants its images; models of timm.create_model and of "
+            "sws_dist have one"
+        )
+    missing = [key for key in ("mean", "std", "input_size") if not about.get(key)]
+    if missing:
+        raise ValueError(f"{name}: does not say its {', '.join(missing)}; convert it again")
+    size = image_size or about["input_size"][-1]
+    embed = getattr(model, "patch_embed", None)
+    own = getattr(embed, "img_size", None)
+    if own is not None and getattr(embed, "strict_img_size", True) and tuple(own) != (size, size):
+        raise ValueError(f"{name} takes images of {own[0]} x {own[1]} pixels, not {size} x {size}")
+    return DataConfig(
+        root=str(data.parent),
+        image_size=size,
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        crop_pct=crop_pct or about["crop_pct"],
+        interpolation=about["interpolation"],
+        num_threads=num_threads,
+    )

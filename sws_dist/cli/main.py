@@ -1,0 +1,66 @@
+"""Run ``sws COMMAND``: find the command's module, and import no other."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+import sws_dist
+from sws_dist.cli.common import run_command
+
+COMMANDS = {
+    "train": "Train a model: a teacher, an auxiliary model with shared weights, a descendant, or one from scratch",
+    "expand": "Expand a learngene into a descendant of any depth, ready to be fine-tuned",
+    "evaluate": "Score a model on a folder of images (<class>/<image>), each image counted once",
+    "convert": "Convert learngenes and checkpoints: from the paper's released code, and to plain timm",
+    "scan": "Read and decode every file of a data set once, and list the bad ones with their reasons",
+    "show-batch": "Write a picture of a training batch as the model will see it, with what was drawn for each image",
+    "submit": "Write a SLURM job for a run config, submit it, and say where to watch it",
+    "report": "Write a report and its curves from the quickstart's runs, as they came out",
+    "quickstart": "Run the whole method on real images, GPU or none: teacher, auxiliary model, descendants, report",
+}
+
+
+def main() -> None:
+    """Run the command that the command line names. The exit code is the command's own; 2 for a wrong command line."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(usage())
+    elif sys.argv[1] == "--version":
+        print(f"sws-dist {sws_dist.__version__}")
+    elif (name := sys.argv[1]) in COMMANDS:
+        run(name, sys.argv[2:])
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        print(f"sws: there is no command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run one command with its arguments."""
+    sys.argv = [f"sws {name}", *arguments]  # argparse calls the program by its last part
+    run_command(import_module(f"sws_dist.cli.{name.replace('-', '_')}").main)
+
+
+def usage() -> str:
+    """Return the help of ``sws`` itself."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sws COMMAND ...",
+            "",
+            "Train one vision transformer with shared stages, and expand it into a family of them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "sws COMMAND --help explains a command; sws --version prints the version.",
+            "On several GPUs or hosts: deepspeed --module sws_dist.cli.train ..., with the arguments of sws train.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The public functions do what the examples in their docstrings show, on real images."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import sws_dist
+from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.learngene.file import describe_model
+from sws_dist.models import SWSVisionTransformer, geometry
+from sws_dist.models.vit import timm_arguments
+
+# In this order: each uses what those before it have made.
+EXAMPLES = ("load_config", "create_model", "train", "load_learngene", "expand", "evaluate")
+GEOMETRY = {"schedule": (2, 1, 2), "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
+PREPROCESSING = {"mean": [0.4] * 3, "std": [0.2] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}
+
+
+@pytest.fixture
+def learngene(tmp_path: Path) -> Path:
+    model = SWSVisionTransformer(**GEOMETRY, num_classes=10)
+    info = describe_model(model, "learngene", preprocessing=PREPROCESSING, classes=[str(digit) for digit in range(10)])
+    return save_model_file(tmp_path / "learngene.safetensors", info, model.state_dict())
+
+
+def run_examples() -> int:
+    """Run the examples of all public functions. Returns how many failed."""
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for name in EXAMPLES:
+        (test,) = finder.find(getattr(sws_dist, name), name)
+        assert test.examples, f"{name} has no example"
+        runner.run(test)
+    return runner.summarize().failed
+
+
+def test_examples(tmp_path: Path, digits_root: Path) -> None:
+    """In a process of its own: training joins a process group, and sets what a launcher sets."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits_root)
+    code = "import sys; from tests.unit.test_api import run_examples; sys.exit(run_examples())"
+    path = [str(Path(__file__).parents[2]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_descendant_is_a_plain_timm_model(learngene: Path) -> None:
+    source = sws_dist.load_learngene(learngene)
+    assert (source.schedule, source.num_parameters) == ((2, 1, 2), sum(t.numel() for t in source.weights.values()))
+    model = sws_dist.expand(source, depth=5).eval()  # the auxiliary model's own depth
+    name, arguments = timm_arguments(geometry(model))
+    plain = timm.create_model(name, **arguments).eval()
+    plain.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain(images), model(images), rtol=0, atol=1e-6)
+    auxiliary = source.info.build().eval()
+    auxiliary.load_state_dict(source.weights, strict=True)
+    torch.testing.assert_close(auxiliary(images), model(images), rtol=0, atol=1e-6)
+
+
+def test_a_descendant_says_how_it_wants_its_images(learngene: Path) -> None:
+    model = sws_dist.expand(learngene, depth=4, plan=[0, 0, 1, 2], num_classes=3, image_size=48)
+    found = timm.data.resolve_model_data_config(model)
+    assert (found["input_size"], found["mean"], found["crop_pct"]) == ((3, 48, 48), [0.4] * 3, 1.0)
+    assert model.pretrained_cfg["label_names"] is None, "the head is new"
+    with pytest.raises(ValueError, match="has 4 layers, but the depth is 5"):
+        sws_dist.expand(learngene, depth=5, plan=[0, 0, 1, 2])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    config = sws_dist.load_config("quickstart/teacher", [f"output={tmp_path}"])
+    (tmp_path / "metrics.json").write_text('{"top1": 0.5}')
+    assert sws_dist.train(config, "zero2", resume="auto") == {"top1": 0.5}

@@ -1,0 +1,155 @@
+"""The ``sws`` command: it finds commands and configs, says what is wrong, and imports torch only to do something."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sws_dist
+from sws_dist.cli import main as cli
+from sws_dist.cli.quickstart import in_checkout, train
+from sws_dist.config.loader import load_config
+from sws_dist.config.shipped import find_deepspeed_config, find_run_config
+from sws_dist.errors import ConfigError
+from sws_dist.logging import console
+from sws_dist.zero.config import load_deepspeed_config
+from tests.launching import REPOSITORY
+
+FOLDER = REPOSITORY / "sws_dist" / "cli"
+
+
+def sws(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """Run ``sws`` so that importing torch fails."""
+    program = "import sys; sys.modules['torch'] = None; from sws_dist.cli.main import main; main()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_every_command_is_listed_as_its_module_describes_itself() -> None:
+    modules = {path.stem.replace("_", "-") for path in FOLDER.glob("*.py")} - {"--init--", "main", "common"}
+    assert modules == set(cli.COMMANDS)
+    for name, about in cli.COMMANDS.items():
+        doc = ast.get_docstring(ast.parse((FOLDER / f"{name.replace('-', '_')}.py").read_text()))
+        assert doc is not None
+        assert doc.splitlines()[0] == f"{about}.", name
+
+
+def test_every_command_has_a_launch_script_whose_name_hides_no_standard_module() -> None:
+    scripts = {path.stem for path in (REPOSITORY / "launcher").glob("*.py")}
+    assert scripts == {name.replace("-", "_") for name in cli.COMMANDS}
+    assert not scripts & sys.stdlib_module_names
+
+
+def test_help_and_version() -> None:
+    assert sws("--help").stdout == sws().stdout == cli.usage() + "\n"
+    assert sws("--version").stdout == f"sws-dist {sws_dist.__version__}\n"
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == sws_dist.__version__
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_imports_no_torch(name: str) -> None:
+    said = sws(name, "--help").stdout
+    assert said.startswith(f"usage: sws {name} ")
+    assert "--quiet" in said
+    assert "--debug" in said
+
+
+def test_an_unknown_command() -> None:
+    assert sws("trian", code=2).stderr == "sws: there is no command 'trian'; did you mean train?\n"
+    assert "the commands are train, expand" in sws("xyz", code=2).stderr
+
+
+def test_a_wrong_config_is_reported_without_torch() -> None:
+    config, ds = ("--config", "auxiliary_small"), ("--deepspeed_config", "zero2")
+    said = sws("train", *config, *ds, "--set", "train.epoch=3", code=1).stderr
+    assert said == "error: --set train.epoch=3: unknown key train.epoch; did you mean train.epochs?\n"
+    assert "did you mean auxiliary_small" in sws("train", "--config", "auxiliary_smal", *ds, code=1).stderr
+    assert "did you mean zero2_bf16" in sws("train", *config, "--deepspeed_config", "zero2_bf61", code=1).stderr
+    assert "the following arguments are required: --config" in sws("train", code=2).stderr
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    said = sws("train", "--debug", "--config", "nowhere", "--deepspeed_config", "zero2", code=1).stderr
+    assert "Traceback" in said
+    assert "ConfigError" in said
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, sws_dist; dir(sws_dist); sws_dist.load_config('auxiliary_small'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert set(sws_dist.__all__) <= set(dir(sws_dist))
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        _ = sws_dist.trian
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    tree = ast.parse((REPOSITORY / "sws_dist" / "__init__.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(sws_dist.__all__) - {"__version__"} <= imported
+
+
+def test_configs_are_found_by_path_then_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = REPOSITORY / "configs"
+    assert find_run_config("quickstart/teacher") == configs / "runs" / "quickstart" / "teacher.yaml"
+    assert find_deepspeed_config("zero3") == configs / "deepspeed" / "zero3.json"
+    (tmp_path / "auxiliary_small").mkdir()  # a folder of that name is no config
+    assert find_run_config("auxiliary_small") == configs / "runs" / "auxiliary_small.yaml"
+    (tmp_path / "zero3").write_text("{}")
+    assert find_deepspeed_config("zero3") == Path("zero3")
+    with pytest.raises(ConfigError, match=r"those that ship are auxiliary_base, .*quickstart/teacher"):
+        find_run_config("xyz")
+
+
+def test_a_config_may_build_on_a_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: auxiliary_small\noutput: runs/mine\n")
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.output, config.model.name) == ("runs/mine", "sws_aux_small_patch16_224")
+
+
+def test_a_deepspeed_config_may_be_given_as_its_content() -> None:
+    given = {"zero_optimization": {"stage": 1}}
+    assert load_deepspeed_config(given) == given
+    with pytest.raises(ConfigError, match="deepspeed_config: unknown key zero_optimisation"):
+        load_deepspeed_config({"zero_optimisation": {"stage": 1}})
+
+
+def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert in_checkout()
+    here = train("", "teacher", Path("runs/teacher"), 0).command
+    assert Path(here[here.index("--config") + 1]).is_file()
+    assert Path(here[here.index("--deepspeed_config") + 1]).is_file()
+    assert "launcher/train.py" in here
+    monkeypatch.chdir(tmp_path)
+    away = train("", "teacher", Path("runs/teacher"), 0).command
+    assert away[away.index("--module") + 1] == "sws_dist.cli.train"
+    assert find_run_config(away[away.index("--config") + 1]).is_file()
+
+
+def test_deepspeed_says_only_what_a_user_can_act_on() -> None:
+    """What is hidden is what the installed DeepSpeed says; all else stays."""
+    from deepspeed.utils import logger
+
+    console.setup_console()
+    hidden = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
+    record = logging.LogRecord("DeepSpeed", logging.WARNING, "", 0, hidden, (), None)
+    assert not logger.filter(record)
+    record.msg = "something else"
+    assert logger.filter(record)
+    source = Path(sys.modules["deepspeed"].__file__ or "").parent / "accelerator" / "real_accelerator.py"
+    assert re.search(r"Setting accelerator to CPU", source.read_text())
