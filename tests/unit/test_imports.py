@@ -14,18 +14,19 @@ ROOT = Path(__file__).parents[2]
 
 # From the top down. A module may import from its own package and from the lines below its own.
 LAYERS = (
-    ("launcher",),
+    ("launcher", "sws_dist.__main__"),
     ("sws_dist.cli",),
-    ("sws_dist", "sws_dist.api"),
+    ("sws_dist",),
+    ("sws_dist.api",),
     ("sws_dist.trainer",),
     ("sws_dist.build",),
     ("sws_dist.build_models",),
-    ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.evaluate"),
+    ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring"),
     ("sws_dist.checkpoint",),
     ("sws_dist.logging", "sws_dist.zero"),
     ("sws_dist.models", "sws_dist.data", "sws_dist.optim"),
     ("sws_dist.distributed", "sws_dist.config"),
-    ("sws_dist.atomic", "sws_dist.seed", "sws_dist.units", "sws_dist.errors", "sws_kernels"),
+    ("sws_dist.atomic", "sws_dist.seed", "sws_dist.units", "sws_dist.errors", "sws_dist.source_tree", "sws_kernels"),
 )
 HOMES = {  # heavy packages, and the only places that may import them
     "deepspeed": {"sws_dist.zero"},
