@@ -36,7 +36,8 @@ EXACT_FILES = (".safetensors", ".jsonl", ".npz", ".txt", ".tar")
 
 def code_spans(path: Path) -> list[str]:
     """Return what a page sets as code inside its text, without the code blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
 def commands(path: Path) -> Iterator[list[str]]:
