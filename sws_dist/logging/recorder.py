@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -15,6 +16,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -35,9 +38,8 @@ class Recorder:
         self._output = output
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._log = (output / "log.jsonl").open("a")
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=False
-        )
+        show_bar = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # not under --quiet
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not show_bar, leave=False)
 
     def advance(self) -> None:
         """Move the progress bar by one step."""

@@ -110,6 +110,7 @@ def test_every_config_of_the_checkout_is_found_by_name(installed: Installed) -> 
 def test_help(installed: Installed) -> None:
     assert "show-batch" in installed.run("sws", "--help")
     assert installed.run("sws", "evaluate", "--help").startswith("usage: sws evaluate")
+    assert installed.run(installed.venv / "bin" / "python", "-m", "sws_dist", "--version").startswith("sws-dist ")
 
 
 def test_one_process_trains(installed: Installed, few_digits: Path) -> None:

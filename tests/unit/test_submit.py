@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_the_script_says_all_that_was_asked_for(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_shipped_configs_may_be_named(tmp_path: Path) -> None:
+    options = ["--gpus-per-node", "8", "--set", f"output={tmp_path}/run", "--dry-run"]
+    named = ["--config", "auxiliary_small", "--deepspeed_config", "zero2_bf16"]
+    stamp = re.compile(r"\d{8}-\d{6}")
+    assert stamp.sub("", submit("auxiliary", *named, *options)) == stamp.sub("", submit("auxiliary", *TRAIN, *options))
+
+
 def test_descendants_are_an_array_that_waits(tmp_path: Path) -> None:
     config = ["--config", "configs/runs/descendant_small.yaml", *TRAIN[2:], "--gpus-per-node", "8"]
     array = ["--learngene", str(tmp_path / "learngene.safetensors"), "--depths", "6,9,12"]
@@ -59,3 +67,8 @@ def test_what_could_not_run_is_not_queued(tmp_path: Path) -> None:
 def test_a_machine_without_slurm(tmp_path: Path) -> None:
     said = submit("auxiliary", *TRAIN, "--set", f"output={tmp_path}/run", "--gpus-per-node", "8", code=1)
     assert "error: there is no sbatch on this machine" in said
+    (job,) = (tmp_path / "run" / "jobs").iterdir()
+    assert {path.name for path in job.iterdir()} == {"code", "config.yaml", "deepspeed.json", "job.sbatch"}
+    kept = (job / "code" / "launcher" / "slurm" / "common.sh").read_text()
+    assert kept == (ROOT / "launcher" / "slurm" / "common.sh").read_text()
+    assert (job / "code" / "sws_kernels" / "__init__.py").is_file()
