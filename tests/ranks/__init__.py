@@ -12,8 +12,8 @@ test leaves behind (random state, environment, patches, process groups, DeepSpee
     assert ranks.run(total, 5, world=3) == [15, 15, 15]  # results in the order of the ranks
 
 ``run`` raises ``RanksFailed`` with every rank's traceback and everything they printed, ``outcomes`` returns what
-became of each rank, and ``script`` runs a Python script as several ranks of a launcher would. ``start_script`` is for
-tests that disturb ranks under way. Whoever is still there at the end of a call is killed.
+became of each rank, and ``script`` runs a Python script as several ranks of a launcher would. ``start`` and
+``start_script`` are for tests that disturb ranks under way. Whoever is still there at the end of a call is killed.
 """
 
 from __future__ import annotations
@@ -194,6 +194,13 @@ def start_script(
 
 
 @contextmanager
+def start(body: Callable[..., Any], *args: Any, world: int = 2) -> Iterator[Group]:
+    """Start ``body(*args)`` in every rank; those that remain at the end of the block are killed."""
+    with _start(_body, (body, *args), world) as group:
+        yield group
+
+
+@contextmanager
 def _start(
     target: Callable[..., None], args: tuple[Any, ...], world: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[Group]:
@@ -231,7 +238,7 @@ def free_port() -> int:
 def _run(
     body: Callable[..., Any], args: tuple[Any, ...], world: int, timeout_s: float, grace_s: float
 ) -> tuple[list[Outcome], str]:
-    with _start(_body, (body, *args), world) as group:
+    with start(body, *args, world=world) as group:
         running = group._wait(timeout_s, until_one_fails=True)
         why = f"killed: still running after {timeout_s:g} s"
         if running and any(group.exitcodes()):

@@ -1,14 +1,7 @@
-"""Fill descendants from a learngene in one group of ranks and compare every rank's part with the offline expansion.
-
-    deepspeed --num_accelerators 2 --module tests.distributed.filling_worker cases.json
-
-cases.json: {"learngene": FILE, "out": FILE, "cases": [{"stage": 3, "precision": "bf16", "way": "read", ...}, ...]}
-"""
+"""Fill descendants from a learngene and compare every rank's part with the offline expansion."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.expansion import gather_and_broadcast
-from sws_dist import cli, comm, engine, expansion, filling, learngene
+from sws_dist import comm, engine, expansion, filling, learngene
 from sws_dist.comm import World
 from sws_dist.config import OptimConfig
 from sws_dist.errors import RunError
@@ -28,17 +21,10 @@ SCHEDULE = (3, 3, 4, 3, 3)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("--local_rank", type=int, default=0)
-    jobs = json.loads(parser.parse_args().jobs.read_text())
+def run_all(learngene_path: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run every case in one rank, then ``hidden``; what they return."""
     world = comm.init(120)
-    found = [run(Path(jobs["learngene"]), world, **case) for case in jobs["cases"]]
-    found.append(hidden(Path(jobs["learngene"]), world))
-    if world.is_main:
-        Path(jobs["out"]).write_text(json.dumps(found))
-    comm.close()
+    return [run(learngene_path, world, **case) for case in cases], hidden(learngene_path, world)
 
 
 def run(
@@ -53,7 +39,7 @@ def run(
     zero: dict[str, Any] | None = None,
     spoil: bool = False,
 ) -> dict[str, Any]:
-    """One descendant of 12 layers; what was wrong with it on any rank, and what moved."""
+    """Fill one descendant of 12 layers; return what is wrong with it on any rank, and what moved."""
     dtype, layers = DTYPES[precision], expansion.plan(SCHEDULE, 12)
     ds = {
         "train_batch_size": world.size,
@@ -106,7 +92,7 @@ def run(
 
 
 def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, world: World) -> list[str]:
-    """Parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
+    """Name the parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
     wrong = []
     flats = engine.masters(built)
     for piece in engine.fragments(built):
@@ -126,8 +112,8 @@ def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, wor
     return wrong
 
 
-def hidden(path: Path, world: World) -> dict[str, Any]:
-    """Where only rank 0 sees the file, or the others another one."""
+def hidden(path: Path, world: World) -> list[str]:
+    """Return what is chosen, and then said, where the other ranks see no file, and where they see another one."""
     said = []
     for elsewhere in (path.with_name("nowhere.safetensors"), path.with_name("other.safetensors")):
         mine = path if world.is_main else elsewhere
@@ -136,8 +122,4 @@ def hidden(path: Path, world: World) -> dict[str, Any]:
             filling.choose(mine, "read")
         except RunError as error:
             said.append(str(error))
-    return {"said": said}
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    return said
