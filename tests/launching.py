@@ -39,7 +39,7 @@ class Job:
 
     def overrides(self) -> list[str]:
         values = {"output": str(self.output), **self.sets}
-        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
 
     @property
     def ds_path(self) -> Path:
