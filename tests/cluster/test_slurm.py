@@ -202,7 +202,7 @@ def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, repo
 def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) -> None:
     """On two nodes, for srun of two ranks each; and plain python, where SLURM promised more, is refused."""
     (tmp_path / "hostfile").write_text("h2 slots=1\nh3 slots=1\n")
-    say = "tests/cluster/say_world.py"
+    say = "tests/cluster/print_world.py"
     deepspeed = f"{BIN}/deepspeed --hostfile {tmp_path}/hostfile"
     torchrun = f"{BIN}/torchrun --nnodes=2 --nproc-per-node=1 --master-addr=h2 --master-port=29510"
     by_node = "srun --ntasks-per-node=1 --ntasks=2 bash -c"

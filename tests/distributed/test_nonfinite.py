@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import Job, deepspeed, log
+from sws_dist.errors import RunError
+from tests.distributed import poisoned
+from tests.launching import Job, log
 
 RUN = """
 output: unused
@@ -30,25 +32,9 @@ KINDS["batchnorm"] = {"zero_optimization": {"stage": 1}}
 OURS = "{name: sws_vit, schedule: [2, 2], kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}"
 
 
-def run(jobs: list[tuple[Job, list[int]]], folder: Path) -> Any:
-    listed = [
-        {
-            "config": str(job.config),
-            "overrides": job.overrides(),
-            "deepspeed_config": str(job.ds_file()),
-            "resume": job.resume,
-            "poison": steps,
-        }
-        for job, steps in jobs
-    ]
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(listed))
-    return deepspeed("--module", "tests.distributed.poisoned_worker", str(file), ranks=2, timeout_s=500)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
-    """Of every kind: steps 3, 4 and 6 of 6 are poisoned; a checkpoint after steps 2, 4, 5 and 6."""
+    """Train every kind with steps 3, 4 and 6 of 6 poisoned; there is a checkpoint after steps 2, 4, 5 and 6."""
     folder = tmp_path_factory.mktemp("nonfinite")
     text = RUN.replace("ROOT", str(few_digits))
     (folder / "run.yaml").write_text(text.replace("MODEL", OURS).replace("DECAY", "0.9"))
@@ -59,14 +45,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
             file = folder / ("batchnorm.yaml" if kind == "batchnorm" else "run.yaml")
             job = Job(file, folder / kind, ds, {"train.max_steps": steps}, resume="auto")
             jobs.append((job, POISONED))
-    done = run(jobs, folder)
-    assert done.returncode == 0, done.stdout[-6000:]
-    (folder / "said.txt").write_text(done.stdout)
+    ended, printed = poisoned.train(jobs)
+    assert [outcome.traceback for outcome in ended] == ["", ""], printed[-6000:]
+    (folder / "said.txt").write_text(printed)
     return folder
 
 
 def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights, optimizer state and averages, of all ranks."""
+    """Read weights, optimizer state and averages of all ranks."""
     files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
     assert files
     return {f"{file.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
@@ -100,11 +86,9 @@ def test_its_images_are_written_down(folder: Path, few_digits: Path) -> None:
 
 def test_one_too_many_in_a_row_stops_the_run(folder: Path) -> None:
     job = Job(folder / "run.yaml", folder / "stopped", KINDS["zero2"])
-    done = run([(job, [3, 6, 7, 8])], folder)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "the loss is nan at step 8 on rank 1" in errors[0]
-    assert "after 2 skipped steps (train.skip_nonfinite)" in errors[0]
+    ended, _ = poisoned.train([(job, [3, 6, 7, 8])])
+    for outcome in ended:
+        assert isinstance(outcome.error, RunError)
+        assert "the loss is nan at step 8 on rank 1" in str(outcome.error)
+        assert "after 2 skipped steps (train.skip_nonfinite)" in str(outcome.error)
     assert len(log(job.output)) >= 8

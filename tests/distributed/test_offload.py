@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import Job, losses, train_all
-
-pytestmark = pytest.mark.slow
+from tests import runs
+from tests.launching import Job, losses
 
 RUN = """
 output: unused
@@ -30,7 +29,7 @@ def offloaded(stage: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     if shutil.which("c++") is None:
         pytest.skip("DeepSpeedCPUAdam is compiled at first use, which needs a C++ compiler")
     folder = tmp_path_factory.mktemp("offload")
@@ -40,22 +39,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     jobs += [Job(run, folder / f"zero{stage}", offloaded(stage), cpu_adam) for stage in (1, 2, 3)]
     jobs += [Job(run, folder / "parts", offloaded(3), cpu_adam | {"train.max_steps": 2})]
     jobs += [Job(run, folder / "parts", offloaded(3), cpu_adam, resume="auto")]
-    train_all(jobs, 2, folder)
+    runs.train_all(jobs, 2)
     return folder
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_it_takes_torchs_steps(runs: Path, stage: int) -> None:
-    assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "torch"), abs=1e-5)
+def test_it_takes_torchs_steps(trained: Path, stage: int) -> None:
+    assert losses(trained / f"zero{stage}") == pytest.approx(losses(trained / "torch"), abs=1e-5)
     for name in ("learngene", "learngene_ema"):
-        ours, theirs = (load_file(runs / run / f"{name}.safetensors") for run in (f"zero{stage}", "torch"))
+        ours, theirs = (load_file(trained / run / f"{name}.safetensors") for run in (f"zero{stage}", "torch"))
         for key in theirs:
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
 
 
-def test_it_resumes(runs: Path) -> None:
+def test_it_resumes(trained: Path) -> None:
     """To rounding: DeepSpeed's CPUAdam multiplies its bias corrections up, and after a load takes a power anew."""
-    assert losses(runs / "parts") == pytest.approx(losses(runs / "zero3"), abs=1e-6)
-    whole, parts = (load_file(runs / run / "learngene.safetensors") for run in ("zero3", "parts"))
+    assert losses(trained / "parts") == pytest.approx(losses(trained / "zero3"), abs=1e-6)
+    whole, parts = (load_file(trained / run / "learngene.safetensors") for run in ("zero3", "parts"))
     for key in whole:
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6)

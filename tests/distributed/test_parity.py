@@ -22,7 +22,8 @@ from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.optim import LRSchedule, parameter_groups
 from sws_dist.seed import seed_everything
-from tests.launching import Job, losses, train_all
+from tests import runs
+from tests.launching import Job, losses
 
 STEPS = 5
 STAGES = (0, 1, 2, 3)
@@ -77,7 +78,7 @@ def plain(folder: Path) -> dict[str, Any]:
     model = create_model(
         "sws_vit", schedule=[2, 1, 2], drop_path_rate=0.1, img_size=32, num_classes=10, **run.model.kwargs
     )
-    teacher = load_teacher(run.distill, 10, classes, run.data.mean, run.data.std, 32)
+    teacher = load_teacher(run.distill, classes, run.data)
     assert teacher is not None
     groups = parameter_groups(model, run.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=run.optim.betas, eps=run.optim.eps)
@@ -114,30 +115,30 @@ def plain(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Path:
+def trained(folder: Path) -> Path:
     """All runs, in two groups of ranks: two ranks, and one that accumulates two micro-batches."""
     for ranks in (2, 1):
         jobs = [Job(folder / "run.yaml", folder / f"ranks{ranks}-zero{s}", deepspeed_config(s)) for s in STAGES]
         if ranks == 2:
             low = {"bf16": {"enabled": True}}
             jobs += [Job(folder / "run.yaml", folder / f"bf16-zero{s}", deepspeed_config(s, **low)) for s in STAGES]
-        train_all(jobs, ranks, folder)
+        runs.train_all(jobs, ranks)
     return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_equal_plain_pytorch(runs: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
-    np.testing.assert_allclose(losses(runs / f"ranks{ranks}-zero{stage}"), plain["losses"], rtol=0, atol=1e-5)
+def test_losses_equal_plain_pytorch(trained: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
+    np.testing.assert_allclose(losses(trained / f"ranks{ranks}-zero{stage}"), plain["losses"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("file", "expected"), [("learngene", "weights"), ("learngene_ema", "average")])
 def test_final_weights_equal_plain_pytorch(
-    runs: Path, plain: dict[str, Any], stage: int, ranks: int, file: str, expected: str
+    trained: Path, plain: dict[str, Any], stage: int, ranks: int, file: str, expected: str
 ) -> None:
-    found = load_file(runs / f"ranks{ranks}-zero{stage}" / f"{file}.safetensors")
+    found = load_file(trained / f"ranks{ranks}-zero{stage}" / f"{file}.safetensors")
     assert found.keys() == plain[expected].keys()
     for name, tensor in plain[expected].items():
         # Adam divides by the root of tiny second moments: rounding of 1e-7 in a gradient may show as 1e-4 of a step.
@@ -146,9 +147,9 @@ def test_final_weights_equal_plain_pytorch(
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_gradients_equal_plain_pytorch(runs: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
+def test_gradients_equal_plain_pytorch(trained: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
     """By way of Adam's first moment, which is a weighted sum of the clipped gradients of all steps."""
-    saved = runs / f"ranks{ranks}-zero{stage}" / "checkpoints" / f"step-{STEPS:08d}"
+    saved = trained / f"ranks{ranks}-zero{stage}" / "checkpoints" / f"step-{STEPS:08d}"
     with ShardReader(saved / name for name in read_state(saved).files) as reader:
         for name, moment in plain["exp_avg"].items():
             found = reader.read("exp_avg", name, 0, moment.numel()).reshape(moment.shape)
@@ -157,14 +158,14 @@ def test_gradients_equal_plain_pytorch(runs: Path, plain: dict[str, Any], stage:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_follows_fp32_with_fp32_masters(runs: Path, plain: dict[str, Any], stage: int) -> None:
-    output = runs / f"bf16-zero{stage}"
+def test_bf16_follows_fp32_with_fp32_masters(trained: Path, plain: dict[str, Any], stage: int) -> None:
+    output = trained / f"bf16-zero{stage}"
     np.testing.assert_allclose(losses(output), plain["losses"], rtol=0.05)
     head = load_file(output / "learngene.safetensors")["head.weight"]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float()), "the saved weights are the rounded ones, not the masters"
 
 
-def test_the_comparison_can_fail(runs: Path, plain: dict[str, Any]) -> None:
+def test_the_comparison_can_fail(trained: Path, plain: dict[str, Any]) -> None:
     """Negative control: another micro-batch order, which a wrong sampler would give, is far outside the tolerance."""
     assert abs(np.array(plain["losses"][:-1]) - np.array(plain["losses"][1:])).max() > 1e-3

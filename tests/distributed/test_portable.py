@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sws_dist.checkpoint.checkpoint import read_state
+from sws_dist.checkpoint.checkpoint import export_weights, read_state
 from sws_dist.checkpoint.safetensors_stream import tensor_entry, write_safetensors
 from sws_dist.checkpoint.shards import ShardReader
-from tests.launching import REPOSITORY, Job, losses, train, train_all
+from tests import runs
+from tests.distributed.reshard_worker import reshard
+from tests.launching import Job, losses
 
 RUN = """
 output: unused
@@ -57,34 +60,34 @@ def job(folder: Path, name: str, stage: int, ranks: int, resume: str | None = No
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Path:
+def trained(folder: Path) -> Path:
     """Never interrupted on 4 ranks at ZeRO-3; and as 4 ranks at ZeRO-3, 3 at ZeRO-1, and back."""
     until = "train.max_steps"
-    train_all([job(folder, "whole", 3, 4), job(folder, "parts", 3, 4, **{until: 2})], 4, folder)
-    train_all([job(folder, "parts", 1, 3, "auto", **{until: 4})], 3, folder)
-    train_all([job(folder, "parts", 3, 4, "auto")], 4, folder)
+    runs.train_all([job(folder, "whole", 3, 4), job(folder, "parts", 3, 4, **{until: 2})], 4)
+    runs.train_all([job(folder, "parts", 1, 3, "auto", **{until: 4})], 3)
+    runs.train_all([job(folder, "parts", 3, 4, "auto")], 4)
     return folder
 
 
-def test_the_loss_curve_goes_on(runs: Path) -> None:
-    whole, parts = losses(runs / "whole"), losses(runs / "parts")
+def test_the_loss_curve_goes_on(trained: Path) -> None:
+    whole, parts = losses(trained / "whole"), losses(trained / "parts")
     assert len(whole) == len(parts) == STEPS
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5)
     assert np.abs(np.diff(whole)).min() > 1e-4, "a step missed or taken twice would not show"
 
 
 @pytest.mark.parametrize("name", ["learngene", "learngene_ema"])
-def test_final_weights_are_those_of_the_undisturbed_run(runs: Path, name: str) -> None:
-    whole, parts = (load_file(runs / run / f"{name}.safetensors") for run in ("whole", "parts"))
+def test_final_weights_are_those_of_the_undisturbed_run(trained: Path, name: str) -> None:
+    whole, parts = (load_file(trained / run / f"{name}.safetensors") for run in ("whole", "parts"))
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, rtol=0, atol=1e-4)
 
 
-def test_the_change_is_said(folder: Path, runs: Path) -> None:
+def test_the_change_is_said(folder: Path, trained: Path) -> None:
     sets = {"train.max_steps": 3, "output": str(folder / "said")}
-    resume = str(runs / "parts" / "checkpoints" / FIRST)
+    resume = str(trained / "parts" / "checkpoints" / FIRST)
     one = Job(folder / "run.yaml", folder / "said", ds(2, 1) | {"gradient_accumulation_steps": 4}, sets, resume)
-    done = train(one, ranks=1)
+    done = runs.train(one, ranks=1)
     assert done.returncode == 0, done.stdout
     for line in ("world_size 1; the checkpoint was written with 4", "zero_stage 2", "num_micros 4"):
         assert f"going on with {line}" in done.stdout
@@ -110,9 +113,9 @@ LAYOUTS = [(stage, ranks, precision) for ranks in (1, 2, 3) for stage in (0, 1, 
 
 
 @pytest.fixture(scope="module")
-def copies(runs: Path, folder: Path) -> Path:
+def copies(trained: Path, folder: Path) -> Path:
     """The checkpoint of 4 ranks at ZeRO-3, loaded into other layouts and saved again; and one with buffers."""
-    run, source = folder / "run.yaml", str(runs / "parts" / "checkpoints" / FIRST)
+    run, source = folder / "run.yaml", str(trained / "parts" / "checkpoints" / FIRST)
     for ranks in (2, 1, 3):
         layouts = [(stage, precision) for stage, its_ranks, precision in LAYOUTS if its_ranks == ranks]
         jobs = [
@@ -121,18 +124,18 @@ def copies(runs: Path, folder: Path) -> Path:
         ]
         resnet = folder / "resnet.yaml", folder / f"resnet-{ranks}"
         if ranks == 2:
-            train_all([Job(*resnet, ds(1, 2), {"train.max_steps": 2})], 2, folder)
+            runs.train_all([Job(*resnet, ds(1, 2), {"train.max_steps": 2})], 2)
         if ranks == 3:
             jobs.append(Job(*resnet, ds(3, 3), {}, str(folder / "resnet-2" / "checkpoints" / FIRST)))
-        train_all(jobs, ranks, folder, module="tests.distributed.relayout")
+        reshard(jobs, ranks)
     return folder
 
 
 @pytest.mark.parametrize(("stage", "ranks", "precision"), LAYOUTS)
 def test_a_copy_through_another_layout_is_exact(
-    runs: Path, copies: Path, stage: int, ranks: int, precision: str | None
+    trained: Path, copies: Path, stage: int, ranks: int, precision: str | None
 ) -> None:
-    wanted = content(runs / "parts" / "checkpoints" / FIRST)
+    wanted = content(trained / "parts" / "checkpoints" / FIRST)
     copied = copies / f"copy-{ranks}-{stage}-{precision}" / "checkpoints" / FIRST
     state = read_state(copied)
     assert (state.zero_stage, state.world_size, state.precision) == (stage, ranks, precision or "fp32")
@@ -152,9 +155,9 @@ def test_buffers_come_along(copies: Path) -> None:
 
 
 @pytest.mark.parametrize("by", [1, -1])
-def test_a_shifted_slice_would_be_seen(runs: Path, tmp_path: Path, by: int) -> None:
+def test_a_shifted_slice_would_be_seen(trained: Path, tmp_path: Path, by: int) -> None:
     """Negative control: one rank's pieces, said to begin one element later or earlier."""
-    source = runs / "parts" / "checkpoints" / FIRST
+    source = trained / "parts" / "checkpoints" / FIRST
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     file = tmp_path / "shard-00001-of-00004.safetensors"
@@ -171,49 +174,65 @@ def test_a_shifted_slice_would_be_seen(runs: Path, tmp_path: Path, by: int) -> N
 
 # ---- export ----
 
-EXPORT = """
-import re, sys, threading, time
-from pathlib import Path
-import torch
-from sws_dist import checkpoint
 
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators have returned and that somebody still holds.
 
-peak, before, done = 0, anonymous(), False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch); thread.start()
-checkpoint.export(Path(sys.argv[1]), Path(sys.argv[2]), dtype=torch.bfloat16)
-done = True; thread.join()
-print(peak - before)
-"""
+    The process's resident memory would also show what the allocator keeps for later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(numel for _, numel in self._storages.values()))
+        return out
 
 
-def test_exporting_holds_one_tensor_at_a_time(runs: Path, tmp_path: Path) -> None:
-    """Forty tensors of 4 MiB from two shards: the memory is a few tensors', not the model's 160 MiB."""
-    numel, names = 1 << 20, [f"layer{i}" for i in range(40)]
-    source = runs / "parts" / "checkpoints" / FIRST / "state.json"
-    state = json.loads(source.read_text()) | {"shapes": {name: [numel // 4, 4] for name in names}, "files": {}}
-    half = numel // 2
+NUMEL, NAMES = 1 << 14, [f"layer{i}" for i in range(40)]
+ONE_TENSOR = 4 * NUMEL
+
+
+@pytest.fixture
+def large(trained: Path, tmp_path: Path) -> Path:
+    """A checkpoint of forty tensors in two shards."""
+    source = trained / "parts" / "checkpoints" / FIRST / "state.json"
+    state = json.loads(source.read_text()) | {"shapes": {name: [NUMEL // 4, 4] for name in NAMES}, "files": {}}
+    half = NUMEL // 2
     for rank in range(2):
-        entries = [tensor_entry(f"weight/{n}", torch.full((half,), float(i + rank))) for i, n in enumerate(names)]
-        starts = json.dumps(dict.fromkeys(names, rank * half))
+        entries = [tensor_entry(f"weight/{n}", torch.full((half,), float(i + rank))) for i, n in enumerate(NAMES)]
+        starts = json.dumps(dict.fromkeys(NAMES, rank * half))
         written = write_safetensors(tmp_path / f"{rank}.safetensors", entries, {"starts": starts})
         state["files"][f"{rank}.safetensors"] = vars(written)
     (tmp_path / "state.json").write_text(json.dumps(state))
-    out = tmp_path / "out.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", EXPORT, str(tmp_path), str(out)],
-        cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    taken = int(done.stdout.splitlines()[-1])
-    assert taken < 8 * 4 * numel, f"{taken / 2**20:.0f} MiB"
+    return tmp_path
+
+
+def test_exporting_holds_one_tensor_at_a_time(large: Path) -> None:
+    """At most the last tensor with its copy in bf16, and the next one with the half that is being read: not forty."""
+    out = large / "out.safetensors"
+    with LiveTensors() as live:
+        export_weights(large, out, dtype=torch.bfloat16)
+    assert ONE_TENSOR <= live.peak <= 3 * ONE_TENSOR
     weights = load_file(out)
-    assert list(weights) == names or set(weights) == set(names)
+    assert weights.keys() == set(NAMES)
     assert weights["layer7"].dtype == torch.bfloat16
+    half = NUMEL // 2
     assert torch.equal(weights["layer7"].float().flatten()[[0, half - 1, half, -1]], torch.tensor([7.0, 7, 8, 8]))
+
+
+def test_holding_all_tensors_would_be_seen(large: Path) -> None:
+    """Negative control for the count."""
+    state = read_state(large)
+    with LiveTensors() as live, ShardReader(large / name for name in state.files) as reader:
+        held = [entry.read() for entry in reader.entries(state.shapes, "weight", torch.bfloat16)]
+    assert len(held) == len(NAMES)
+    assert live.peak >= len(NAMES) * ONE_TENSOR

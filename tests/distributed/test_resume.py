@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from sws_dist.checkpoint.checkpoint import verify
 from sws_dist.data import manifest, sampler
-from tests.launching import Job, losses, train, train_all
+from tests import runs
+from tests.launching import Job, losses
 
 STAGES = (0, 1, 2, 3)
 RUN = """
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
         for steps in (4, 7):
             jobs.append(Job(file, folder / f"parts{stage}", ds(stage), {"train.max_steps": steps}, resume="auto"))
         jobs.append(Job(file, folder / f"parts{stage}", ds(stage), resume="auto"))
-    train_all(jobs, 2, folder)
+    runs.train_all(jobs, 2)
     return folder
 
 
@@ -73,7 +74,7 @@ def test_old_checkpoints_are_pruned(folder: Path) -> None:
 
 def refused(job: Job, ranks: int = 1) -> str:
     """Start a run that has to end at once; its one message."""
-    done = train(job, ranks=ranks)
+    done = runs.train(job, ranks=ranks)
     assert done.returncode != 0
     messages = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, done.stdout[-4000:]
@@ -121,7 +122,7 @@ def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:
     flip_a_byte(newest / "shard-00001-of-00002.safetensors")
     job = Job(folder / "run.yaml", damaged, ds(2))
     assert "its checksum differs" in refused(replace(job, resume=str(newest)), ranks=2)
-    done = train(replace(job, resume="auto"), ranks=2)
+    done = runs.train(replace(job, resume="auto"), ranks=2)
     assert done.returncode == 0, done.stdout
     assert "its checksum differs); going on from step-00000007" in done.stdout
     assert "set aside as abandoned-step-00000010" in done.stdout
@@ -144,7 +145,7 @@ def test_another_stream_of_images_is_refused(folder: Path, damaged: Path) -> Non
 
 def test_going_back_sets_later_checkpoints_aside(folder: Path, damaged: Path) -> None:
     back = str(damaged / "checkpoints" / "step-00000007")
-    done = train(Job(folder / "run.yaml", damaged, ds(2), {"train.max_steps": 8}, resume=back), ranks=2)
+    done = runs.train(Job(folder / "run.yaml", damaged, ds(2), {"train.max_steps": 8}, resume=back), ranks=2)
     assert done.returncode == 0, done.stdout
     assert "set aside as abandoned-step-00000010" in done.stdout
     kept = sorted(path.name for path in (damaged / "checkpoints").iterdir() if path.is_dir())
@@ -160,9 +161,9 @@ def test_a_file_that_vanished_meanwhile_changes_no_other_step(folder: Path, tmp_
     steps = [set(order.images(sampler.micro_batch_positions(step, 16, 0, 1)).tolist()) for step in range(10)]
     only_at_the_end = (steps[9] - set().union(*steps[4:9])).pop()
     job = Job(folder / "run.yaml", tmp_path / "run", ds(2), {"data.root": str(root), "train.max_steps": 4})
-    assert train(job, ranks=2).returncode == 0
+    assert runs.train(job, ranks=2).returncode == 0
     images.file(only_at_the_end).unlink()
-    done = train(Job(job.config, job.output, job.ds, {"data.root": str(root)}, resume="auto"), ranks=2)
+    done = runs.train(Job(job.config, job.output, job.ds, {"data.root": str(root)}, resume="auto"), ranks=2)
     assert done.returncode == 0, done.stdout
     assert "missing" in done.stdout
     whole, parts = losses(folder / "whole2"), losses(tmp_path / "run")
@@ -177,6 +178,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder: Path, damaged: Pat
 
 
 def test_a_finished_run_does_not_start_again(folder: Path) -> None:
-    done = train(Job(folder / "run.yaml", folder / "whole2", ds(2), resume="auto"), ranks=2)
+    done = runs.train(Job(folder / "run.yaml", folder / "whole2", ds(2), resume="auto"), ranks=2)
     assert done.returncode == 0
     assert "this run is done" in done.stdout

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.launching import deepspeed
-
-pytestmark = pytest.mark.slow
+from tests import ranks
+from tests.distributed import traffic_bodies
 
 STAGES = 5  # of the auxiliary model
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("traffic") / "found.json"
-    done = deepspeed("--module", "tests.distributed.traffic_worker", str(out), ranks=2)
-    assert done.returncode == 0, done.stdout[-6000:]
-    return json.loads(out.read_text())
+def found() -> dict[str, Any]:
+    return ranks.run(traffic_bodies.count)[0]
 
 
 def gathers(case: dict[str, Any], name: str) -> int:
@@ -27,7 +22,7 @@ def gathers(case: dict[str, Any], name: str) -> int:
 
 
 def reduced(case: dict[str, Any]) -> list[int]:
-    """Bytes of gradients reduced in each micro-batch."""
+    """Sum the bytes of gradients reduced in each micro-batch."""
     return [moved["bytes"].get("reduce_scatter", 0) + moved["bytes"].get("all_reduce", 0) for moved in case["backward"]]
 
 

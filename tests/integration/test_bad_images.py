@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launching import REPOSITORY, Job, log, train
+from tests import runs
+from tests.launching import Job, log
 from tests.unit import bad_files
 
 RUN = """
@@ -55,7 +51,7 @@ def test_five_percent_of_nine_kinds(data: Path, tmp_path: Path) -> None:
     reasons = bad_files.spoil(files[4::20])
     assert len(reasons) == 9 == 0.05 * len(files)
     job = Job(tmp_path / "run.yaml", tmp_path / "run", PLAIN)
-    done = train(job, ranks=2)
+    done = runs.train(job, ranks=2)
     assert done.returncode == 0, done.stdout[-4000:]
     assert (job.output / "metrics.json").is_file()
     assert "171 training and 20 validation images" in done.stdout
@@ -70,25 +66,18 @@ def test_files_that_turn_bad_while_training(data: Path, tmp_path: Path) -> None:
     """Vanished, emptied, cut and the rest, once the run is under way: it goes on, and counts and names them."""
     files = training_files(data)
     job = Job(tmp_path / "run.yaml", tmp_path / "run", PLAIN, {"train.epochs": 6, "train.eval_every": 6})
-    command = [sys.executable, "launcher/train.py", "--config", job.config, "--deepspeed_config", job.ds_file()]
-    command += [part for override in job.overrides() for part in ("--set", override)]
-    printed = tmp_path / "printed.txt"
-    with printed.open("w") as out:
-        run = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
-        )
-        try:
-            wait_for_step(job.output, 10)
-            os.kill(run.pid, signal.SIGSTOP)  # so that an epoch at least remains
-            before = log(job.output)[-1]["step"]
-            reasons = bad_files.spoil(files[4::20])
-            os.kill(run.pid, signal.SIGCONT)
-            assert run.wait(timeout=200) == 0, printed.read_text()[-4000:]
-        finally:
-            run.kill()
+    with runs.running(job, ranks=1) as run:
+        run.wait_for_step(10)
+        (process,) = run.ranks()
+        process.suspend()  # so that an epoch at least remains
+        before = log(job.output)[-1]["step"]
+        reasons = bad_files.spoil(files[4::20])
+        process.resume()
+        assert run.wait() == [0], run.said()[-4000:]
+        printed = run.said()
     assert before < 6 * 9 - 2 * 9 - 3, "the run was over too soon for this test to mean anything"
     assert len(log(job.output)) >= 6 * 9
-    said = [line for line in printed.read_text().splitlines() if line.startswith("bad image: ")]
+    said = [line for line in printed.splitlines() if line.startswith("bad image: ")]
     assert len(said) == 9
     for name, reason in reasons.items():
         assert sum(name in line and reason in line for line in said) == 1, (name, reason, said)
@@ -97,20 +86,11 @@ def test_files_that_turn_bad_while_training(data: Path, tmp_path: Path) -> None:
     assert counts[-1] == 9
 
 
-def wait_for_step(output: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (output / "log.jsonl").is_file() and any(entry["step"] >= step for entry in log(output)):
-            return
-        time.sleep(0.02)
-    raise AssertionError("no step within two minutes")
-
-
 def test_beyond_the_allowed_share_all_ranks_stop(data: Path, tmp_path: Path) -> None:
     bad_files.spoil(training_files(data)[4::20])
     job = Job(tmp_path / "run.yaml", tmp_path / "run", PLAIN, {"data.max_bad_share": 0.04})
-    done = train(job, ranks=2)
-    assert done.returncode != 0
+    done = runs.train(job, ranks=2)
+    assert done.returncode == 1
     assert done.stdout.count("error: ") == 1, done.stdout[-4000:]
     assert "9 of 180 images are bad, more than data.max_bad_share 0.04 allows" in done.stdout
 
@@ -118,25 +98,12 @@ def test_beyond_the_allowed_share_all_ranks_stop(data: Path, tmp_path: Path) -> 
 def test_a_data_disk_that_goes_away_ends_all_ranks(data: Path, tmp_path: Path) -> None:
     """Two ranks whose images vanish under way: one message, no rank that waits for ever."""
     job = Job(tmp_path / "run.yaml", tmp_path / "run", PLAIN, {"train.epochs": 500})
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", WATCH, str(job.output / "log.jsonl"), str(data)], start_new_session=True
-    )
-    try:
-        done = train(job, ranks=2, timeout_s=200)
-    finally:
-        watcher.kill()
-        watcher.wait()
-    assert done.returncode != 0
-    assert "Traceback" not in done.stdout, done.stdout[-4000:]
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stdout[-4000:]
+    with runs.running(job, ranks=2) as run:
+        run.wait_for_step(5)
+        shutil.rmtree(data)
+        assert run.wait() == [1, 1], run.said()[-4000:]
+        said = run.said()
+    assert "Traceback" not in said, said[-4000:]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said[-4000:]
     assert "is the data still there?" in errors[0] or "more than data.max_bad_share" in errors[0]
-
-
-WATCH = """
-import pathlib, shutil, sys, time
-log, data = map(pathlib.Path, sys.argv[1:])
-while not (log.is_file() and log.read_text().count("train/loss") >= 5):
-    time.sleep(0.02)
-shutil.rmtree(data)
-"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import torch
 from sws_dist.checkpoint.model_file import ModelInfo, load_tensors, save_model_file
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import create_model
-from tests.launching import REPOSITORY, Job, log, train
+from tests import ranks, runs
+from tests.launching import Job, log, train, train_alone, train_arguments
 
 RUN = """
 output: unused
@@ -33,38 +34,28 @@ def job(tmp_path: Path, few_digits: Path) -> Job:
 
 
 def alone(job: Job, **sets: object) -> subprocess.CompletedProcess[str]:
-    """One process without DeepSpeed's launcher: seconds faster where the number of ranks does not matter."""
-    command = [
-        sys.executable,
-        "launcher/train.py",
-        "--config",
-        str(job.config),
-        "--deepspeed_config",
-        str(job.ds_file()),
-    ]
-    for key, value in {"output": job.output, **sets}.items():
-        command += ["--set", f"{key}={value}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    """Run in one process, where the number of ranks does not matter."""
+    return runs.train(replace(job, sets=job.sets | sets), ranks=1)
 
 
 def message(done: subprocess.CompletedProcess[str]) -> str:
-    """The one error message of a run that failed as it should."""
-    said = done.stdout + (done.stderr or "")
-    assert done.returncode != 0, said
+    """Return the one error message of a run that failed as it should, with exit code 1 from every rank."""
+    said = done.stdout
+    assert done.returncode == 1, said
     assert "Traceback" not in said, said
     assert said.count("error: ") == 1, said
     return said[said.index("error: ") :]
 
 
 def test_unknown_key_is_said_once_by_two_ranks(job: Job) -> None:
+    """Through DeepSpeed's launcher, which must not add a complaint of its own."""
     done = train(Job(job.config, job.output, PLAIN, {"train.epoch": 3}), ranks=2)
     assert "did you mean train.epochs?" in message(done)
 
 
 def test_batch_that_does_not_multiply_out(job: Job) -> None:
     ds = PLAIN | {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2}
-    said = message(train(Job(job.config, job.output, ds), ranks=2))
+    said = message(runs.train(Job(job.config, job.output, ds), ranks=2))
     assert "train.global_batch is 16" in said
     assert "3 x gradient_accumulation_steps 2 x 2 ranks = 12" in said
 
@@ -72,7 +63,7 @@ def test_batch_that_does_not_multiply_out(job: Job) -> None:
 def test_missing_and_empty_data(job: Job, tmp_path: Path) -> None:
     assert "there is no folder" in message(alone(job, **{"data.root": tmp_path / "nowhere"}))
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    said = message(train(Job(job.config, job.output, PLAIN, {"data.root": str(tmp_path / "empty")}), ranks=2))
+    said = message(runs.train(Job(job.config, job.output, PLAIN, {"data.root": str(tmp_path / "empty")}), ranks=2))
     assert "holds no class folders" in said
 
 
@@ -93,7 +84,9 @@ def test_too_many_unreadable_images_are_named(job: Job, tmp_path: Path, few_digi
 
 def test_recipe_that_cannot_be_drawn(job: Job) -> None:
     sets = {"augment.auto_augment": "rand-m9-mstd0.5"}
-    assert "timm's default set, inc0, is not supported" in message(train(Job(job.config, job.output, PLAIN, sets), 2))
+    assert "timm's default set, inc0, is not supported" in message(
+        runs.train(Job(job.config, job.output, PLAIN, sets), 2)
+    )
     assert "there is no GPU decoder on the CPU" in message(alone(job, **{"data.hw_decoder_load": 0.5}))
     assert "holds no tar shards" in message(alone(job, **{"data.shuffle_shards": 4}))
 
@@ -127,36 +120,37 @@ def test_learngene_that_does_not_fit(job: Job, tmp_path: Path) -> None:
     auxiliary = create_model(
         "sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
     )
-    info = describe_model(auxiliary, "learngene", pixels={"image_size": 32})
+    info = describe_model(auxiliary, "learngene", preprocessing={"image_size": 32})
     file = save_model_file(tmp_path / "learngene.safetensors", info, auxiliary.state_dict())
     sets = {"model.schedule": None, "model.depth": 3, "model.initial_learngene": str(file)}
-    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    said = message(runs.train(Job(job.config, job.output, PLAIN, sets), ranks=2))
     assert "is of another model: num_heads: 4 there, 2 here" in said
     assert "schedule [2, 2]: a descendant's layers do not repeat" in message(
         alone(job, **{"model.initial_learngene": file})
     )
-    more = {"model.depth": 3, "model.schedule": "null", "model.plan": "[0, 1]", "model.initial_learngene": file}
+    more = {"model.depth": 3, "model.schedule": None, "model.plan": [0, 1], "model.initial_learngene": file}
     assert "has 2 layers, but the depth is 3" in message(alone(job, **more))
     teacher = save_teacher(tmp_path / "t.safetensors", 10)
     assert "holds a model, not a learngene" in message(alone(job, **{"model.initial_learngene": teacher}))
 
 
 def test_reentrant_checkpointing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIMM_REENTRANT_CKPT", "1")
-    assert "can be silently wrong under ZeRO-3" in message(alone(job, **{"model.grad_checkpointing": True}))
+    monkeypatch.setenv("TIMM_REENTRANT_CKPT", "1")  # timm reads it when it is imported
+    done = train_alone(replace(job, sets={"model.grad_checkpointing": True}))
+    assert "can be silently wrong under ZeRO-3" in message(done)
 
 
 def test_output_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     said = message(
-        train(Job(job.config, tmp_path / "elsewhere", PLAIN, {"output": str(tmp_path / "file" / "run")}), ranks=2)
+        runs.train(Job(job.config, tmp_path / "elsewhere", PLAIN, {"output": str(tmp_path / "file" / "run")}), ranks=2)
     )
     assert str(tmp_path / "file") in said
 
 
 def test_non_finite_loss_stops_all_ranks(job: Job) -> None:
     sets = {"optim.lr": 1e30, "optim.warmup_epochs": 0, "train.epochs": 2}
-    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    said = message(runs.train(Job(job.config, job.output, PLAIN, sets), ranks=2))
     assert "the loss is nan at step" in said
     assert "on rank 0" in said
 
@@ -164,7 +158,7 @@ def test_non_finite_loss_stops_all_ranks(job: Job) -> None:
 def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     """One step an epoch: the loss before the update is fine, the weights after it are not."""
     sets = {"optim.lr": 1e30, "train.global_batch": 80, "train.eval_every": 4}
-    said = message(train(Job(job.config, job.output, PLAIN, sets), ranks=2))
+    said = message(runs.train(Job(job.config, job.output, PLAIN, sets), ranks=2))
     assert "the weights are not finite after step" in said or "the loss is nan at step" in said
     saved = [load_tensors(path) for path in job.output.glob("checkpoints/step-*/*.safetensors")]
     assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
@@ -179,7 +173,7 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(job: Job, tmp_path: P
     try:
         job = Job(job.config, disk / "run", PLAIN, {"checkpoint.keep_last": 100}, resume="auto")
         job.ds_file()
-        said = message(train(job, ranks=2))
+        said = message(runs.train(job, ranks=2))
         assert "MiB are free" in said
         saved = sorted(disk.glob("run/checkpoints/step-*/state.json"))
         assert saved, "not even one checkpoint fitted: the test's disk is too small"
@@ -188,20 +182,28 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(job: Job, tmp_path: P
         # With room again, the run goes on from that checkpoint.
         for old in saved[:-1]:
             shutil.rmtree(old.parent)
-        again = train(Job(job.config, job.output, PLAIN, {"train.max_steps": last + 1}, resume="auto"), ranks=2)
+        again = runs.train(Job(job.config, job.output, PLAIN, {"train.max_steps": last + 1}, resume="auto"), ranks=2)
         assert f"from step {last}" in again.stdout, again.stdout
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_write_error_in_the_middle_leaves_the_last_checkpoint(job: Job) -> None:
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_write_error_in_the_middle_leaves_the_last_checkpoint(job: Job, tmp_path: Path) -> None:
     """A file-size limit stops the writer half-way, where no check beforehand can see it coming."""
     good = alone(job, **{"train.max_steps": 5})
-    assert good.returncode == 0, good.stdout + good.stderr
-    command = f'ulimit -f 64; exec "{sys.executable}" launcher/train.py --config "{job.config}" \
-        --deepspeed_config "{job.ds_file()}" --set output="{job.output}" --resume auto'
-    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0, good.stdout
+    limited = tmp_path / "limited.py"
+    limited.write_text(LIMITED)
+    done = ranks.script(limited, *train_arguments(replace(job, resume="auto")))
     assert "the last checkpoint is whole" in message(done)
     assert [path.name for path in job.output.glob("checkpoints/step-*")] == ["step-00000005"]
-    again = train(Job(job.config, job.output, PLAIN, {"train.max_steps": 10}, resume="auto"), ranks=1)
+    again = runs.train(Job(job.config, job.output, PLAIN, {"train.max_steps": 10}, resume="auto"), ranks=1)
     assert "from step 5" in again.stdout, again.stdout

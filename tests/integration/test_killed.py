@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import REPOSITORY, Job
+from tests import runs
+from tests.launching import Job
 
 KILLS, STEPS_BETWEEN = 30, 8
 RUN = f"""
@@ -27,54 +25,38 @@ checkpoint: {{keep_last: 3, keep_best: false}}
 """
 
 
-def start(job: Job) -> subprocess.Popen[str]:
-    """One process; an epoch is one step, and each is saved."""
-    command = [sys.executable, "launcher/train.py", "--config", str(job.config), "--resume", "auto"]
-    command += ["--deepspeed_config", str(job.ds_file()), "--set", f"output={job.output}"]
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def newest(output: Path) -> int:
-    """The step of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     return max((int(path.name.removeprefix("step-")) for path in output.glob("checkpoints/step-*")), default=0)
 
 
-def kill_after(process: subprocess.Popen[str], output: Path, step: int, delay: float) -> None:
-    """SIGKILL a little after ``step`` has been saved."""
-    deadline = time.monotonic() + 120
-    while newest(output) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
+def run_and_kill(job: Job, step: int, in_the_middle: bool, delay: float) -> None:
+    """SIGKILL a run a little after it has saved ``step``, or ``in_the_middle`` of saving the step after that."""
+    with runs.running(job, ranks=1) as run:
+        run.wait_for(lambda: newest(job.output) >= step)
+        if in_the_middle:
+            run.wait_for(lambda: list(job.output.glob("checkpoints/.step-*")))
+        time.sleep(delay)
+        run.ranks()[0].kill()
+        assert run.wait() == [-signal.SIGKILL]
 
 
-@pytest.mark.slow
 def test_killed_thirty_times(tmp_path: Path, few_digits: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(few_digits)))
     ds = {"zero_optimization": {"stage": 1}}
-    whole = start(Job(tmp_path / "run.yaml", tmp_path / "whole", ds))
-    assert whole.wait(timeout=300) == 0, whole.communicate()[0]
+    done = runs.train(Job(tmp_path / "run.yaml", tmp_path / "whole", ds), ranks=1)
+    assert done.returncode == 0, done.stdout
 
     draw = random.Random(0)
-    job = Job(tmp_path / "run.yaml", tmp_path / "killed", ds)
+    job = Job(tmp_path / "run.yaml", tmp_path / "killed", ds, resume="auto")
     in_the_middle_of_saving = 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         step = newest(job.output) + draw.randint(1, STEPS_BETWEEN)
-        kill_after(start(job), job.output, step, draw.uniform(0, 0.05))
+        in_the_middle = kill % 2 == 1
+        run_and_kill(job, step, in_the_middle, draw.uniform(0, 0.005 if in_the_middle else 0.05))
         in_the_middle_of_saving += bool(list(job.output.glob("checkpoints/.step-*")))
-    last = start(job)
-    said, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, said
+    done = runs.train(job, ranks=1)
+    assert done.returncode == 0, done.stdout
     assert in_the_middle_of_saving, "no kill came while a checkpoint was being written"
     print(f"{in_the_middle_of_saving} of {KILLS} kills came while a checkpoint was being written")  # pytest -s
 

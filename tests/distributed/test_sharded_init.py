@@ -1,9 +1,10 @@
-"""A learngene into descendants that lie spread over 2, 3 and 4 ranks: exact, and no more traffic than it takes."""
+"""Test that sharded descendants start exactly from their learngene on 2, 3 and 4 ranks, with no needless traffic."""
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.learngene.expand import expand_learngene
 from sws_dist.learngene.file import describe_model, load_learngene
+from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import create_model
-from tests.distributed.filling_worker import GEOMETRY, SCHEDULE
-from tests.launching import Job, deepspeed, losses, train_all
-
-pytestmark = pytest.mark.slow
+from tests import ranks, runs
+from tests.distributed import sharded_init_bodies
+from tests.distributed.sharded_init_bodies import GEOMETRY, SCHEDULE
+from tests.launching import Job, losses
 
 LEAN = {"stage3_param_persistence_threshold": 0}
 PERSISTENT = {"stage3_param_persistence_threshold": 200}  # some parameters stay whole on every rank
@@ -25,25 +28,25 @@ CPU = {"device": "cpu", "pin_memory": False}
 NEW_HEAD = {"classes": 5, "size": 48}  # 5 biases on 4 ranks: one rank's shard is all padding
 
 
-def zero3(precision: str, way: str, zero: dict[str, Any] = LEAN, **more: Any) -> dict[str, Any]:
-    return {"stage": 3, "precision": precision, "way": way, "zero": zero, **more}
+def zero3(precision: str, mode: str, zero: dict[str, Any] = LEAN, **more: Any) -> dict[str, Any]:
+    return {"stage": 3, "precision": precision, "mode": mode, "zero": zero, **more}
 
 
 OFFLOAD = {"offload_optimizer": CPU, "offload_param": CPU, **LEAN}
-BOTH_WAYS = {f"zero3-fp32-{way}": zero3("fp32", way) for way in ("read", "broadcast")}
+BOTH_WAYS = {f"zero3-fp32-{mode}": zero3("fp32", mode) for mode in ("read", "broadcast")}
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         **BOTH_WAYS,
-        **{f"zero{stage}-bf16": {"stage": stage, "precision": "bf16", "way": "read"} for stage in (0, 1, 2)},
-        "zero1-fp32-broadcast": {"stage": 1, "precision": "fp32", "way": "broadcast", **NEW_HEAD},
+        **{f"zero{stage}-bf16": {"stage": stage, "precision": "bf16", "mode": "read"} for stage in (0, 1, 2)},
+        "zero1-fp32-broadcast": {"stage": 1, "precision": "fp32", "mode": "broadcast", **NEW_HEAD},
         "offloaded": zero3("bf16", "broadcast", OFFLOAD, optimizer="cpu_adam"),
     },
     3: {
         **BOTH_WAYS,
-        **{f"zero3-bf16-{way}": zero3("bf16", way) for way in ("read", "broadcast")},
+        **{f"zero3-bf16-{mode}": zero3("bf16", mode) for mode in ("read", "broadcast")},
         "persistent-read": zero3("bf16", "read", PERSISTENT),
         "persistent-broadcast": zero3("fp32", "broadcast", PERSISTENT),
-        "zero2-bf16": {"stage": 2, "precision": "bf16", "way": "read"},
+        "zero2-bf16": {"stage": 2, "precision": "bf16", "mode": "read"},
     },
     4: {
         **BOTH_WAYS,
@@ -62,31 +65,36 @@ def save_learngene(path: Path, seed: int = 0, classes: int = 7, size: int = 32) 
     model = create_model("sws_vit", schedule=SCHEDULE, img_size=size, num_classes=classes, **GEOMETRY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    info = describe_model(model, "learngene", pixels={"image_size": size})
+    info = describe_model(model, "learngene", preprocessing={"image_size": size})
     return save_model_file(path, info, model.state_dict())
 
 
 @pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases of one number of ranks, in one group of them."""
-    folder, ranks = tmp_path_factory.mktemp("filling"), request.param
-    cases = CASES[ranks] | {"spoilt": SPOILT}
-    if shutil.which("c++") is None:  # CPUAdam is compiled at first use
-        cases.pop("offloaded", None)
-    save_learngene(folder / "other.safetensors", seed=1)
-    file = save_learngene(folder / "learngene.safetensors")
-    jobs = {"learngene": str(file), "out": str(folder / "found.json"), "cases": list(cases.values())}
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    arguments = ("--module", "tests.distributed.filling_worker", str(folder / "jobs.json"))
-    done = deepspeed(*arguments, ranks=ranks, timeout_s=500)
-    assert done.returncode == 0, done.stdout[-6000:]
-    results = json.loads((folder / "found.json").read_text())
-    numbers = sum(t.numel() for t in load_file(file).values())
-    return {"numbers": numbers, "ranks": ranks, "hidden": results.pop()} | dict(zip(cases, results, strict=True))
+def run_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """Run all cases of one number of ranks, in one group of them, at the first call with that number."""
+
+    @cache
+    def run(size: int) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("sharded_init")
+        cases = CASES[size] | {"spoilt": SPOILT}
+        if shutil.which("c++") is None:  # CPUAdam is compiled at first use
+            cases.pop("offloaded", None)
+        save_learngene(folder / "other.safetensors", seed=1)
+        file = save_learngene(folder / "learngene.safetensors")
+        results, hidden = ranks.run(sharded_init_bodies.run_all, file, list(cases.values()), world=size)[0]
+        numbers = sum(t.numel() for t in load_file(file).values())
+        return {"numbers": numbers, "ranks": size, "hidden": hidden} | dict(zip(cases, results, strict=True))
+
+    return run
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest, run_cases: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    return run_cases(request.param)
 
 
 @pytest.mark.parametrize(
-    ("found", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases], indirect=["found"]
+    ("found", "case"), [(size, case) for size, cases in CASES.items() for case in cases], indirect=["found"]
 )
 def test_every_rank_has_what_the_offline_expansion_has(found: dict[str, Any], case: str) -> None:
     """Masters, shards and their padding, small parameters kept whole, and the logits: all bit for bit."""
@@ -123,7 +131,7 @@ def test_broadcasting_moves_the_learngene_once(found: dict[str, Any]) -> None:
 
 @everywhere
 def test_how_the_ranks_get_it_depends_on_what_they_see(found: dict[str, Any]) -> None:
-    nowhere, no_file, other, other_file = found["hidden"]["said"]
+    nowhere, no_file, other, other_file = found["hidden"]
     assert nowhere == other == "broadcast"
     assert "nowhere.safetensors: no such file" in no_file
     last = ", ".join(str(rank) for rank in range(1, found["ranks"]))
@@ -141,9 +149,6 @@ train: {epochs: 1, global_batch: 16, log_every: 1, eval_at_start: true}
 
 def test_a_run_from_a_learngene_is_the_run_from_its_expanded_file(tmp_path: Path, few_digits: Path) -> None:
     """Step by step, under ZeRO-3 and ZeRO-1 on two ranks, and through a resume that needs the learngene no more."""
-    from sws_dist.learngene.expand import expand_learngene
-    from sws_dist.learngene.plan import expansion_plan
-
     file = save_learngene(tmp_path / "learngene.safetensors", classes=10)
     described, weights = expand_learngene(*load_learngene(file), expansion_plan(SCHEDULE, 12))
     expanded = save_model_file(tmp_path / "expanded.safetensors", described, weights)
@@ -159,7 +164,7 @@ def test_a_run_from_a_learngene_is_the_run_from_its_expanded_file(tmp_path: Path
     jobs += [
         Job(run, tmp_path / "parts", zero(3), {"model.initial_learngene": "gone.safetensors"}, resume="auto"),
     ]
-    train_all(jobs, 2, tmp_path)
+    runs.train_all(jobs, 2)
     offline = load_file(tmp_path / "offline" / "model.safetensors")
     for name in ("zero3", "parts"):
         assert losses(tmp_path / name) == losses(tmp_path / "offline")

@@ -1,12 +1,9 @@
-"""The whole road as a user walks it: every step a command, on real JPEG files, on two ranks."""
+"""Everything that a user does, from a teacher to a fine-tuned descendant: each step a command, on real JPEG files."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,49 +17,38 @@ from sws_dist.checkpoint.model_file import load_model_file
 from sws_dist.config.loader import load_config
 from sws_dist.learngene.file import load_learngene
 from sws_dist.models.vit import timm_arguments
-from tests.launching import REPOSITORY, Job, deepspeed, log, train
+from tests import ranks, runs
+from tests.launching import REPOSITORY, Job, log, train
 
 CONFIGS = REPOSITORY / "configs" / "runs" / "quickstart"
 SMALL = {"train.epochs": 2, "train.eval_every": 1, "train.log_every": 4, "checkpoint.every": 1}
 ZERO2, ZERO3 = ({"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}} for stage in (2, 3))
 
 
-def run_script(*arguments: str | Path, fails: bool = False) -> str:
-    """What a script prints; where it ``fails`` as it should, its complaint too."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + (done.stderr if fails else "")
+def run_script(*arguments: str | Path, fails: bool = False, world: int = 1) -> str:
+    """Return what a script prints. It has to succeed, or where it ``fails``, to end with an error."""
+    done = ranks.script(*arguments, world=world)
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path:
-    """Teacher, auxiliary model (ZeRO-2), two descendants, one fine-tuned (ZeRO-3): short runs, real parts."""
-    out = tmp_path_factory.mktemp("road")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path:
+    """Train a teacher, an auxiliary model (ZeRO-2) and a descendant (ZeRO-3), and expand two: short runs, real parts.
+
+    The two that users start on several machines go through DeepSpeed's launcher.
+    """
+    out = tmp_path_factory.mktemp("trained")
     data = {"data.root": str(digits_root)}
-    for job in (
-        Job(CONFIGS / "teacher.yaml", out / "teacher", ZERO2, SMALL | data),
-        Job(
-            CONFIGS / "auxiliary.yaml",
-            out / "auxiliary",
-            ZERO2,
-            SMALL | data | {"distill.teacher": str(out / "teacher" / "model.safetensors"), "optim.ema_decay": 0.9},
-        ),
-    ):
-        done = train(job, ranks=2)
-        assert done.returncode == 0, done.stdout[-6000:]
+    done = runs.train(Job(CONFIGS / "teacher.yaml", out / "teacher", ZERO2, SMALL | data), ranks=2)
+    assert done.returncode == 0, done.stdout[-6000:]
+    sets = {"distill.teacher": str(out / "teacher" / "model.safetensors"), "optim.ema_decay": 0.9}
+    done = train(Job(CONFIGS / "auxiliary.yaml", out / "auxiliary", ZERO2, SMALL | data | sets), ranks=2)
+    assert done.returncode == 0, done.stdout[-6000:]
+    learngene_file = out / "auxiliary/learngene.safetensors"
     for depth in (7, 10):
         file = out / f"des{depth}.safetensors"
-        run_script(
-            "launcher/expand.py",
-            "--learngene",
-            out / "auxiliary/learngene.safetensors",
-            "--depth",
-            str(depth),
-            "--out",
-            file,
-        )
+        run_script("launcher/expand.py", "--learngene", learngene_file, "--depth", str(depth), "--out", file)
     start = {"model.depth": 7, "model.initial_checkpoint": str(out / "des7.safetensors"), "train.epochs": 1}
     done = train(Job(CONFIGS / "descendant.yaml", out / "des7", ZERO3, SMALL | data | start), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -75,47 +61,46 @@ def evaluate(checkpoint: Path, data: Path, *arguments: str | Path) -> dict[str, 
     return json.loads(out.read_text())
 
 
-def test_a_run_leaves_what_it_promises(road: Path) -> None:
+def test_a_run_leaves_what_it_promises(trained: Path) -> None:
     for run, weights in (("teacher", "model"), ("auxiliary", "learngene"), ("des7", "model")):
-        names = {path.name for path in (road / run).iterdir()}
+        names = {path.name for path in (trained / run).iterdir()}
         assert names >= {
             "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints",
             "metrics.json", f"{weights}.safetensors",
         }  # fmt: skip
-        load_config(road / run / "config.yaml")  # the resolved config is itself a config
-    metrics = json.loads((road / "auxiliary" / "metrics.json").read_text())
+        load_config(trained / run / "config.yaml")  # the resolved config is itself a config
+    metrics = json.loads((trained / "auxiliary" / "metrics.json").read_text())
     assert metrics["world_size"] == 2
     assert metrics["zero_stage"] == 2
     assert metrics["flops"] == metrics["images"] * (3 * metrics["flops_forward"] + metrics["flops_teacher"])
     assert metrics["top1"] == metrics["history"][-1]["val/top1"]
 
 
-def test_training_learns(road: Path) -> None:
-    entries = [entry for entry in log(road / "teacher") if "train/loss" in entry]
+def test_training_learns(trained: Path) -> None:
+    entries = [entry for entry in log(trained / "teacher") if "train/loss" in entry]
     assert entries[-1]["train/loss"] < 0.5 * entries[0]["train/loss"]
 
 
-def test_own_schedule_scores_the_same(road: Path, digits_root: Path) -> None:
-    auxiliary = evaluate(road / "auxiliary" / "learngene.safetensors", digits_root / "val")
-    descendant = evaluate(road / "des10.safetensors", digits_root / "val")
+def test_own_schedule_scores_the_same(trained: Path, digits_root: Path) -> None:
+    auxiliary = evaluate(trained / "auxiliary" / "learngene.safetensors", digits_root / "val")
+    descendant = evaluate(trained / "des10.safetensors", digits_root / "val")
     assert auxiliary["top1"] == descendant["top1"]
     assert descendant["loss"] == pytest.approx(auxiliary["loss"], abs=1e-5)
-    in_training = json.loads((road / "auxiliary" / "metrics.json").read_text())["top1"]
+    in_training = json.loads((trained / "auxiliary" / "metrics.json").read_text())["top1"]
     assert auxiliary["top1"] == pytest.approx(in_training)
 
 
-def test_fine_tuning_starts_from_the_expanded_weights(road: Path, digits_root: Path) -> None:
-    start = next(entry for entry in log(road / "des7") if entry["step"] == 0)
-    expanded = evaluate(road / "des7.safetensors", digits_root / "val")
+def test_fine_tuning_starts_from_the_expanded_weights(trained: Path, digits_root: Path) -> None:
+    start = next(entry for entry in log(trained / "des7") if entry["step"] == 0)
+    expanded = evaluate(trained / "des7.safetensors", digits_root / "val")
     assert start["val/top1"] == pytest.approx(expanded["top1"])
 
 
-def test_predictions_hold_every_image_once_on_any_number_of_ranks(road: Path, digits_root: Path) -> None:
-    file = road / "predictions.npz"
-    checkpoint, out = road / "des7.safetensors", road / "three-ranks.json"
+def test_predictions_hold_every_image_once_on_any_number_of_ranks(trained: Path, digits_root: Path) -> None:
+    file = trained / "predictions.npz"
+    checkpoint, out = trained / "des7.safetensors", trained / "three-ranks.json"
     arguments = ["--checkpoint", checkpoint, "--data", digits_root / "val", "--json", out, "--predictions", file]
-    done = deepspeed("launcher/evaluate.py", *map(str, arguments), "--batch", "50", ranks=3)
-    assert done.returncode == 0, done.stdout
+    run_script("launcher/evaluate.py", *arguments, "--batch", "50", world=3)
     scores = json.loads(out.read_text())
     assert scores == evaluate(checkpoint, digits_root / "val")  # on one rank
     with np.load(file) as found:
@@ -125,13 +110,13 @@ def test_predictions_hold_every_image_once_on_any_number_of_ranks(road: Path, di
         assert (found["logits"].argmax(axis=1) == found["label"]).mean() == pytest.approx(scores["top1"])
 
 
-def test_any_timm_model_with_local_weights_is_scored(road: Path, digits_root: Path) -> None:
+def test_any_timm_model_with_local_weights_is_scored(trained: Path, digits_root: Path) -> None:
     """A bare state dict of the teacher, whose label count is not the model's own 1,000."""
-    _, weights = load_model_file(road / "teacher" / "model.safetensors")
-    torch.save({"state_dict": weights}, road / "teacher.pth")
+    _, weights = load_model_file(trained / "teacher" / "model.safetensors")
+    torch.save({"state_dict": weights}, trained / "teacher.pth")
     pixels = ["--image-size", "32", "--crop-pct", "1.0"]
     pixels = ["--image-size", "32", "--crop-pct", "1.0"]
-    scores = evaluate(road / "teacher.pth", digits_root / "val", "--model", "resnet10t", *pixels)
+    scores = evaluate(trained / "teacher.pth", digits_root / "val", "--model", "resnet10t", *pixels)
     model = timm.create_model("resnet10t", num_classes=10).eval()
     model.load_state_dict(weights)
     files = sorted((digits_root / "val").glob("*/*.jpg"))
@@ -144,13 +129,20 @@ def test_any_timm_model_with_local_weights_is_scored(road: Path, digits_root: Pa
     for label in "01":
         shutil.copytree(digits_root / "val" / label, few / label)
     said = run_script(
-        "launcher/evaluate.py", "--model", "resnet10t", "--checkpoint", road / "teacher.pth", "--data", few, fails=True
+        "launcher/evaluate.py",
+        "--model",
+        "resnet10t",
+        "--checkpoint",
+        trained / "teacher.pth",
+        "--data",
+        few,
+        fails=True,
     )
     assert "has 2 class folders" in said
 
 
-def test_tensorboard_tells_the_whole_story(road: Path) -> None:
-    events = EventAccumulator(str(road / "auxiliary" / "tensorboard"), size_guidance={"tensors": 0})
+def test_tensorboard_tells_the_whole_story(trained: Path) -> None:
+    events = EventAccumulator(str(trained / "auxiliary" / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) >= {
@@ -162,18 +154,18 @@ def test_tensorboard_tells_the_whole_story(road: Path) -> None:
     assert {"config.yaml/text_summary", "deepspeed.json/text_summary"} <= set(tags["tensors"])
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == sorted(set(steps))
-    logged = [entry["train/loss"] for entry in log(road / "auxiliary") if "train/loss" in entry]
+    logged = [entry["train/loss"] for entry in log(trained / "auxiliary") if "train/loss" in entry]
     np.testing.assert_allclose([event.value for event in events.Scalars("train/loss")], logged, rtol=1e-6)
 
 
-def test_checkpoint_gives_the_learngene_and_plain_timm(road: Path, tmp_path: Path) -> None:
-    newest = sorted((road / "auxiliary" / "checkpoints").glob("step-*"))[-1]
+def test_checkpoint_gives_the_learngene_and_plain_timm(trained: Path, tmp_path: Path) -> None:
+    newest = sorted((trained / "auxiliary" / "checkpoints").glob("step-*"))[-1]
     run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "learngene.safetensors")
     _, weights = load_learngene(tmp_path / "learngene.safetensors")
-    _, final = load_learngene(road / "auxiliary" / "learngene.safetensors")
+    _, final = load_learngene(trained / "auxiliary" / "learngene.safetensors")
     assert all(torch.equal(weights[name], final[name]) for name in final)
 
-    newest = sorted((road / "des7" / "checkpoints").glob("step-*"))[-1]  # written under ZeRO-3
+    newest = sorted((trained / "des7" / "checkpoints").glob("step-*"))[-1]  # written under ZeRO-3
     said = run_script("launcher/convert.py", "--checkpoint", newest, "--out", tmp_path / "des7.safetensors")
     assert "timm.create_model(" in said
     info, weights = load_model_file(tmp_path / "des7.safetensors")
@@ -181,8 +173,8 @@ def test_checkpoint_gives_the_learngene_and_plain_timm(road: Path, tmp_path: Pat
     timm.create_model(name, **arguments).load_state_dict(weights, strict=True)
 
 
-def test_learngene_unrolls_into_plain_timm(road: Path, tmp_path: Path) -> None:
-    source = road / "auxiliary" / "learngene.safetensors"
+def test_learngene_unrolls_into_plain_timm(trained: Path, tmp_path: Path) -> None:
+    source = trained / "auxiliary" / "learngene.safetensors"
     run_script("launcher/convert.py", "--learngene", source, "--out", tmp_path / "plain.safetensors")
     info, weights = load_model_file(tmp_path / "plain.safetensors")
     name, arguments = timm_arguments(info.kwargs | {"num_classes": info.num_classes})

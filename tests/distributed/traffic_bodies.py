@@ -1,27 +1,20 @@
-"""Count the collectives of a training step at every ZeRO stage.
-
-deepspeed --num_accelerators 2 --module tests.distributed.traffic_worker found.json
-"""
+"""Count the collectives of a training step at every ZeRO stage."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from sws_dist.cli.common import run_command
 from sws_dist.config.schema import OptimConfig
-from sws_dist.distributed.init import World, close_distributed, init_distributed
+from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.traffic import Traffic, count_traffic
 from sws_dist.models import create_model
 from sws_dist.zero import engine
 from sws_dist.zero.config import set_zero3_memory_defaults
-from sws_dist.zero.engine import build_engine
+from sws_dist.zero.engine import build_engine, connect_deepspeed
 
 GEOMETRY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 AUXILIARY, DESCENDANT = {"schedule": (3, 3, 4, 3, 3)}, {"depth": 12}
@@ -35,21 +28,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--local_rank", type=int, default=0)
-    args = parser.parse_args()
+def count() -> dict[str, Any]:
+    """Count every case, and collectives whose sizes are plain to see, in one rank."""
     world = init_distributed(120)
-    found: dict[str, Any] = {"known": known(world)}
-    found |= {name: step(world, model, **how) for name, (model, how) in CASES.items()}
-    if world.is_main:
-        args.out.write_text(json.dumps(found))
-    close_distributed()
+    connect_deepspeed()
+    return {"known": known(world)} | {name: step(world, model, **how) for name, (model, how) in CASES.items()}
 
 
 def known(world: World) -> dict[str, Any]:
-    """Collectives whose sizes are plain to see."""
+    """Count collectives whose sizes are plain to see."""
     with count_traffic() as outer:
         dist.all_reduce(torch.ones(10))
         with count_traffic() as inner:
@@ -69,7 +56,7 @@ def step(
     leaves: bool = True,
     lean: bool = True,
 ) -> dict[str, Any]:
-    """The third step: the first ones record which parameters are fetched when."""
+    """Count the third step: in the first ones DeepSpeed records which parameters are fetched when."""
     student = create_model("sws_vit", **model, **GEOMETRY)
     student.set_grad_checkpointing(checkpointing)
     num_bytes = 4 * sum(p.numel() for p in student.parameters())
@@ -100,7 +87,3 @@ def step(
 
 def as_json(moved: Traffic) -> dict[str, Any]:
     return {"calls": dict(moved.calls), "bytes": dict(moved.bytes)}
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,14 +1,7 @@
-"""Fill descendants from a learngene in one group of ranks and compare every rank's part with the offline expansion.
-
-    deepspeed --num_accelerators 2 --module tests.distributed.filling_worker cases.json
-
-cases.json: {"learngene": FILE, "out": FILE, "cases": [{"stage": 3, "precision": "bf16", "way": "read", ...}, ...]}
-"""
+"""Initialise sharded descendants from a learngene, and compare every rank's part with the offline expansion."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +9,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.expansion import gather_and_broadcast
-from sws_dist.cli.common import run_command
-from sws_dist.config.schema import OptimConfig
+from sws_dist.config.schema import ModelConfig, OptimConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0
-from sws_dist.distributed.init import World, close_distributed, init_distributed
+from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.traffic import count_traffic
 from sws_dist.errors import RunError
-from sws_dist.learngene.expand import expand_learngene, fresh_head, map_weights
+from sws_dist.learngene.expand import expand_learngene
 from sws_dist.learngene.file import load_learngene
 from sws_dist.learngene.plan import expansion_plan
-from sws_dist.learngene.sharded_init import choose_transfer, init_by_broadcast, init_by_reading
+from sws_dist.learngene.sharded_init import choose_transfer, init_from_learngene, plan_expansion
 from sws_dist.models import create_model
-from sws_dist.zero.engine import build_engine
+from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.partition import fragments, master_weights
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
@@ -36,17 +28,11 @@ SCHEDULE = (3, 3, 4, 3, 3)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("--local_rank", type=int, default=0)
-    jobs = json.loads(parser.parse_args().jobs.read_text())
+def run_all(learngene_path: Path, cases: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run every case in one rank, then ``hidden``; return their results."""
     world = init_distributed(120)
-    found = [run(Path(jobs["learngene"]), world, **case) for case in jobs["cases"]]
-    found.append(hidden(Path(jobs["learngene"]), world))
-    if world.is_main:
-        Path(jobs["out"]).write_text(json.dumps(found))
-    close_distributed()
+    connect_deepspeed()
+    return [run(learngene_path, world, **case) for case in cases], hidden(learngene_path, world)
 
 
 def run(
@@ -54,14 +40,14 @@ def run(
     world: World,
     stage: int,
     precision: str,
-    way: str,
+    mode: str,
     classes: int = 7,
     size: int = 32,
     optimizer: str = "adamw",
     zero: dict[str, Any] | None = None,
     spoil: bool = False,
 ) -> dict[str, Any]:
-    """One descendant of 12 layers; what was wrong with it on any rank, and what moved."""
+    """Initialise one descendant of 12 layers; return what is wrong with it on any rank, and what moved."""
     dtype, layers = DTYPES[precision], expansion_plan(SCHEDULE, 12)
     ds = {
         "train_batch_size": world.size,
@@ -71,11 +57,11 @@ def run(
         "zero_allow_untested_optimizer": True,
     }
     geometry = GEOMETRY | {"img_size": size, "num_classes": classes}
-    header, chosen = choose_transfer(path, way)  # type: ignore[arg-type]
     with torch.device("meta"):
         model = create_model("sws_vit", depth=12, **geometry)
-    design = map_weights(header.info, header.shapes, model, layers)
-    fresh = fresh_head(model, seed=0) if design.fresh else {}
+    config = ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode)  # type: ignore[arg-type]
+    expansion = plan_expansion(config, model)
+    assert expansion is not None
     allocate_shards(model, ds, world.device, dtype)
     built = build_engine(model, ds, OptimConfig(name=optimizer))  # type: ignore[arg-type]
     masters = master_slices(built)
@@ -83,10 +69,7 @@ def run(
         masters = {name: master._replace(start=max(0, master.start - 1)) for name, master in masters.items()}
         model.blocks[0].attn.qkv.weight.ds_zero_partition_rank ^= 1
     with count_traffic() as moved:
-        if chosen == "read":
-            filled = init_by_reading(model, path, header, design, fresh, masters)
-        else:
-            filled = init_by_broadcast(model, path, header, design, fresh, masters, world.device)
+        report = init_from_learngene(model, masters, expansion, 0, world.device)
     if spoil:
         model.blocks[0].attn.qkv.weight.ds_zero_partition_rank ^= 1
 
@@ -101,20 +84,20 @@ def run(
         same = torch.equal(built(images), plain.to(dtype)(images))
     wrong = [name for names in broadcast_from_rank0(gather_on_rank0(wrong)) for name in names]
     with count_traffic() as usual:
-        if stage == 3 and precision == "fp32" and not fresh and not spoil:
-            gather_and_broadcast(model, path, design)
+        if stage == 3 and precision == "fp32" and not expansion.mapping.fresh and not spoil:
+            gather_and_broadcast(model, path, expansion.mapping)
     return {
         "wrong": sorted(set(wrong)),
         "logits_equal": all(broadcast_from_rank0(gather_on_rank0(same))),
         "calls": dict(moved.calls),
         "bytes": moved.total_bytes,
-        "file_bytes": sum(broadcast_from_rank0(gather_on_rank0(filled.num_bytes))),
+        "file_bytes": sum(broadcast_from_rank0(gather_on_rank0(report.num_bytes))),
         "gather_and_broadcast_bytes": usual.total_bytes,
     }
 
 
 def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, world: World) -> list[str]:
-    """Parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
+    """Name the parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
     wrong = []
     flats = master_weights(built)
     for piece in fragments(built):
@@ -134,18 +117,14 @@ def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, wor
     return wrong
 
 
-def hidden(path: Path, world: World) -> dict[str, Any]:
-    """Where only rank 0 sees the file, or the others another one."""
+def hidden(path: Path, world: World) -> list[str]:
+    """Return what is chosen, and then said, where the other ranks see no file, and where they see another one."""
     said = []
     for elsewhere in (path.with_name("nowhere.safetensors"), path.with_name("other.safetensors")):
-        mine = path if world.is_main else elsewhere
+        mine = path if world.is_rank_zero else elsewhere
         said.append(choose_transfer(mine, "auto")[1])
         try:
             choose_transfer(mine, "read")
         except RunError as error:
             said.append(str(error))
-    return {"said": said}
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return said
