@@ -117,6 +117,16 @@ def test_a_description_that_is_none(damaged: Path, content: str) -> None:
     assert str(newest) in str(checkpoint.damage(newest))
 
 
+def test_what_a_kill_amid_pruning_leaves_is_pruned_later(damaged: Path) -> None:
+    """Pruning deletes a checkpoint file by file; a kill may leave a folder without its description."""
+    checkpoints = damaged / "checkpoints"
+    half_deleted = shutil.copytree(checkpoints / "step-00000007", checkpoints / "step-00000003")
+    (half_deleted / "state.json").unlink()
+    checkpoint.prune(checkpoints, keep_last=2, keep_best=False)
+    kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+    assert kept == ["step-00000007", "step-00000010"]
+
+
 def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:
     newest = damaged / "checkpoints" / "step-00000010"
     flip_a_byte(newest / "shard-00001-of-00002.safetensors")
