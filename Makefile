@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DALI ?= dali
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart test test-gpu lint bench docs clean help
+.PHONY: quickstart test test-fast test-gpu lint bench docs clean help
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,8 +18,14 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
 	$(BIN)/python launcher/quickstart.py
 
+# tests/conftest.py says which tests stay together, and which come first so that both processes end together.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+	$(PYTEST) --durations 15
+
+test-fast: $(VENV)/ready  ## The tests that start no training: before each push
+	$(PYTEST) tests/unit
 
 test-gpu: $(VENV)/ready  ## The tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu tests/kernels

@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter where there is no GPU, and real images for every test that trains."""
+"""Prepare all tests: Triton's interpreter where there is no GPU, real images, and an order for two processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ from sws_dist.data import digits
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+# The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
+ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a module's tests in one process, where they share its fixtures, and the cluster's, which share a machine."""
+    if not hasattr(config, "workerinput"):
+        return
+    folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item, folder in folders.items():
+        group = folder if folder == "cluster" else f"{folder}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: ORDER.index(folders[item]))
 
 
 @pytest.fixture(scope="session")

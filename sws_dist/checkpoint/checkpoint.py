@@ -33,6 +33,7 @@ from sws_dist.zero.protocol import ZeroEngine
 
 VERSION = 2
 _HEADROOM = 1.05
+_OWN = "step-" + 8 * "[0-9]"  # the names of our folders; others are left alone
 _ANEW = (
     "To begin anew from its weights, write them with launcher/convert.py, set model.initial_checkpoint to that file, "
     "and another output"
@@ -137,7 +138,7 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints under ``folder``, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+    return sorted(path.parent for path in folder.glob(f"{_OWN}/state.json"))
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -260,9 +261,9 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
-            for unfinished in folder.glob(".step-*"):  # a kill in the middle of saving leaves one
+            for unfinished in folder.glob(f".{_OWN}"):  # a kill in the middle of saving leaves one
                 shutil.rmtree(unfinished, ignore_errors=True)
-            for later in sorted(path for path in folder.glob("step-*") if int(path.name[len("step-") :]) > step):
+            for later in sorted(path for path in folder.glob(_OWN) if int(path.name[len("step-") :]) > step):
                 aside = later.with_name(f"abandoned-{later.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 renamed.append(later.rename(aside).name)
@@ -270,17 +271,28 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all checkpoints but the newest ``keep_last`` and the best. For rank 0."""
+    """Delete all checkpoints but the newest ``keep_last`` and the best, and what kills have left behind. For rank 0."""
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
     if keep_best:
-        scored = [(json.loads((c / "state.json").read_text())["top1"], c) for c in checkpoints]
-        scored = [(top1, c) for top1, c in scored if top1 is not None]
+        scored = [(top1, c) for c in checkpoints if (top1 := _read_top1(c)) is not None]
         if scored:
             keep.add(max(scored)[1])
     for checkpoint in checkpoints:
         if checkpoint not in keep:
-            shutil.rmtree(checkpoint)
+            # Under its hidden name a half-deleted checkpoint is never taken for a damaged one.
+            checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}"))
+    half_deleted = [path for path in folder.glob(_OWN) if not (path / "state.json").exists()]
+    for leftover in (*half_deleted, *folder.glob(f".{_OWN}")):
+        shutil.rmtree(leftover)
+
+
+def _read_top1(checkpoint: Path) -> float | None:
+    """Return a checkpoint's score; None if it has none, or its description is damaged."""
+    try:
+        return read_state(checkpoint).top1
+    except ValueError:
+        return None
 
 
 def _shapes(engine: ZeroEngine) -> dict[str, list[int]]:

@@ -17,7 +17,6 @@ from tests.cluster.hosts import require, tail, wait_until
 from tests.cluster.slurm import PROGRAMS, Slurm
 from tests.launching import BIN, Job, log
 
-pytestmark = pytest.mark.slow
 Report = Callable[[str, float], None]
 
 

@@ -14,8 +14,6 @@ import pytest
 from tests.cluster.hosts import Hosts, require, tail, wait_until
 from tests.launching import BIN, Job, log
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist.checkpoint.checkpoint import verify
+from sws_dist.checkpoint.checkpoint import prune_checkpoints, verify
 from sws_dist.data import manifest, sampler
 from tests import runs
 from tests.launching import Job, losses
@@ -115,6 +115,26 @@ def test_a_description_that_is_none(damaged: Path, content: str) -> None:
     newest = damaged / "checkpoints" / "step-00000010"
     (newest / "state.json").write_text(content)
     assert str(newest) in str(verify(newest))
+
+
+def test_what_a_kill_amid_pruning_leaves_is_pruned_later(damaged: Path) -> None:
+    """Pruning deletes a checkpoint file by file; a kill may leave a folder without its description."""
+    checkpoints = damaged / "checkpoints"
+    half_deleted = shutil.copytree(checkpoints / "step-00000007", checkpoints / "step-00000003")
+    (half_deleted / "state.json").unlink()
+    prune_checkpoints(checkpoints, keep_last=2, keep_best=False)
+    kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+    assert kept == ["step-00000007", "step-00000010"]
+
+
+def test_pruning_passes_over_damaged_descriptions_and_leaves_other_folders_alone(damaged: Path) -> None:
+    checkpoints = damaged / "checkpoints"
+    (checkpoints / "step-00000007" / "state.json").write_text("{")
+    for own in ("step-of-mine", "notes"):
+        (checkpoints / own).mkdir()
+    prune_checkpoints(checkpoints, keep_last=1, keep_best=True)
+    kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
+    assert kept == ["notes", "step-00000010", "step-of-mine"]
 
 
 def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:

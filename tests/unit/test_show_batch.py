@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image
 from sws_dist.config.schema import AffineConfig, AugmentConfig
 from sws_dist.data.draws import Recipe, describe_draws
 from sws_dist.logging.images import labelled_grid
-from tests.launching import REPOSITORY
+from tests import ranks
 
 RUN = """
 output: unused
@@ -27,10 +25,9 @@ train: {global_batch: 24}
 
 def show(tmp_path: Path, root: Path, augment: str) -> tuple[np.ndarray, str]:
     (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(root)).replace("AUGMENT", augment))
-    command = [sys.executable, "launcher/show_batch.py", "--config", tmp_path / "run.yaml"]
-    command += ["--out", tmp_path / "batch.png", "--images", "12"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--config", tmp_path / "run.yaml", "--out", tmp_path / "batch.png", "--images", "12"]
+    done = ranks.script("launcher/show_batch.py", *options)
+    assert done.returncode == 0, done.stdout
     return np.asarray(Image.open(tmp_path / "batch.png")), done.stdout
 
 
