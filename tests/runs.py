@@ -11,6 +11,7 @@ import psutil
 
 from sws_dist.build import build_run
 from sws_dist.config.loader import load_config
+from sws_dist.logging.console import setup_console
 from sws_dist.trainer import Trainer
 from tests import ranks as pool
 from tests.launching import Job, Underway, train_arguments
@@ -58,6 +59,7 @@ def train_all(jobs: list[Job], ranks: int) -> None:
 
 def trainer(job: Job) -> Trainer:
     """Build a job's trainer, in a rank."""
+    setup_console()
     return Trainer(build_run(load_config(job.config, job.overrides()), job.ds_path, job.resume))
 
 
