@@ -10,12 +10,15 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from sws_dist.distributed.launch_env import ANY_RANK, local_rank, rank
 from sws_dist.errors import EXIT_REQUEUE, ConfigError, RunError, Stopped
 from sws_dist.logging.console import setup_console
+
+_HEAD_START_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,8 @@ def run_command(main: Callable[[], None]) -> None:
         silent = rank() if isinstance(error, RunError) else local_rank() if isinstance(error, ConfigError) else 0
         if not silent:
             log.error("%s", error, extra=ANY_RANK, exc_info=log.isEnabledFor(logging.DEBUG))
+        elif isinstance(error, ConfigError):
+            time.sleep(_HEAD_START_S)  # launchers end all ranks when one leaves: let the one that reports be the first
         _exit(1)
 
 

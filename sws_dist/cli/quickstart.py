@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,7 +71,8 @@ def main() -> None:
         list(pool.map(perform, descendants(out, args.seed)))
     perform(Step("5. the report", (*sws("report"), "--runs", str(out), *quiet), out / "always made anew"))
     log.info(f"\nfinished in {time.monotonic() - begun:.0f} s")
-    print_result(f"the report   {out}/report.md, {out}/report.png\nevery curve  tensorboard --logdir {out}")
+    tensorboard = "tensorboard" if shutil.which("tensorboard") else f"{Path(sys.executable).parent}/tensorboard"
+    print_result(f"the report   {out}/report.md, {out}/report.png\nevery curve  {tensorboard} --logdir {out}")
 
 
 def count_gpus() -> int:

@@ -124,7 +124,8 @@ def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
 def _origin(run: Metrics) -> list[str]:
     """Say where a run took place, and with which versions."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "sws-dist")
-    return [f"Commit {run['commit'] or 'unknown'}; {run['hardware']} a rank; {versions}."]
+    source = f"Commit {run['commit']}" if run["commit"] else f"sws-dist {run['versions'].get('sws-dist', '(unknown)')}"
+    return [f"{source}; {run['hardware']} a rank; {versions}."]
 
 
 def _costs(seeds: list[dict[str, Any]]) -> list[str]:

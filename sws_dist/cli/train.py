@@ -15,7 +15,8 @@ examples:
 In a checkout, `python launcher/train.py` and `deepspeed launcher/train.py` are the same, and configs may be given by
 their paths: --config configs/runs/auxiliary_small.yaml. Every config key stands, explained, in docs/config.md.
 
-`deepspeed --quiet` (before --module) hides what the launcher says of itself on every start; its errors are shown.
+`deepspeed --quiet` (before --module) hides what the launcher says of itself at every start; its errors are shown. On a
+machine without a GPU, DS_ACCELERATOR=cpu in the environment hides its warning that it finds none.
 
 The run's folder (config key `output`) receives config.yaml, deepspeed.json, log.jsonl, tensorboard/, checkpoints/,
 and at the end metrics.json with learngene.safetensors (auxiliary models) or model.safetensors (all others).

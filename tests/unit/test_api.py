@@ -40,6 +40,7 @@ def run_examples() -> int:
     return runner.summarize().failed
 
 
+@pytest.mark.slow
 def test_examples(tmp_path: Path, digits_root: Path) -> None:
     """In a process of its own: training joins a process group, and sets what a launcher sets."""
     (tmp_path / "data").mkdir()
