@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
 
 from sws_dist.data import digits
 
-
 # The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
 ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
 
