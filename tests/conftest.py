@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sws_dist.data import digits
-
 # Ranks that tests start train on the CPU, where they are many and exact; tests/gpu takes this back.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+from sws_dist.data import digits
 
 # The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
 ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
