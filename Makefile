@@ -18,8 +18,8 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
 	$(BIN)/python launcher/quickstart.py
 
-# tests/conftest.py says which tests stay together, and which come first so that both processes end together.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# A file's tests stay in one process, where they share its fixtures; tests/conftest.py puts the longest files first.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
 	$(PYTEST) --durations 15

@@ -20,16 +20,10 @@ from sws_dist.data import digits
 ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a module's tests in one process, where they share its fixtures, and the cluster's, which share a machine."""
-    if not hasattr(config, "workerinput"):
-        return
-    folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
-    for item, folder in folders.items():
-        group = folder if folder == "cluster" else f"{folder}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: ORDER.index(folders[item]))
+    """Put the longest tests first where several processes share them."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: ORDER.index(item.path.relative_to(Path(__file__).parent).parts[0]))
 
 
 @pytest.fixture(scope="session")

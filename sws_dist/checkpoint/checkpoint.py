@@ -35,7 +35,7 @@ VERSION = 2
 _HEADROOM = 1.05
 _OWN = "step-" + 8 * "[0-9]"  # the names of our folders; others are left alone
 _ANEW = (
-    "To begin anew from its weights, write them with launcher/convert.py, set model.initial_checkpoint to that file, "
+    "To begin anew from its weights, write them with sws convert, set model.initial_checkpoint to that file, "
     "and another output"
 )
 

@@ -65,12 +65,12 @@ class ModelConfig:
     compile: bool = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None
-    """A ``.safetensors`` file of weights to start from: a descendant written by ``launcher/expand.py``."""
+    """A ``.safetensors`` file of weights to start from: a descendant written by ``sws expand``."""
     initial_learngene: str | None = None
     """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
     for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
     plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
-    """With ``initial_learngene``: the layers of each stage, as ``launcher/expand.py --plan`` has them."""
+    """With ``initial_learngene``: the layers of each stage, as ``sws expand --plan`` takes them."""
     expand: Literal["auto", "read", "broadcast"] = "auto"
     """How the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it (``broadcast``);
     ``auto`` reads if all of them see the same file."""

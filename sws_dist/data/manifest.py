@@ -220,5 +220,5 @@ def _describe_changes(source: Source, known: dict[str, Any], entries: list[dict[
         return []
     return [
         f"{source.folder} has changed since {file.name} was written: {new} file(s) new, {changed} changed, "
-        f"{gone} gone. New and changed ones were looked at again; run launcher/scan.py to read them whole"
+        f"{gone} gone. New and changed ones were looked at again; run sws scan to read them whole"
     ]

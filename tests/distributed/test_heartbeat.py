@@ -119,11 +119,11 @@ def hang_in(folder: Path, silent: bool) -> None:
 
 def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
     with ranks.start(hang_in, tmp_path, True, world=3) as group:
+        pid = group.processes[1].pid
         while group.exitcodes()[0] is None or group.exitcodes()[2] is None:
             time.sleep(0.01)
         assert group.exitcodes() == [EXIT_PEER_LOST, None, EXIT_PEER_LOST]
         errors = [line for line in group.printed().splitlines() if line.startswith("error: ")]
-        pid = group.processes[1].pid
     # Rank 0 says it. On a machine so busy that rank 2 looks only when rank 0 is gone, it may add a line.
     name = f"rank 1 on {socket.gethostname()} (process {pid}): silent, last seen {DATA} after step 0"
     assert re.search(rf"no progress for \d+ s \(train.timeout_s 2\); {re.escape(name)}", errors[0])

@@ -37,6 +37,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -122,18 +123,21 @@ def script(
 
 
 class Group:
-    """Ranks under way. ``processes`` are in the order of the ranks."""
+    """Ranks under way."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: list[BaseProcess] = []
-        self.processes: list[psutil.Process] = []
 
     def _add(self, setting: _Setting, target: Callable[..., None], args: tuple[Any, ...]) -> None:
         process = _context.Process(target=_enter, args=(setting, target, args), name=f"rank {setting.rank}")
         process.start()
         self._processes.append(process)
-        self.processes.append(psutil.Process(process.pid))
+
+    @cached_property
+    def processes(self) -> list[psutil.Process]:
+        """The ranks, in their order. Ask for the first time while all are there."""
+        return [psutil.Process(process.pid) for process in self._processes]
 
     def printed(self) -> str:
         """Return everything that the ranks have printed so far."""
@@ -158,7 +162,8 @@ class Group:
         """End all ranks and what they have started; ``explain`` has them print first where they are."""
         for process in self._processes:
             if explain and process.is_alive():
-                os.kill(process.pid, signal.SIGUSR2)  # type: ignore[arg-type]
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR2)  # type: ignore[arg-type]
         if explain:
             self._wait(2.0)  # nothing says when a stack has been printed, and a stopped rank prints none
         for process in self._processes:

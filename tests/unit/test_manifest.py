@@ -138,7 +138,7 @@ def test_a_changed_folder_is_reported(root: Path) -> None:
     listed = manifest.scan(root, "train")
     (note,) = listed.notes
     assert "1 file(s) new, 2 changed, 1 gone" in note
-    assert "launcher/scan.py" in note
+    assert "sws scan" in note
     assert f"0/{'new.jpg'}" in listed.paths
     assert [file.reason for file in listed.bad] == ["empty"]
     assert len(listed) == 79
