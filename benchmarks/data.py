@@ -31,7 +31,7 @@ from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, D
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
-from sws_dist.run_dir import collect_provenance
+from sws_dist.provenance import collect_provenance
 
 AUGMENT = AugmentConfig(
     auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, smoothing=0.1

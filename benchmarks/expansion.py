@@ -36,9 +36,9 @@ from sws_dist.distributed.traffic import Traffic, count_traffic
 from sws_dist.learngene.expand import WeightMapping, expand_learngene
 from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.learngene.plan import expansion_plan
-from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, plan_expansion
+from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, prepare_expansion
 from sws_dist.models import SWSVisionTransformer, create_model
-from sws_dist.run_dir import collect_provenance
+from sws_dist.provenance import collect_provenance
 from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
 
@@ -109,7 +109,7 @@ def zero3(world: World, dtype: torch.dtype) -> dict[str, Any]:
 def plan(path: Path, mode: Any, geometry: dict[str, Any], layers: int) -> tuple[SWSVisionTransformer, Expansion]:
     with torch.device("meta"):
         model = create_model("sws_vit", depth=layers, **geometry)
-    expansion = plan_expansion(ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode), model)
+    expansion = prepare_expansion(ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode), model)
     assert expansion is not None
     return model, expansion
 

@@ -139,7 +139,9 @@ def _repeat_forward(
 ) -> tuple[SavedTensors, Tensor]:  # fmt: skip
     """Run one repeat up to the MLP's branch.
 
-    normed, mean, rstd: the results of norm1 on x. scale: [B] or None, of the attention's branch.
+    Args:
+        normed, mean, rstd: the results of norm1 on x.
+        scale: [B] or None, of the attention's branch.
 
     Returns:
         (saved, branch): the repeat's tensors, with an empty z unless ``save``, and the MLP's branch [B, T, D].
@@ -201,8 +203,10 @@ def _repeat_backward(
 ) -> tuple[Tensor, Tensor, StageWeights]:  # fmt: skip
     """Differentiate one repeat.
 
-    dx, d_branch: the gradients of the stream after this repeat and of its MLP's branch. scale: [B] or None, of the
-    attention's branch. scale_before: [B] or None, of the MLP's branch one repeat before.
+    Args:
+        dx, d_branch: the gradients of the stream after this repeat and of its MLP's branch.
+        scale: [B] or None, of the attention's branch.
+        scale_before: [B] or None, of the MLP's branch one repeat before.
 
     Returns:
         (dx, d_branch, d_weights): the gradients of the stream at the repeat's start, of the MLP's branch one repeat

@@ -15,12 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from sws_dist.build import build_run
 from sws_dist.checkpoint.model_file import load_model, load_weights_strict, set_input_description
 from sws_dist.config.loader import load_config
 from sws_dist.config.schema import DataConfig, RunConfig
-from sws_dist.data import manifest, pipeline, sampler
-from sws_dist.data.bad_images import BadImages, describe_bad_files
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
 from sws_dist.learngene.expand import expand_learngene
@@ -28,7 +25,6 @@ from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
-from sws_dist.trainer import Trainer
 
 __all__ = ["evaluate", "expand", "train"]
 
@@ -59,7 +55,8 @@ def train(
         What the run's ``metrics.json`` holds, on every rank: ``top1`` and ``top5`` (shares in [0, 1]), ``history`` (one
         dictionary an evaluation), ``parameters``, ``steps``, ``seconds``, ... The weights are in
         ``<config.output>/learngene.safetensors`` for a model whose stages share weights, else in ``model.safetensors``.
-        None if ``train.max_steps`` stopped the run before its end.
+        None if ``train.max_steps`` stopped the run before its end. The log goes to Python's ``logging``, under
+        ``sws_dist``; ``sws_dist.logging.console.setup_console`` shows it as the commands do.
 
     Raises:
         ValueError, OSError: a wrong config, data or weights that cannot be read.
@@ -74,6 +71,9 @@ def train(
     >>> metrics["steps"], metrics["validation_images"]
     (2, 355)
     """
+    from sws_dist.build import build_run  # needs DeepSpeed and DALI
+    from sws_dist.trainer import Trainer
+
     run = config if isinstance(config, RunConfig) else load_config(config)
     finished = Path(run.output) / "metrics.json"
     if resume and finished.is_file():
@@ -139,6 +139,9 @@ def evaluate(
 ) -> Scores:
     """Score a model on a folder of images, each image counted once. A collective of all ranks, which share the images.
 
+    Each call leaves some idle threads behind, since DALI never frees those of its input; a process that scores hundreds
+    of times should do so in processes of their own.
+
     Args:
         model: maps images [batch, 3, height, width] to logits [batch, classes]: a timm model (whose
             ``pretrained_cfg`` says how its images are normalised, resized and cropped) or a file of weights. A model is
@@ -168,6 +171,9 @@ def evaluate(
     >>> scores.images
     355
     """
+    from sws_dist.data import manifest, pipeline, sampler  # needs DALI
+    from sws_dist.data.bad_images import BadImages, describe_bad_files
+
     atexit.register(close_distributed)
     world = init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("load the model and list the images"):
@@ -182,22 +188,28 @@ def evaluate(
                 "their names; which label is which folder cannot be told"
             )
     for line in (*images.notes, *describe_bad_files(images.bad)):
-        log.info(line)
-    was_training = scored.training
+        log.warning(line)
+    modes = {module: module.training for module in scored.modules()}
     scored.to(world.device).eval()
     bad = BadImages(images.bad)
     batches = sampler.eval_batches(len(images), world.rank, world.size, batch_size)
     loader = pipeline.eval_loader(images, batches, config, world.device, bad)
     kept: list[Predictions] | None = None if predictions is None else []
-    scores = score_batches(scored, loader, next(scored.parameters()).dtype, kept)
-    scored.train(was_training)
+    try:
+        scores = score_batches(scored, loader, next(scored.parameters()).dtype, kept)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     for line in bad.exchange(world.device, 0, len(images), config.max_bad_share):
         log.warning(line)
     if kept is not None and predictions is not None:
         gathered = gather_on_rank0(kept)
         with raise_on_all_ranks("write the predictions"):
             if gathered is not None:
-                save_predictions(predictions, [part for rank in gathered for part in rank], images)
+                try:
+                    save_predictions(predictions, [part for rank in gathered for part in rank], images)
+                except OSError as error:  # the scores took long to get: they are not lost with it
+                    raise OSError(f"{predictions}: cannot be written ({error.strerror or error}); {scores}") from None
     return scores
 
 
@@ -217,14 +229,14 @@ def _input_config(
     size = image_size or about["input_size"][-1]
     embed = getattr(model, "patch_embed", None)
     own = getattr(embed, "img_size", None)
-    if own is not None and getattr(embed, "strict_img_size", True) and tuple(own) != (size, size):
+    if own is not None and getattr(embed, "strict_img_size", False) and tuple(own) != (size, size):
         raise ValueError(f"{name} takes images of {own[0]} x {own[1]} pixels, not {size} x {size}")
     return DataConfig(
         root=str(data.parent),
         image_size=size,
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
-        crop_pct=crop_pct or about["crop_pct"],
-        interpolation=about["interpolation"],
+        crop_pct=crop_pct or about.get("crop_pct") or 0.875,
+        interpolation=about.get("interpolation") or "bicubic",
         num_threads=num_threads,
     )

@@ -24,27 +24,22 @@ from sws_dist.checkpoint.checkpoint import (
     verify,
 )
 from sws_dist.config.schema import DataConfig, RunConfig
-from sws_dist.data import manifest, pipeline, sampler
-from sws_dist.data.bad_images import BadImages
-from sws_dist.data.draws import Recipe
-from sws_dist.data.loader import Loader
+from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
-from sws_dist.data.mixup import Mixing
 from sws_dist.data.sampler import TrainOrder
-from sws_dist.data.sources import read_classes
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
 from sws_dist.errors import RunError
-from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, plan_expansion
+from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion, prepare_expansion
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.optim import LRSchedule
+from sws_dist.provenance import collect_provenance
 from sws_dist.run_dir import prepare_output
 from sws_dist.seed import seed_everything
-from sws_dist.units import format_bytes
 from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
@@ -55,20 +50,6 @@ from sws_dist.zero.shard_writer import allocate_shards, master_slices
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DataParts:
-    """The images of a run, their order, and what is drawn for them."""
-
-    train: Manifest
-    val: Manifest
-    order: TrainOrder
-    recipe: Recipe
-    mixing: Mixing
-    bad_train: BadImages
-    bad_val: BadImages
-    val_loader: Loader
 
 
 @dataclass(frozen=True)
@@ -88,12 +69,14 @@ class RunParts:
     """The resolved DeepSpeed config."""
     world: World
     output: Path
+    provenance: dict[str, Any]
+    """Commit, versions and hardware of rank 0."""
     heartbeat: Heartbeat
     data: DataParts
     models: ModelParts
     dtype: torch.dtype
     total_steps: int
-    schedule: LRSchedule
+    lr_schedule: LRSchedule
     loss: DistillationLoss
     engine: ZeroEngine
     ema: ShardedEMA | None
@@ -113,7 +96,7 @@ def build_run(
         resume: ``auto`` (the newest valid checkpoint of ``config.output``, if any), a checkpoint's folder, or None.
 
     Raises:
-        ValueError, OSError, RunError: whatever the user can mend, on every rank.
+        ValueError, OSError, RunError: errors that the user can fix, on every rank.
     """
     world = init_distributed(config.train.timeout_s)
     connect_deepspeed()
@@ -124,14 +107,15 @@ def build_run(
     output = prepare_output(config, resume, world)
     with raise_on_all_ranks("prepare the heartbeats"):
         heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+    provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
     train, val = load_image_lists(config.data, output, resuming=checkpoint is not None, world=world)
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
-        models = build_models(config, train.classes, world.device, dtype)
-    expansion = None if checkpoint else plan_expansion(config.model, models.student)
+        models = build_models(config, train.classes, world.device, dtype, provenance)
+    expansion = None if checkpoint else prepare_expansion(config.model, models.student)
     with raise_on_all_ranks("build the input pipeline"):
-        data = build_data(config, train, val, world)
+        data = build_data(config, train, val, world.rank, world.size, world.device)
     total_steps = count_steps(config, data.order)
     engine = build_student_engine(config, models.student, ds, expansion, world, dtype)
     # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
@@ -146,12 +130,13 @@ def build_run(
         ds=ds,
         world=world,
         output=output,
+        provenance=provenance,
         heartbeat=heartbeat,
         data=data,
         models=models,
         dtype=dtype,
         total_steps=total_steps,
-        schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
+        lr_schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
         loss=DistillationLoss(config.distill),
         engine=engine,
         ema=ema,
@@ -206,6 +191,8 @@ def restore_run(
     for key, value in describe_layout(engine, world).items():
         if getattr(state, key) != value:
             log.info("going on with %s %s; the checkpoint was written with %s", key, value, getattr(state, key))
+            if key == "num_micros":
+                log.info("mixup and drop-path draw for each micro-batch: from here on their draws are others")
     for aside in set_aside_newer(output / "checkpoints", state.step, world):
         log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
     return Resumed(checkpoint, state)
@@ -231,43 +218,6 @@ def load_image_lists(config: DataConfig, output: Path, resuming: bool, world: Wo
             for path, images in zip(kept, found, strict=True):
                 images.save(path)
     return broadcast_from_rank0(found)
-
-
-def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
-    """List training and validation images."""
-    classes = read_classes(config.classes) if config.classes else None
-    train = manifest.scan(config.root, config.train_split, classes, max_bad_share=config.max_bad_share)
-    val = manifest.scan(config.root, config.val_split, train.classes, max_bad_share=config.max_bad_share)
-    return train, val
-
-
-def build_data(config: RunConfig, train: Manifest, val: Manifest, world: World) -> DataParts:
-    """Build what reads, draws and mixes this rank's images."""
-    bad_val = BadImages(val.bad)
-    batches = sampler.eval_batches(len(val), world.rank, world.size, config.train.eval_batch)
-    return DataParts(
-        train=train,
-        val=val,
-        order=train_order(config, train),
-        recipe=Recipe(config.augment, config.data.image_size),
-        mixing=Mixing(config.augment, len(train.classes), config.train.seed),
-        bad_train=BadImages(train.bad),
-        bad_val=bad_val,
-        val_loader=pipeline.eval_loader(val, batches, config.data, world.device, bad_val),
-    )
-
-
-def train_order(config: RunConfig, images: Manifest) -> TrainOrder:
-    """Return the order of the training images.
-
-    Raises:
-        ValueError: a shard window over images that are not in shards.
-    """
-    shards = None if images.spans is None else images.spans[:, 0]
-    window = config.data.shuffle_shards
-    if window is not None and shards is None:
-        raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
-    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
 
 
 def count_steps(config: RunConfig, order: TrainOrder) -> int:
@@ -306,20 +256,5 @@ def build_student_engine(
     if expansion is not None:
         masters = master_slices(engine)
         report = init_from_learngene(student, masters, expansion, config.train.seed, world.device)
-        mapping, header = expansion.mapping, expansion.header
-        log.info("%d layers from stages %s of %s", len(mapping.layers), _commas(mapping.layers), expansion.path)
-        if mapping.dropped:
-            log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
-        if mapping.fresh:
-            log.info(
-                "the head is new: %d classes, the learngene knows %d", student.num_classes, header.info.num_classes
-            )
-        how = "read by this rank" if expansion.mode == "read" else "broadcast by rank 0"
-        log.info("%s of the learngene %s", format_bytes(report.num_bytes), how)
-        if report.gathered:
-            log.info("%d parameters, on NVMe or quantised, were gathered, written and cut again", len(report.gathered))
+        log_expansion(expansion, report, student.num_classes)
     return engine
-
-
-def _commas(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))

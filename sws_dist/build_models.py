@@ -27,7 +27,6 @@ from sws_dist.models import SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import forward_flops
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
 from sws_dist.models.teacher import Teacher
-from sws_dist.run_dir import collect_provenance
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ModelParts:
     flops: Flops
     num_parameters: int
     info: ModelInfo
-    """What the run's weight files will say of the student."""
+    """Metadata of the run's weight files."""
 
 
 class Flops(NamedTuple):
@@ -54,10 +53,13 @@ class Flops(NamedTuple):
     """None: torch cannot count the operations of this model."""
 
 
-def build_models(config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype) -> ModelParts:
+def build_models(
+    config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype, provenance: dict[str, Any]
+) -> ModelParts:
     """Build student and teacher.
 
     Args:
+        provenance: what ``collect_provenance`` returned, for the run's weight files.
         device, dtype: where and in what they will run. The teacher is moved there, the student by DeepSpeed later.
 
     Raises:
@@ -77,7 +79,7 @@ def build_models(config: RunConfig, classes: Sequence[str], device: torch.device
     if teacher is not None:
         teacher.to(device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
-    info = _describe_student(config, student, classes)
+    info = _describe_student(config, student, classes, provenance)
     return ModelParts(student, teacher, kernels, count_flops(config, len(classes)), num_parameters, info)
 
 
@@ -147,7 +149,9 @@ def num_layers(model: nn.Module) -> int | None:
     return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
 
 
-def _describe_student(config: RunConfig, model: nn.Module, classes: Sequence[str]) -> ModelInfo:
+def _describe_student(
+    config: RunConfig, model: nn.Module, classes: Sequence[str], provenance: dict[str, Any]
+) -> ModelInfo:
     """Return what the run's weight files will say of the student."""
     keys = ("mean", "std", "image_size", "crop_pct", "interpolation")
     about: dict[str, Any] = {
@@ -161,7 +165,7 @@ def _describe_student(config: RunConfig, model: nn.Module, classes: Sequence[str
             "teacher": config.distill.teacher,
             "initial_checkpoint": config.model.initial_checkpoint,
             "initial_learngene": config.model.initial_learngene,
-            **collect_provenance(),
+            **provenance,
         },
     }
     if isinstance(model, SWSVisionTransformer):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import NoReturn
+
 EXIT_REQUEUE = 75
-"""Exit code of a run that was told to stop and has saved: start it again with ``--resume auto`` (EX_TEMPFAIL)."""
+"""Exit code of a run that was told to stop, and has saved what it had: start it again with ``--resume auto``
+(EX_TEMPFAIL)."""
 EXIT_PEER_LOST = 69
 """Exit code of a rank whose peers are gone or stand still; the fault is not its own (EX_UNAVAILABLE)."""
+EXIT_INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells report it."""
 
 
 class ConfigError(ValueError):
@@ -13,8 +20,15 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A failure that all ranks know of: rank 0 reports it, the others leave silently."""
+    """A failure of the whole run, known to all its ranks: rank 0 reports it, the others leave silently."""
 
 
 class Stopped(Exception):
-    """The run was told to stop and has saved: every rank leaves with ``EXIT_REQUEUE``."""
+    """The run was told to stop, and has saved what it had: every rank leaves with ``EXIT_REQUEUE``."""
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process at once, with everything printed: a tidy exit would wait for ranks that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

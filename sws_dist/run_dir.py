@@ -1,18 +1,14 @@
-"""Prepare a run's output folder: exclusive to one run, shared by all nodes, with configs and provenance inside."""
+"""Prepare a run's output folder: exclusive to one run, shared by all nodes, with its configs inside."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import time
 import uuid
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sws_dist.atomic import atomic_write_text
 from sws_dist.checkpoint.checkpoint import list_checkpoints
@@ -21,11 +17,9 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
-from sws_dist.source_tree import commit
 
-_PACKAGES = ("sws-dist", "torch", "deepspeed", "triton", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _VISIBLE_WITHIN_S = 15.0
-"""What one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
+"""A file that one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
 
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
@@ -67,7 +61,7 @@ def _require_shared(output: Path, world: World) -> None:
             token.unlink(missing_ok=True)
 
 
-def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[str, str]:
+def write_configs(config: RunConfig, ds: dict[str, Any], provenance: dict[str, Any], output: Path) -> dict[str, str]:
     """Write ``config.yaml``, ``deepspeed.json`` and ``environment.json`` into the run's folder.
 
     Returns:
@@ -76,29 +70,8 @@ def write_configs(config: RunConfig, ds: dict[str, Any], output: Path) -> dict[s
     texts = {
         "config.yaml": config_to_yaml(config),
         "deepspeed.json": json.dumps(ds, indent=2) + "\n",
-        "environment.json": json.dumps(collect_provenance(), indent=2) + "\n",
+        "environment.json": json.dumps(provenance, indent=2) + "\n",
     }
     for name, text in texts.items():
         atomic_write_text(output / name, text)
     return texts
-
-
-def collect_provenance() -> dict[str, Any]:
-    """Collect where a result comes from, JSON-ready: ``commit``, ``versions``, ``hardware``."""
-    return {"commit": commit(), "versions": _versions(), "hardware": hardware()}
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} thread(s) of a {platform.machine()} CPU"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

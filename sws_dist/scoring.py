@@ -20,7 +20,7 @@ from sws_dist.errors import RunError
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model scores over ``images`` images."""
+    """Scores of a model over ``images`` images."""
 
     top1: float
     """Share of the images, in [0, 1], whose label has the largest logit."""
@@ -95,6 +95,6 @@ def save_predictions(path: str | Path, predictions: Iterable[Predictions], image
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
 
     return atomic_write(path, write)

@@ -31,6 +31,8 @@ def launcher_folder() -> Path:
 
 def kernels_folder() -> Path:
     """Return the folder that is imported as ``sws_kernels``."""
+    if not is_installed():  # another checkout may be the one that is installed
+        return PACKAGE.parent / "kernels"
     spec = find_spec("sws_kernels")  # of a top-level package, this imports nothing
     assert spec is not None, "sws_kernels is not installed"
     assert spec.submodule_search_locations, spec

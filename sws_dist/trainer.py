@@ -1,6 +1,6 @@
 """Run the training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
 
-What a step does is a function of its number (see ``data/sampler.py``, ``optim.LRSchedule``, ``seed.seed_everything``),
+What a step does is a function of its number (see ``data/sampler.py``, ``optim.LRSchedule``, ``data/mixup.py``),
 so a run that is stopped and resumed takes the steps that it would have taken.
 """
 
@@ -23,7 +23,7 @@ from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prun
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.loader import Batch, Loader
-from sws_dist.data.mixup import erase
+from sws_dist.data.mixup import augment_batch
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_sync import StepStatus, StepSync, StopAwareIterator
@@ -34,9 +34,8 @@ from sws_dist.logging.startup import RunHeader, log_run_header
 from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
 from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.losses import LossParts
-from sws_dist.run_dir import collect_provenance, write_configs
+from sws_dist.run_dir import write_configs
 from sws_dist.scoring import Scores, score_batches
-from sws_dist.seed import seed_everything
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,8 @@ class Trainer:
         while self.step < self._last_step:
             losses = self._train_step(batches)
             stop = sync.collect()  # of the step before
-            heartbeat.step = self.step = self.step + 1
+            self.step += 1
+            heartbeat.step = self.step
             times = heartbeat.finish_step()
             failed = self._failure() is not None
             sync.post(self.step, losses.total, times, applied=self._result.applied, failed=failed)
@@ -116,28 +116,26 @@ class Trainer:
         seen = []
         parts.nonfinite.before_step(engine.module)
         for group in engine.optimizer.param_groups:
-            group["lr"] = parts.schedule(self.step)
+            group["lr"] = parts.lr_schedule(self.step)
         for _ in range(engine.gradient_accumulation_steps()):
             with parts.heartbeat.phase(DATA):
                 batch = next(batches)
             seen.append(batch.indices)
-            losses.append(self._forward(batch, is_first=self.step == 0 and not losses))
+            losses.append(self._compute_losses(batch, is_first=self.step == 0 and not losses))
             engine.backward(losses[-1].total)
-            self._result = take_step(engine) or self._result
+            result = take_step(engine)
+            if result is not None:  # the last micro-batch of the step
+                self._result = result
         if parts.ema is not None and self._result.applied:
             parts.ema.update()
         parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
         return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 
-    def _forward(self, batch: Batch, is_first: bool) -> LossParts:
+    def _compute_losses(self, batch: Batch, is_first: bool) -> LossParts:
         """Augment one micro-batch on the device, and compute its losses."""
         parts, config = self.parts, self.parts.config
-        seed_everything(config.train.seed, batch.position)
-        images = batch.images
-        if batch.erase is not None:
-            images = erase(images, batch.erase, config.augment.re_mode)
-        images, targets = parts.data.mixing(images, batch.labels, batch.position)
+        images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
         teacher_logits = None if parts.models.teacher is None else parts.models.teacher(images)
         if is_first:
@@ -262,15 +260,18 @@ class Trainer:
                 export_weights(self._checkpoint, parts.output / f"{name}.safetensors")
                 if parts.ema is not None:
                     export_weights(self._checkpoint, parts.output / f"{name}_ema.safetensors", average=True)
-        result = broadcast_from_rank0(self._results() if parts.world.is_rank_zero else None)
-        if parts.world.is_rank_zero:
-            train = parts.config.train
-            atomic_write_json(parts.output / "metrics.json", result)
-            settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.schedule.peak}
-            settings |= {"epochs": train.epochs, "batch": train.global_batch}
-            parts.recorder.hparams(settings, {"final/top1": result["top1"]})
-            log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
-        return result
+        result = None
+        with raise_on_all_ranks("write the results"):
+            if parts.world.is_rank_zero:
+                result, train = self._results(), parts.config.train
+                atomic_write_json(parts.output / "metrics.json", result)
+                settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.lr_schedule.peak}
+                settings |= {"epochs": train.epochs, "batch": train.global_batch}
+                parts.recorder.hparams(settings, {"final/top1": result["top1"]})
+                if parts.recorder.failure is not None:
+                    raise parts.recorder.failure
+                log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
+        return broadcast_from_rank0(result)
 
     def _results(self) -> dict[str, Any]:
         """Return what ``metrics.json`` holds."""
@@ -296,7 +297,7 @@ class Trainer:
             "flops_teacher": flops.teacher,
             "flops": None if flops.teacher is None else num_images * (TRAIN_FACTOR * flops.student + flops.teacher),
             **describe_layout(parts.engine, parts.world),
-            **collect_provenance(),
+            **parts.provenance,
         }
 
     # ---- logging -------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ class Trainer:
         """Write the first lines of the log, and the resolved configs into the run's folder."""
         parts = self.parts
         if parts.world.is_rank_zero:
-            for name, text in write_configs(parts.config, parts.ds, parts.output).items():
+            for name, text in write_configs(parts.config, parts.ds, parts.provenance, parts.output).items():
                 parts.recorder.text(name, text)
         layout = describe_layout(parts.engine, parts.world)
         header = RunHeader(
@@ -328,7 +329,7 @@ class Trainer:
         """Write a line of the log about the steps since the last one. A collective."""
         parts = self.parts
         with parts.heartbeat.phase(LOG):
-            means = self._window.take_means()
+            means = self._window.means()
             epoch = (self.step * parts.config.train.global_batch - 1) // parts.data.order.epoch_size
             self._report_bad_images(parts.data.bad_train, epoch, parts.data.order.epoch_size)
             if means is None:
@@ -338,12 +339,13 @@ class Trainer:
                 step=self.step,
                 total_steps=parts.total_steps,
                 images_left=(parts.total_steps - self.step) * parts.config.train.global_batch,
-                lr=parts.schedule(self.step - 1),
+                lr=parts.lr_schedule(self.step - 1),
                 grad_norm=math.nan if grad_norm is None else float(grad_norm),
                 num_bad_images=len(parts.data.bad_train),
                 is_distilled=parts.models.teacher is not None,
             )
             log_progress(parts.recorder, means, now, parts.world.device)
+            self._window.reset()
 
     def _report_bad_images(self, bad: BadImages, epoch: int, epoch_size: int) -> None:
         """Log what could not be read since the last call; RunError on all ranks if it is too much. A collective."""

@@ -42,7 +42,7 @@ def run(
 
     plain_task: the sizes of the ceilings' copy and product, if they are not those for a GPU.
     """
-    from sws_dist.run_dir import collect_provenance
+    from sws_dist.provenance import collect_provenance
 
     results = Results(collect_provenance(), measure_ceilings(machine, **plain_task))
     for operator, size in product(operators, sizes):

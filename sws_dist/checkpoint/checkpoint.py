@@ -11,6 +11,8 @@ Everything else that a run needs to go on (schedule, data position, random draws
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,13 +30,15 @@ from sws_dist.errors import RunError
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import load_loss_scaler_state, loss_scaler_state, sync_model_from_masters
-from sws_dist.zero.partition import master_weights, optimizer_steps
+from sws_dist.zero.partition import master_weights, optimizer_steps, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
+
+log = logging.getLogger(__name__)
 
 VERSION = 2
 _HEADROOM = 1.05
-_OWN = "step-" + 8 * "[0-9]"  # the names of our folders; others are left alone
-_ANEW = (
+_CHECKPOINT_GLOB = "step-" + 8 * "[0-9]"  # our folders; others are left alone
+_HOW_TO_RESTART = (
     "To begin anew from its weights, write them with sws convert, set model.initial_checkpoint to that file, "
     "and another output"
 )
@@ -42,7 +46,7 @@ _ANEW = (
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says of its run. ``seconds`` and ``history`` run on over resumes."""
+    """Description of a checkpoint, stored in ``state.json``. ``seconds`` and ``history`` run on over resumes."""
 
     version: int
     step: int
@@ -127,18 +131,18 @@ def save_checkpoint(
                 optimizer_steps=optimizer_steps(engine),
                 loss_scaler=loss_scaler_state(engine),
                 model=asdict(info),
-                shapes=_shapes(engine),
+                shapes=whole_shapes(engine),
                 files={name: written for name, written in listed if written is not None},
             )
             atomic_write_json(partial / "state.json", asdict(complete))
-            partial.rename(final)
+            partial.rename(final)  # the commit point: from here on the checkpoint is valid
             fsync_path(folder)
     return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints under ``folder``, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"{_OWN}/state.json"))
+    return sorted(path.parent for path in folder.glob(f"{_CHECKPOINT_GLOB}/state.json"))
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -220,10 +224,12 @@ def load_checkpoint(
             if getattr(state, name) != value:
                 raise ValueError(
                     f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
-                    f"only as it began. {_ANEW}"
+                    f"only as it began. {_HOW_TO_RESTART}"
                 )
-        if state.shapes != _shapes(engine):
-            raise ValueError(f"{checkpoint}: of another model than the config's ({state.model['name']}); {_ANEW}")
+        if state.shapes != whole_shapes(engine):
+            raise ValueError(
+                f"{checkpoint}: of another model than the config's ({state.model['name']}); {_HOW_TO_RESTART}"
+            )
         paths = [checkpoint / name for name in state.files]
         read_shards(paths, engine, ema, state.optimizer_steps)
         if state.precision == precision_of(engine.config):
@@ -261,9 +267,11 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
-            for unfinished in folder.glob(f".{_OWN}"):  # a kill in the middle of saving leaves one
+            for unfinished in folder.glob(f".{_CHECKPOINT_GLOB}"):  # a kill in the middle of saving leaves one
                 shutil.rmtree(unfinished, ignore_errors=True)
-            for later in sorted(path for path in folder.glob(_OWN) if int(path.name[len("step-") :]) > step):
+            for later in sorted(
+                path for path in folder.glob(_CHECKPOINT_GLOB) if int(path.name[len("step-") :]) > step
+            ):
                 aside = later.with_name(f"abandoned-{later.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 renamed.append(later.rename(aside).name)
@@ -281,10 +289,17 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
     for checkpoint in checkpoints:
         if checkpoint not in keep:
             # Under its hidden name a half-deleted checkpoint is never taken for a damaged one.
-            checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}"))
-    half_deleted = [path for path in folder.glob(_OWN) if not (path / "state.json").exists()]
-    for leftover in (*half_deleted, *folder.glob(f".{_OWN}")):
-        shutil.rmtree(leftover)
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}")))
+    for leftover in (*folder.glob(_CHECKPOINT_GLOB), *folder.glob(f".{_CHECKPOINT_GLOB}")):
+        if leftover.name.startswith(".") or _is_half_deleted(leftover):
+            log.info("%s: deleted; a kill had left it unfinished", leftover)
+            shutil.rmtree(leftover)
+
+
+def _is_half_deleted(folder: Path) -> bool:
+    """Return True for a checkpoint without its description. A folder with anything but our files is not ours."""
+    names = [path.name for path in folder.iterdir()]
+    return "state.json" not in names and all(re.fullmatch(r"shard-\d+-of-\d+\.safetensors", name) for name in names)
 
 
 def _read_top1(checkpoint: Path) -> float | None:
@@ -293,11 +308,6 @@ def _read_top1(checkpoint: Path) -> float | None:
         return read_state(checkpoint).top1
     except ValueError:
         return None
-
-
-def _shapes(engine: ZeroEngine) -> dict[str, list[int]]:
-    # Under ZeRO-3 a parameter's own shape is empty.
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
 def _require_space(folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, world_size: int) -> None:

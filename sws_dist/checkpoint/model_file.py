@@ -27,7 +27,7 @@ VERSION = 2  # version 1 had the key "pixels" for "preprocessing"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a file says of its model."""
+    """Metadata of a weight file: how to build its model, and what it expects."""
 
     kind: Literal["learngene", "model"]
     """``learngene``: an auxiliary model's distinct layers."""
@@ -36,11 +36,11 @@ class ModelInfo:
     kwargs: dict[str, Any]
     num_classes: int
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """What evaluation needs: ``mean``, ``std``, ``image_size``, ``crop_pct``, ``interpolation``."""
+    """Settings of evaluation: ``mean``, ``std``, ``image_size``, ``crop_pct``, ``interpolation``."""
     classes: list[str] = field(default_factory=list)
     """The labels' names in order."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """How the weights came to be."""
+    """Origin of the weights: run, versions, commit."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelInfo:
@@ -144,7 +144,7 @@ def load_model(path: str | Path, name: str | None = None) -> Any:
         model = create_model(name, num_classes=info.num_classes, **(info.kwargs if ours else {}))
         set_input_description(model, info)
     elif name is None:
-        raise ValueError(f"{path} does not say which model it is of; give --model NAME")
+        raise ValueError(f"{path} does not say which model it is of; name it (--model NAME, model_name)")
     else:
         weights = load_state_dict_file(path)
         default = create_model(name).num_classes
@@ -156,17 +156,11 @@ def load_model(path: str | Path, name: str | None = None) -> Any:
 
 def set_input_description(model: Any, info: ModelInfo) -> None:
     """Write a file's preprocessing and labels into ``model.pretrained_cfg``, where timm's tools look for them."""
-    about = info.preprocessing
-    size = about.get("image_size")
-    model.pretrained_cfg = model.pretrained_cfg | {
-        "mean": about.get("mean"),
-        "std": about.get("std"),
-        "input_size": size and (3, size, size),
-        "crop_pct": about.get("crop_pct", 0.875),
-        "interpolation": about.get("interpolation", "bicubic"),
-        "num_classes": info.num_classes,
-        "label_names": tuple(info.classes) or None,
-    }
+    known = {key: value for key, value in info.preprocessing.items() if key != "image_size"}
+    if size := info.preprocessing.get("image_size"):
+        known["input_size"] = (info.kwargs.get("in_chans", 3), size, size)
+    labels = {"num_classes": info.num_classes, "label_names": tuple(info.classes) or None}
+    model.pretrained_cfg = model.pretrained_cfg | known | labels
 
 
 def infer_num_labels(name: str, weights: Mapping[str, Tensor], default: int) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from sws_dist.distributed.launch_env import ANY_RANK, local_rank, rank
-from sws_dist.errors import EXIT_REQUEUE, ConfigError, RunError, Stopped
+from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
 
 _HEAD_START_S = 2.0
@@ -88,21 +87,24 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except Stopped as stopped:
         log.warning("%s; start again with --resume auto", stopped)
-        _exit(EXIT_REQUEUE)
+        exit_now(EXIT_REQUEUE)
     except KeyboardInterrupt:
-        _exit(130)
+        exit_now(EXIT_INTERRUPTED)
     except (ValueError, OSError, RunError) as error:
-        # What all ranks know of is reported by rank 0; a config, which each node reads for itself, by the first rank
-        # there; and what a rank met on its own it reports itself.
-        silent = rank() if isinstance(error, RunError) else local_rank() if isinstance(error, ConfigError) else 0
-        if not silent:
+        if _reports(error):
             log.error("%s", error, extra=ANY_RANK, exc_info=log.isEnabledFor(logging.DEBUG))
         elif isinstance(error, ConfigError):
             time.sleep(_HEAD_START_S)  # launchers end all ranks when one leaves: let the one that reports be the first
-        _exit(1)
+        exit_now(1)
+    except Exception:  # a bug
+        traceback.print_exc()
+        exit_now(1)
 
 
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a tidy exit would wait for ranks that may be gone
+def _reports(error: Exception) -> bool:
+    """Return True if it is for this rank to report ``error``."""
+    if isinstance(error, RunError):  # all ranks know of it
+        return rank() == 0
+    if isinstance(error, ConfigError):  # each node reads its configs for itself
+        return local_rank() == 0
+    return True  # this rank met it on its own

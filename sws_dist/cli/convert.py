@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import make_parser, parse_args, print_result
 
 if TYPE_CHECKING:  # the helpers import what they need: torch takes seconds, and --help should not wait for it
     from sws_dist.checkpoint.model_file import ModelInfo
@@ -105,4 +105,4 @@ def log_timm_call(path: Path, info: ModelInfo) -> None:
             f", {key}={value!r}" for key, value in (info.kwargs | {"num_classes": info.num_classes}).items()
         )
         call = f"timm.create_model({info.name!r}{arguments})"
-    log.info(f"{path}: weights under timm's names; build the model with\n  {call}")
+    print_result(f"{path}: weights under timm's names; build the model with\n  {call}")

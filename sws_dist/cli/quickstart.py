@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from sws_dist import source_tree
@@ -33,14 +34,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Step:
+class Command:
     """One command, and the file whose presence says that it is done."""
 
     title: str
-    command: tuple[str, ...]
-    done: Path
+    words: tuple[str, ...]
+    done: Path | None
+    """None: the command runs again each time."""
     log_file: Path | None = None
-    """Where the command's output goes; None: to the terminal."""
+    """The file that takes the command's output; None for the terminal."""
 
 
 def main() -> None:
@@ -48,6 +50,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
     parser.add_argument("--seed", type=int, default=0, help="of every run (default 0)")
     args = parse_args(parser)
+    missing = [name for name in ("sklearn", "matplotlib", "nvidia") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)}; pip install 'sws-dist[dali,quickstart]' brings them")
     quiet = ("--quiet",) if args.quiet else ()
     out, begun = args.output, time.monotonic()
     teacher, auxiliary = out / "teacher", out / "auxiliary"
@@ -58,18 +63,20 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or each process warns that it finds no other
 
     python = Path(sys.executable).name
-    perform(Step("the data", (python, "-m", "sws_dist.data.digits", str(DATA)), DATA / "train"))
-    perform(train("1. a teacher", "teacher", teacher, args.seed, *quiet, ranks=ranks))
-    perform(train("2. the auxiliary model", "auxiliary", auxiliary, args.seed, *quiet, sets=[taught], ranks=ranks))
+    perform(Command("the data", (python, "-m", "sws_dist.data.digits", str(DATA)), DATA / "train"))
+    perform(train_command("1. a teacher", "teacher", teacher, args.seed, *quiet, ranks=ranks))
+    perform(
+        train_command("2. the auxiliary model", "auxiliary", auxiliary, args.seed, *quiet, sets=[taught], ranks=ranks)
+    )
     log.info("\n# 3. the learngene, expanded to four depths")
     for depth in DEPTHS:
         file = out / f"depth{depth}" / "expanded.safetensors"
         options = ("--learngene", f"{auxiliary}/learngene.safetensors", "--depth", str(depth), "--out", str(file))
-        perform(Step("", (*sws("expand"), *options, *quiet), file))
+        perform(Command("", (*sws("expand"), *options, *quiet), file))
     log.info("\n# 4. descendants, each beside the same model from random weights; two runs at a time")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(perform, descendants(out, args.seed)))
-    perform(Step("5. the report", (*sws("report"), "--runs", str(out), *quiet), out / "always made anew"))
+        list(pool.map(perform, descendant_commands(out, args.seed)))
+    perform(Command("5. the report", (*sws("report"), "--runs", str(out), *quiet), done=None))
     log.info(f"\nfinished in {time.monotonic() - begun:.0f} s")
     tensorboard = "tensorboard" if shutil.which("tensorboard") else f"{Path(sys.executable).parent}/tensorboard"
     print_result(f"the report   {out}/report.md, {out}/report.png\nevery curve  {tensorboard} --logdir {out}")
@@ -92,7 +99,7 @@ def sws(command: str) -> tuple[str, ...]:
     return (Path(sys.executable).name, f"launcher/{command}.py") if in_checkout() else ("sws", command)
 
 
-def train(
+def train_command(
     title: str,
     config: str,
     output: Path,
@@ -101,7 +108,7 @@ def train(
     sets: list[str] | tuple[str, ...] = (),
     ranks: int = 1,
     port: int = 0,
-) -> Step:
+) -> Command:
     """Return a training run through DeepSpeed's launcher.
 
     Args:
@@ -120,44 +127,44 @@ def train(
     for override in (f"output={output}", f"train.seed={seed}", *sets):
         command += ["--set", override]
     command += ["--resume", "auto", *options]
-    return Step(title, tuple(command), output / "metrics.json", output.with_suffix(".log") if port else None)
+    return Command(title, tuple(command), output / "metrics.json", output.with_suffix(".log") if port else None)
 
 
-def descendants(out: Path, seed: int) -> list[Step]:
+def descendant_commands(out: Path, seed: int) -> list[Command]:
     """Return three runs a depth: expanded and fine-tuned, from scratch with the same recipe or with the full budget."""
     ports = itertools.count(29501)
-    steps = []
+    commands = []
     for depth in sorted(DEPTHS, reverse=True):  # the long ones first, so that both workers end together
         folder, layers = out / f"depth{depth}", f"model.depth={depth}"
         expanded = f"model.initial_checkpoint={folder}/expanded.safetensors"
-        steps += [
-            train("", "scratch_full", folder / "scratch_full", seed, sets=[layers], port=next(ports)),
-            train("", "scratch", folder / "scratch", seed, sets=[layers], port=next(ports)),
-            train("", "descendant", folder / "tuned", seed, sets=[layers, expanded], port=next(ports)),
+        commands += [
+            train_command("", "scratch_full", folder / "scratch_full", seed, sets=[layers], port=next(ports)),
+            train_command("", "scratch", folder / "scratch", seed, sets=[layers], port=next(ports)),
+            train_command("", "descendant", folder / "tuned", seed, sets=[layers, expanded], port=next(ports)),
         ]
-    return steps
+    return commands
 
 
-def perform(step: Step) -> None:
-    """Log a step's command and run it, unless it is done.
+def perform(command: Command) -> None:
+    """Log a command and run it, unless it is done.
 
     Raises:
         RunError: the command failed.
     """
-    if step.title:
-        log.info(f"\n# {step.title}")
-    if step.done.exists():
-        log.info(f"# {step.done} is there")
+    if command.title:
+        log.info(f"\n# {command.title}")
+    if command.done is not None and command.done.exists():
+        log.info(f"# {command.done} is there")
         return
-    log.info(f"$ {shlex.join(step.command)}" + (f" > {step.log_file}" if step.log_file else ""))
+    log.info(f"$ {shlex.join(command.words)}" + (f" > {command.log_file}" if command.log_file else ""))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    if step.log_file is None:
-        code = subprocess.run(step.command, env=environment).returncode
+    if command.log_file is None:
+        code = subprocess.run(command.words, env=environment).returncode
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")  # runs side by side must not fight for the cores
-        step.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with step.log_file.open("a") as file:
-            code = subprocess.run(step.command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        command.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with command.log_file.open("a") as file:
+            code = subprocess.run(command.words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        seen = f"; see {step.log_file}" if step.log_file else ""
-        raise RunError(f"this command ended with exit code {code}{seen}:\n  {shlex.join(step.command)}")
+        seen = f"; see {command.log_file}" if command.log_file else ""
+        raise RunError(f"this command ended with exit code {code}{seen}:\n  {shlex.join(command.words)}")

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from sws_dist.atomic import atomic_write_text
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import make_parser, parse_args, print_result
 
 Metrics = dict[str, Any]
 KINDS = ("tuned", "scratch", "scratch_full")
@@ -33,7 +33,7 @@ def main() -> None:
     draw_curves(seeds, picture)
     text = write_report(seeds, picture.name)
     atomic_write_text(out, text)
-    log.info(text)
+    print_result(text)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

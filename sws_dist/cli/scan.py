@@ -67,7 +67,7 @@ def scan_split(
         found, kept = manifest.scan_and_decode(root, split, num_threads, bar)
     print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
     for note in found.notes:
-        log.info(note)
+        log.warning(note)
     for file in found.bad:
         print_result(f"bad image: {prefix}{file.path}: {file.reason}")
     if kept:

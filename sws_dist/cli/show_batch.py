@@ -45,27 +45,24 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     from PIL import Image
 
     from sws_dist.atomic import atomic_write
-    from sws_dist.build import list_images, train_order
     from sws_dist.data import pipeline, sampler
+    from sws_dist.data.build import build_order, list_images
     from sws_dist.data.draws import Recipe, describe_draws
-    from sws_dist.data.mixup import Mixing, denormalise, erase
+    from sws_dist.data.mixup import Mixing, augment_batch, denormalise
     from sws_dist.logging.images import labelled_grid
-    from sws_dist.seed import seed_everything
 
     augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
     micro = args.batch or global_batch
     if global_batch % micro:
         raise ConfigError(f"--batch {micro} does not divide train.global_batch {global_batch}")
     images, _ = list_images(config.data)
-    order = train_order(config, images)
+    order = build_order(config, images)
     positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro)
     recipe, mixing = Recipe(augment, config.data.image_size), Mixing(augment, len(images.classes), seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     (batch,) = pipeline.train_loader(images, order, [positions], recipe, seed, config.data, device)
     draws = recipe.draw(seed, positions, images.sizes[batch.indices])
-    seed_everything(seed, batch.position)
-    pixels = batch.images if batch.erase is None else erase(batch.images, batch.erase, augment.re_mode)
-    pixels, targets = mixing(pixels, batch.labels, batch.position)
+    pixels, targets = augment_batch(batch, mixing, augment, seed)
 
     count = min(args.images, len(pixels))
     names = [target_in_words(target, images.classes, augment.smoothing) for target in targets[:count]]

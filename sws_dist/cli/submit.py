@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted."""
+    """The kind of the job."""
 
     kind: str
     output: Path

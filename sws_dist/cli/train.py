@@ -27,6 +27,9 @@ start again with --resume auto. A second Ctrl-C stops at once.
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from sws_dist.cli.common import (
     add_config_options,
     add_deepspeed_option,
@@ -34,13 +37,16 @@ from sws_dist.cli.common import (
     make_parser,
     parse_args,
 )
-from sws_dist.config.loader import load_config
 from sws_dist.distributed.signals import install_handlers
-from sws_dist.zero.config import load_deepspeed_config
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    install_handlers()  # before the imports that take seconds
+    install_handlers()  # before the imports that take time
+    from sws_dist.config.loader import load_config
+    from sws_dist.zero.config import load_deepspeed_config
+
     parser = make_parser(__doc__)
     add_config_options(parser)
     add_deepspeed_option(parser)
@@ -52,6 +58,9 @@ def main() -> None:
     add_local_rank_option(parser)
     args = parse_args(parser)
     config = load_config(args.config, args.overrides)
+    if args.resume and (finished := Path(config.output) / "metrics.json").is_file():
+        log.info("%s exists: this run is done", finished)
+        return
     load_deepspeed_config(args.deepspeed_config)
     # torch and DeepSpeed take seconds to import; a wrong key should not wait for them.
     from sws_dist.api import train

@@ -19,7 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sws_dist.config.schema import KeyConflictError, RunConfig
-from sws_dist.config.shipped import find_run_config
+from sws_dist.config.shipped import find_run_config, find_shipped_run_config
 from sws_dist.errors import ConfigError
 
 
@@ -119,7 +119,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     base = own.pop("base", None)
     if base is not None:
         beside = path.parent / str(base)
-        file = beside if beside.is_file() else find_run_config(str(base))
+        try:
+            file = beside if beside.is_file() else find_shipped_run_config(str(base))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: base {base}: there is no {beside}; {error}") from None
         values, sources = _read_with_bases(file, (*seen, path.resolve()))
     _merge(values, own, sources, str(path))
     return values, sources

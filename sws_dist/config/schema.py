@@ -55,9 +55,9 @@ class ModelConfig:
     grad_checkpointing: bool = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
     kernels: Literal["auto", "triton", "reference"] = "reference"
-    """Which code runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes Triton
-    on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton`` where
-    it cannot run is an error. The kernels have not run on a GPU yet, so they are off by default."""
+    """The code that runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes
+    Triton on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton``
+    where it cannot run is an error. The kernels have not run on a GPU yet, so they are off by default."""
     cuda_graphs: bool = False
     """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
     nor with ``compile``): for small models, whose kernels are shorter than their launches. This has not run on a GPU
@@ -72,8 +72,8 @@ class ModelConfig:
     plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
     """With ``initial_learngene``: the layers of each stage, as ``sws expand --plan`` takes them."""
     expand: Literal["auto", "read", "broadcast"] = "auto"
-    """How the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it (``broadcast``);
-    ``auto`` reads if all of them see the same file."""
+    """The way in which the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it
+    (``broadcast``); ``auto`` reads if all of them see the same file."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the timm constructor: ``patch_size``, ``embed_dim``, ``num_heads``, ..."""
 
@@ -285,7 +285,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
-    """What a run trains, from all groups."""
+    """A whole run config, with all its groups."""
 
     output: str
     """The run's folder: configs, log, TensorBoard events, checkpoints, metrics, final weights."""

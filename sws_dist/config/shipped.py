@@ -23,6 +23,11 @@ def find_run_config(path: str | Path) -> Path:
     return _find(path, "runs", ".yaml", "the config file")
 
 
+def find_shipped_run_config(name: str) -> Path:
+    """Return the file of a run config that ships with this package. Raises ``ConfigError`` as ``find_run_config``."""
+    return _find_shipped(name, "runs", ".yaml")
+
+
 def find_deepspeed_config(path: str | Path) -> Path:
     """Return the file of a DeepSpeed config. Raises ``ConfigError`` as ``find_run_config`` does."""
     return _find(path, "deepspeed", ".json", "the DeepSpeed config")
@@ -35,13 +40,19 @@ def shipped_configs(kind: str, suffix: str) -> dict[str, Path]:
 
 
 def _find(path: str | Path, kind: str, suffix: str, what: str) -> Path:
-    if Path(path).is_file():
+    if Path(path).exists() and not Path(path).is_dir():  # a pipe is fine too
         return Path(path)
+    reason = "it is a folder" if Path(path).is_dir() else "No such file"
+    try:
+        return _find_shipped(str(path), kind, suffix)
+    except ConfigError as error:
+        raise ConfigError(f"cannot read {what} {path}: {reason}, and {error}") from None
+
+
+def _find_shipped(name: str, kind: str, suffix: str) -> Path:
     shipped = shipped_configs(kind, suffix)
-    name = str(path)
-    if name in shipped:
-        return shipped[name]
-    near = difflib.get_close_matches(name.removesuffix(suffix), shipped, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"those that ship are {', '.join(shipped)}"
-    reason = "it is a folder" if Path(path).is_dir() else "No such file, and no config of that name ships with sws_dist"
-    raise ConfigError(f"cannot read {what} {path}: {reason}; {hint}")
+    if name not in shipped:
+        near = difflib.get_close_matches(name.removesuffix(suffix), shipped, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"those that ship are {', '.join(shipped)}"
+        raise ConfigError(f"no config of that name ships with sws_dist; {hint}")
+    return shipped[name]

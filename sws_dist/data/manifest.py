@@ -104,7 +104,9 @@ def scan(
 
     Args:
         classes: the names of the labels, in order (a validation split takes the training split's); None: the split's
-        own. num_threads: number of files that are read at once. max_bad_share: largest share of bad files.
+            own.
+        num_threads: number of files that are read at once.
+        max_bad_share: largest share of bad files.
 
     Raises:
         ValueError: no images, a class that ``classes`` does not have, or more than ``max_bad_share`` bad files.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sws_dist.config.schema import AugmentConfig
+from sws_dist.data.loader import Batch
+from sws_dist.seed import seed_everything
 
 _MIXING_STREAM = 1 << 64
 """The key of Philox for mixing. The keys of the images' own draws are below it."""
@@ -126,3 +128,17 @@ def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     pixels = images.float() * torch.tensor(std, device=images.device).view(shape)
     pixels = pixels + torch.tensor(mean, device=images.device).view(shape)
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def augment_batch(batch: Batch, mixing: Mixing, config: AugmentConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Erase boxes of a micro-batch's images, and mix images and labels.
+
+    All generators are seeded with the batch's place in the run first: what is drawn here, and by drop-path afterwards,
+    does not depend on what ran before.
+
+    Returns:
+        Images [B, 3, H, W], and targets as ``Mixing`` returns them.
+    """
+    seed_everything(seed, batch.position)
+    images = batch.images if batch.erase is None else erase(batch.images, batch.erase, config.re_mode)
+    return mixing(images, batch.labels, batch.position)

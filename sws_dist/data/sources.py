@@ -110,7 +110,8 @@ def find_source(
 
     Args:
         classes: the names of the labels, in order (a validation split takes the training split's); None: the split's
-        own. num_threads: number of shards that are indexed at once.
+            own.
+        num_threads: number of shards that are indexed at once.
 
     Returns:
         The images, and log messages for the user (for example that an index could not be kept).

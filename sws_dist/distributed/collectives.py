@@ -16,12 +16,6 @@ from torch import Tensor, nn
 from sws_dist.errors import RunError
 
 
-def is_peer_lost(error: RuntimeError) -> bool:
-    """Return True if a collective failed because another rank did not take part. Not itself a collective."""
-    # gloo's errors have no type of their own, but they name the place in its sources that they come from.
-    return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
-
-
 @contextmanager
 def raise_on_all_ranks(what: str) -> Iterator[None]:
     """Run a block that holds no collectives; if it fails on any rank, every rank raises the same ``RunError``.

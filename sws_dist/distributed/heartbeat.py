@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -21,11 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sws_dist.distributed.collectives import is_peer_lost
+import torch.distributed as dist
+
 from sws_dist.distributed.init import World
 from sws_dist.distributed.launch_env import ANY_RANK
 from sws_dist.distributed.step_timer import StepTimer, StepTimes
-from sws_dist.errors import EXIT_PEER_LOST, Stopped
+from sws_dist.errors import EXIT_PEER_LOST, Stopped, exit_now
 
 _STEP = "taking a step"
 _TICK_S = 0.5
@@ -97,7 +97,7 @@ class Heartbeat:
             self._close()
             raise
         except RuntimeError as error:
-            if not is_peer_lost(error):
+            if not _is_peer_lost(error):
                 raise
             # gloo: [file:line] what happened. Advice
             what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
@@ -121,23 +121,24 @@ class Heartbeat:
                 self._exit(f"no progress for {idle:.0f} s (train.timeout_s {self._timeout_s:g})")
             elif idle >= self._patience_s and now - max(reported, self._last_progress) >= self._patience_s:
                 reported = now
-                report = self._describe_stall()
+                report = self._observe_stall()
                 if report and self._last_progress + self._patience_s < time.monotonic():
                     log.warning("no progress for %.0f s: %s", idle, report, extra=ANY_RANK)
 
     def _exit(self, reason: str) -> None:
         self._exiting.acquire()  # the other thread may come here too, when a rank that has reported it is gone
-        report = self._describe_stall()
+        report = self._observe_stall()
         if report is None:
             time.sleep(4 * _TICK_S)  # so that the rank that reports can do so first
         else:
             log.error("%s; %s. The last checkpoint is whole", reason, report, extra=ANY_RANK)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_PEER_LOST)
+        exit_now(EXIT_PEER_LOST)
 
-    def _describe_stall(self) -> str | None:
-        """Describe the stale ranks, or each rank's phase. Returns None where a lower rank is alive to report it."""
+    def _observe_stall(self) -> str | None:
+        """Watch the heartbeats for a while, and describe the stale ranks, or each rank's phase.
+
+        Returns None where a lower rank is alive to report it.
+        """
         if self._world.rank and not self._stale_ranks([0]):
             return None
         ranks = range(self._world.size)
@@ -188,6 +189,12 @@ class Heartbeat:
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
+
+
+def _is_peer_lost(error: RuntimeError) -> bool:
+    """Return True if a collective failed because another rank did not take part."""
+    # gloo's errors have no type of their own, but they name the place in its sources that they come from.
+    return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
 
 
 def _describe(ranks: dict[int, dict[str, Any]], state: str) -> str:

@@ -11,15 +11,13 @@ import logging
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sws_dist.errors import EXIT_REQUEUE
+from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, exit_now
 
-_EXIT_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 _TWICE_S = 1.0  # one Ctrl-C may arrive twice, from the terminal and from the launcher
 
 _OUTPUTS = (1, 2)  # standard output and standard error
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def install_handlers() -> None:
-    """From now on, let a signal end this process with ``EXIT_REQUEUE``; see ``deferred_signals`` for the exception.
+    """Install handlers that end this process with ``EXIT_REQUEUE``; inside ``deferred_signals`` they do not.
 
     Called once, from the main thread. What is ignored (Ctrl-C by a shell's background job, SIGHUP by nohup) stays so.
     """
@@ -47,7 +45,7 @@ def install_handlers() -> None:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Inside the block, and after it if one came, let a signal only set ``requested_signal``."""
+    """Defer signals: inside the block they only set ``requested_signal``. One that came stays deferred after it."""
     global _deferred
     _deferred = True
     try:
@@ -79,7 +77,7 @@ def _act(reader: int) -> None:
         if not _deferred:
             _exit(f"{name}: stopped at once, no step was under way; start again with --resume auto", EXIT_REQUEUE)
         if number == signal.SIGINT and _requested and time.monotonic() - first > _TWICE_S:
-            _exit(f"{name} again: stopped at once, without saving", _EXIT_INTERRUPTED)
+            _exit(f"{name} again: stopped at once, without saving", EXIT_INTERRUPTED)
         if not _requested:
             _requested, first = number, time.monotonic()
             hint = "; once more: stop at once" if number == signal.SIGINT else ""
@@ -107,6 +105,4 @@ def _next_signal(reader: int, poll: select.poll) -> int:
 
 def _exit(message: str, code: int) -> None:
     log.warning(message)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    exit_now(code)

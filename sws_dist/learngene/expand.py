@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """Where each weight of a descendant comes from."""
+    """Sources of a descendant's weights: which of its tensors are copies of which of the learngene's."""
 
     layers: tuple[int, ...]
     """The expansion plan: the stage of each layer."""

@@ -84,7 +84,7 @@ def load_learngene(path: str | Path) -> Learngene:
 
 @dataclass(frozen=True)
 class LearngeneHeader:
-    """What a learngene's file says before its numbers.
+    """Header of a learngene's file: metadata, shapes and widest dtype, without the weights.
 
     ``fingerprint`` is equal where two ranks see the same file: a checksum over its header, its size and its last MiB.
     """

@@ -1,6 +1,6 @@
 """Initialise a descendant whose weights lie sharded over many ranks from a learngene, without the whole of it anywhere.
 
-    expansion = plan_expansion(config.model, model)       # the model is on the meta device; nothing is read yet
+    expansion = prepare_expansion(config.model, model)       # the model is on the meta device; nothing is read yet
     allocate_shards(model, ds, device, dtype)             # each rank its shards, one tensor after another
     engine = build_engine(model, ds, optim)
     init_from_learngene(model, master_slices(engine), expansion, seed, device)
@@ -12,6 +12,7 @@ each rank cuts its own slices from it. Both hold no more than the largest tensor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,9 +31,12 @@ from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
+from sws_dist.units import format_bytes
 from sws_dist.zero.shard_writer import Fetch, MasterSlice, ShardWriter
 
 TransferMode = Literal["read", "broadcast"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,13 @@ class Expansion:
 
 @dataclass
 class InitReport:
-    """What an initialisation took: bytes read by this rank or broadcast, and the parameters that had to be gathered."""
+    """Cost of an initialisation: bytes read by this rank or broadcast, and parameters that had to be gathered."""
 
     num_bytes: int
     gathered: list[str]
 
 
-def plan_expansion(config: ModelConfig, model: Any) -> Expansion | None:
+def prepare_expansion(config: ModelConfig, model: Any) -> Expansion | None:
     """Plan what ``model.initial_learngene`` asks for, and check it against ``model``. A collective.
 
     Returns:
@@ -91,8 +95,8 @@ def choose_transfer(
     with raise_on_all_ranks("read the learngene"):
         if wanted == "read" or dist.get_rank() == 0 or (wanted == "auto" and Path(path).is_file()):
             header = read_learngene_header(path)
-    seen = gather_on_rank0(header and header.fingerprint)
-    others = broadcast_from_rank0(seen and [rank for rank, print_ in enumerate(seen) if print_ != seen[0]])
+    fingerprints = gather_on_rank0(None if header is None else header.fingerprint) or []
+    others = broadcast_from_rank0([rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]])
     if wanted == "read" and others:
         raise RunError(
             f"model.expand: read, but rank(s) {', '.join(map(str, others))} see another file under {path} than rank 0; "
@@ -115,15 +119,30 @@ def init_from_learngene(
         seed: of a fresh head, where the descendant has other labels than the learngene.
     """
     writer = ShardWriter(model, masters)
-    move = _read_slices if expansion.mode == "read" else _broadcast
-    num_bytes = move(writer, expansion, device)
+    is_read = expansion.mode == "read"
+    num_bytes = _read_slices(writer, expansion) if is_read else _broadcast(writer, expansion, device)
     if expansion.mapping.fresh:
         for name, tensor in fresh_head(model, seed).items():
             writer.write((name,), _slices_of(tensor.reshape(-1)))
     return InitReport(num_bytes, writer.gathered)
 
 
-def _read_slices(writer: ShardWriter, expansion: Expansion, device: torch.device) -> int:
+def log_expansion(expansion: Expansion, report: InitReport, num_classes: int) -> None:
+    """Log where the descendant's layers come from, and what it took to get them."""
+    mapping, known = expansion.mapping, expansion.header.info.num_classes
+    stages = ",".join(map(str, mapping.layers))
+    log.info("%d layers from stages %s of %s", len(mapping.layers), stages, expansion.path)
+    if mapping.dropped:
+        log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
+    if mapping.fresh:
+        log.info("the head is new: %d classes, the learngene knows %d", num_classes, known)
+    how = "read by this rank" if expansion.mode == "read" else "broadcast by rank 0"
+    log.info("%s of the learngene %s", format_bytes(report.num_bytes), how)
+    if report.gathered:
+        log.info("%d parameters, on NVMe or quantised, were gathered, written and cut again", len(report.gathered))
+
+
+def _read_slices(writer: ShardWriter, expansion: Expansion) -> int:
     """Read the rows of this rank's slices from a file that every rank sees. Returns the bytes read."""
     num_bytes = 0
     for name, targets in expansion.mapping.copies.items():

@@ -37,7 +37,7 @@ class ConsoleHandler(logging.Handler):
             stream = sys.stderr if important else sys.stdout
             tqdm.write(text, file=stream)
             stream.flush()
-        except BrokenPipeError:  # nobody reads any more: distributed/signals.py stops the run
+        except OSError:  # nobody reads any more (distributed/signals.py stops the run), or the disk behind it is full
             return
         except Exception:
             self.handleError(record)

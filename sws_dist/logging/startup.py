@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHeader:
-    """What the first lines of a run's log say."""
+    """Contents of the first lines of a run's log."""
 
     output: Path
     model: str
@@ -29,7 +29,7 @@ class RunHeader:
     zero_stage: int
     precision: str
     kernels: str
-    """Which code runs the stages."""
+    """Log message about the code that runs the stages."""
 
 
 def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:

@@ -53,14 +53,14 @@ class SlowStepDetector:
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """Means over the steps since the last line of the log, and over all ranks."""
+    """Means over the steps since the last line of the log: losses over all ranks, times of this rank."""
 
     loss: float
     loss_labels: float
     loss_distill: float
     images_per_s: float
     data_wait_share: float
-    """Share of the time that this rank waited for data."""
+    """Share of the time that rank 0 waited for data."""
 
 
 class LogWindow:
@@ -87,23 +87,20 @@ class LogWindow:
         self._num_steps += 1
         self._waited_s += waited_s
 
-    def take_means(self) -> WindowMeans | None:
-        """Return the means since the last call; None if there was no step. A collective."""
+    def means(self) -> WindowMeans | None:
+        """Return the means since the last ``reset``; None if there was no step. A collective."""
         if self._sums is None:
             return None
         losses = (sum_over_ranks(self._sums) / (self._num_steps * self._world_size)).tolist()
         took_s = time.perf_counter() - self._start
         loss, labels, distill = losses
-        means = WindowMeans(
-            loss, labels, distill, self._num_steps * self._global_batch / took_s, self._waited_s / took_s
-        )
-        self.reset()
-        return means
+        rate = self._num_steps * self._global_batch / took_s
+        return WindowMeans(loss, labels, distill, rate, self._waited_s / took_s)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands when a line of its log is written."""
+    """State of a run when a line of its log is written."""
 
     step: int
     total_steps: int

@@ -82,14 +82,15 @@ class SWSVisionTransformer(VisionTransformer):
         schedule: repeats of each distinct block. Default: ``depth`` blocks that run once each.
         depth: number of distinct blocks. Default: the length of ``schedule``, or 12.
         drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, growing linearly from 0 at the
-        first. norm_eps: epsilon of every LayerNorm. class_token: True for ViT's own class token and token pooling.
-        Otherwise the tokens are normed, then averaged. kwargs: ``GEOMETRY_ARGUMENTS`` and ``TRAINING_ARGUMENTS`` of
-        timm's VisionTransformer. Any other argument would make
-            a model that its own weight files do not describe.
+            first.
+        norm_eps: epsilon of every LayerNorm.
+        class_token: True for ViT's own class token and token pooling. Otherwise the tokens are normed, then averaged.
+        kwargs: ``GEOMETRY_ARGUMENTS`` and ``TRAINING_ARGUMENTS`` of timm's VisionTransformer. Any other argument would
+            make a model that its own weight files do not describe.
 
     Raises:
         ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``; an argument that is not
-        listed.
+            listed.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sws_dist.errors import RunError, Stopped
 from sws_dist.zero.engine import sync_model_from_masters
 from sws_dist.zero.partition import master_weights
 from sws_dist.zero.protocol import ZeroEngine
@@ -35,17 +34,17 @@ class ShardedEMA:
     def applied(self) -> Iterator[None]:
         """Let the model hold the average inside the block, and the trained weights again after it. A collective.
 
-        An exception that is not known to be raised on all ranks puts back this rank's masters alone: the others may
-        not be there to exchange weights with.
+        After an exception on several ranks, only this rank's masters are put back: the others may not be there to
+        exchange weights with.
         """
         trained = [master.clone() for master in master_weights(self.engine)]
         self._copy_to_masters(self.average)
         sync_model_from_masters(self.engine)
         try:
             yield
-        except Exception as error:
+        except Exception:
             self._copy_to_masters(trained)
-            if isinstance(error, (RunError, Stopped)) or dist.get_world_size() == 1:
+            if dist.get_world_size() == 1 or self.engine.zero_optimization_stage() == 0:  # no collective
                 sync_model_from_masters(self.engine)
             raise
         self._copy_to_masters(trained)

@@ -1,8 +1,8 @@
 """Build DeepSpeed's engine, take its steps, and bring the model in line with its fp32 masters.
 
-``zero/`` is the one place that knows DeepSpeed's inside (names of DeepSpeed 0.19; tests/unit/test_deepspeed_names.py
-checks that each of them exists): ``config.py`` and ``schema.py`` its JSON, ``partition.py`` where the masters lie,
-``shard_writer.py`` how shards are written.
+``zero/`` is the one place that knows DeepSpeed's inside, with the names of DeepSpeed 0.19
+(tests/distributed/test_deepspeed_names.py checks that each of them exists): ``config.py`` and ``schema.py`` its JSON,
+``partition.py`` where the masters lie, ``shard_writer.py`` how shards are written.
 """
 
 from __future__ import annotations

@@ -49,13 +49,18 @@ class Fragment:
         return flats[self.flat].view(-1).narrow(0, self.offset, self.numel)
 
 
+def whole_shapes(engine: ZeroEngine) -> dict[str, list[int]]:
+    """Return the shape of every parameter, in the model's order. Under ZeRO-3 a parameter's own shape is empty."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
 def fragments(engine: ZeroEngine) -> list[Fragment]:
     """List the pieces of parameters that this rank's masters hold. Padding belongs to none.
 
     At stages 1, 2 and 3 every element of every parameter lies on exactly one rank; at stage 0 each rank has all.
     """
     stage = engine.zero_optimization_stage()
-    found = {0: _whole_parameters, 1: _linked_slices, 2: _linked_slices, 3: _zero3_slices}[stage](engine)
+    found = {0: _whole_parameters, 1: _flat_slices, 2: _flat_slices, 3: _zero3_slices}[stage](engine)
     return [piece for piece in found if piece.numel > 0]
 
 
@@ -68,13 +73,18 @@ def _zero3_slices(engine: ZeroEngine) -> Iterator[Fragment]:
         yield Fragment(name, start, min(size, p.ds_numel - start), flat, offset)  # type: ignore[attr-defined]
 
 
-def _linked_slices(engine: ZeroEngine) -> Iterator[Fragment]:
-    """Yield what DeepSpeed has recorded: a group's parameters lie end to end, cut into equal slices, one a rank."""
-    for name, p in engine.module.named_parameters():
-        link = p._hp_mapping  # type: ignore[attr-defined]
-        if link is not None:  # None: another rank's slice holds all of it
-            piece, place = link.lp_fragment_address, link.hp_fragment_address
-            yield Fragment(name, piece.start, piece.numel, link.param_group_index, place.start)
+def _flat_slices(engine: ZeroEngine) -> Iterator[Fragment]:
+    """Yield this rank's slices of parameters: a group's lie end to end, cut into equal slices, one a rank.
+
+    DeepSpeed's own record of this (``_hp_mapping``) ignores the order that ``round_robin_gradients`` gives them.
+    """
+    optimizer, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
+    for flat, params in enumerate(optimizer.round_robin_bit16_groups):
+        size = optimizer.partition_size[flat]
+        first = engine.global_rank * size
+        for p, at in zip(params, optimizer.round_robin_bit16_offsets[flat], strict=True):
+            start, stop = max(first - at, 0), min(first + size - at, p.numel())
+            yield Fragment(names[id(p)], start, stop - start, flat, at + start - first)
 
 
 def _whole_parameters(engine: ZeroEngine) -> Iterator[Fragment]:

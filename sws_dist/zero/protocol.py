@@ -1,4 +1,4 @@
-"""Type the part of DeepSpeed's engine that this trainer uses."""
+"""Declare the members of DeepSpeed's engine that this trainer uses, for type checkers."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from sws_dist.errors import RunError
 from sws_dist.learngene.expand import expand_learngene
 from sws_dist.learngene.file import load_learngene
 from sws_dist.learngene.plan import expansion_plan
-from sws_dist.learngene.sharded_init import choose_transfer, init_from_learngene, plan_expansion
+from sws_dist.learngene.sharded_init import choose_transfer, init_from_learngene, prepare_expansion
 from sws_dist.models import create_model
 from sws_dist.zero.engine import build_engine, connect_deepspeed
 from sws_dist.zero.partition import fragments, master_weights
@@ -60,7 +60,7 @@ def run(
     with torch.device("meta"):
         model = create_model("sws_vit", depth=12, **geometry)
     config = ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode)  # type: ignore[arg-type]
-    expansion = plan_expansion(config, model)
+    expansion = prepare_expansion(config, model)
     assert expansion is not None
     allocate_shards(model, ds, world.device, dtype)
     built = build_engine(model, ds, OptimConfig(name=optimizer))  # type: ignore[arg-type]

@@ -28,20 +28,15 @@ ENGINE = (
     "module optimizer config global_rank zero_optimization_stage gradient_accumulation_steps "
     "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm"
 )
-LINK = "lp_fragment_address hp_fragment_address param_group_index"
+FLAT = "single_partition_of_fp32_groups round_robin_bit16_groups round_robin_bit16_offsets partition_size"
 LIVE: dict[tuple[int, str], dict[str, str]] = {
     (0, "fp32"): {"engine": ENGINE, "engine.optimizer": "param_groups state"},
     (0, "bf16"): {"engine.optimizer": "fp16_groups optimizer"},
     (1, "bf16"): {
-        "engine.optimizer": "single_partition_of_fp32_groups update_lp_params optimizer",
-        "parameter": "_hp_mapping",
-        "parameter._hp_mapping": LINK,
-        "parameter._hp_mapping.lp_fragment_address": "start numel",
-        "parameter._hp_mapping.hp_fragment_address": "start",
+        "engine.optimizer": f"{FLAT} update_lp_params optimizer",
     },
     (2, "fp32"): {
-        "engine.optimizer": "single_partition_of_fp32_groups update_lp_params",
-        "parameter._hp_mapping": LINK,
+        "engine.optimizer": f"{FLAT} update_lp_params",
     },
     (3, "bf16"): {
         "engine.optimizer": "fp32_partitioned_groups_flat get_param_id grad_position optimizer "

@@ -130,11 +130,12 @@ def test_what_a_kill_amid_pruning_leaves_is_pruned_later(damaged: Path) -> None:
 def test_pruning_passes_over_damaged_descriptions_and_leaves_other_folders_alone(damaged: Path) -> None:
     checkpoints = damaged / "checkpoints"
     (checkpoints / "step-00000007" / "state.json").write_text("{")
-    for own in ("step-of-mine", "notes"):
+    for own in ("step-of-mine", "notes", "step-00001000"):
         (checkpoints / own).mkdir()
+        (checkpoints / own / "weights.pt").touch()
     prune_checkpoints(checkpoints, keep_last=1, keep_best=True)
     kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
-    assert kept == ["notes", "step-00000010", "step-of-mine"]
+    assert kept == ["notes", "step-00000010", "step-00001000", "step-of-mine"]
 
 
 def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
     ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring"),
     ("sws_dist.checkpoint",),
     ("sws_dist.logging", "sws_dist.zero"),
-    ("sws_dist.models", "sws_dist.data", "sws_dist.optim"),
+    ("sws_dist.models", "sws_dist.data", "sws_dist.optim", "sws_dist.provenance"),
     ("sws_dist.distributed", "sws_dist.config"),
     ("sws_dist.atomic", "sws_dist.seed", "sws_dist.units", "sws_dist.errors", "sws_dist.source_tree", "sws_kernels"),
 )

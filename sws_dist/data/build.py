@@ -1,0 +1,70 @@
+"""Build the input of a run from its config: image lists, their order, and what reads, draws and mixes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sws_dist.config.schema import DataConfig, RunConfig
+from sws_dist.data import manifest, pipeline, sampler
+from sws_dist.data.bad_images import BadImages
+from sws_dist.data.draws import Recipe
+from sws_dist.data.loader import Loader
+from sws_dist.data.manifest import Manifest
+from sws_dist.data.mixup import Mixing
+from sws_dist.data.sampler import TrainOrder
+from sws_dist.data.sources import read_classes
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """The images of a run, their order, and what is drawn for them."""
+
+    train: Manifest
+    val: Manifest
+    order: TrainOrder
+    recipe: Recipe
+    mixing: Mixing
+    bad_train: BadImages
+    bad_val: BadImages
+    val_loader: Loader
+
+
+def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
+    """List training and validation images."""
+    classes = read_classes(config.classes) if config.classes else None
+    train = manifest.scan(config.root, config.train_split, classes, max_bad_share=config.max_bad_share)
+    val = manifest.scan(config.root, config.val_split, train.classes, max_bad_share=config.max_bad_share)
+    return train, val
+
+
+def build_data(
+    config: RunConfig, train: Manifest, val: Manifest, rank: int, world_size: int, device: torch.device
+) -> DataParts:
+    """Build what reads, draws and mixes the images of one rank."""
+    bad_val = BadImages(val.bad)
+    batches = sampler.eval_batches(len(val), rank, world_size, config.train.eval_batch)
+    return DataParts(
+        train=train,
+        val=val,
+        order=build_order(config, train),
+        recipe=Recipe(config.augment, config.data.image_size),
+        mixing=Mixing(config.augment, len(train.classes), config.train.seed),
+        bad_train=BadImages(train.bad),
+        bad_val=bad_val,
+        val_loader=pipeline.eval_loader(val, batches, config.data, device, bad_val),
+    )
+
+
+def build_order(config: RunConfig, images: Manifest) -> TrainOrder:
+    """Return the order of the training images.
+
+    Raises:
+        ValueError: a shard window over images that are not in shards.
+    """
+    shards = None if images.spans is None else images.spans[:, 0]
+    window = config.data.shuffle_shards
+    if window is not None and shards is None:
+        raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
+    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
