@@ -1,4 +1,7 @@
-"""Count the images that cannot be read, name each of them once, and stop a run that has too many."""
+"""Count the images that cannot be read, name each of them once, and stop a run that has too many.
+
+``loader.py`` puts other images in their place.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,8 @@ def ds(stage: int, ranks: int, precision: str | None = None) -> dict[str, object
     zero = {"stage": stage, "reduce_bucket_size": 20_000}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 100  # some parameters stay whole, some do not
+    if stage == 2:
+        zero["round_robin_gradients"] = True  # parameters then lie in another order than the model's
     low = {precision: {"enabled": True}} if precision else {}
     return {"zero_optimization": zero, "gradient_accumulation_steps": SPREAD[ranks], **low}
 
