@@ -90,6 +90,7 @@ class Heartbeat:
         A run that fails leaves its heartbeats behind: they say where it was.
         """
         self.tick()
+        self._write()  # at once: a rank that is lost in its first steps has a name as well
         self._thread.start()
         try:
             yield

@@ -31,5 +31,5 @@ def _poison(trainer: Trainer, steps: list[int]) -> None:
         bad = trainer.parts.world.rank == 1 and trainer.step + 1 in steps
         return clean(images * float("nan") if bad else images, *arguments)
 
-    data = replace(trainer.parts.data, mixing=mixing)  # type: ignore[arg-type]
+    data = replace(trainer.parts.data, mixing=mixing)
     trainer.parts = replace(trainer.parts, data=data)

@@ -59,11 +59,11 @@ def run(
     geometry = GEOMETRY | {"img_size": size, "num_classes": classes}
     with torch.device("meta"):
         model = create_model("sws_vit", depth=12, **geometry)
-    config = ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode)  # type: ignore[arg-type]
+    config = ModelConfig(name="sws_vit", initial_learngene=str(path), expand=mode)
     expansion = prepare_expansion(config, model)
     assert expansion is not None
     allocate_shards(model, ds, world.device, dtype)
-    built = build_engine(model, ds, OptimConfig(name=optimizer))  # type: ignore[arg-type]
+    built = build_engine(model, ds, OptimConfig(name=optimizer))
     masters = master_slices(built)
     if spoil:
         masters = {name: master._replace(start=max(0, master.start - 1)) for name, master in masters.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sws_dist import seed
-from sws_dist.distributed.collectives import is_peer_lost, sum_over_ranks
+from sws_dist.distributed.collectives import sum_over_ranks
 from sws_dist.distributed.init import init_distributed
 from tests import ranks
 
@@ -57,7 +57,7 @@ def test_an_error_in_one_rank_is_told_with_its_traceback_and_ends_the_others() -
     assert "hello from rank 0" in message
     ended, _ = ranks.outcomes(fail_on, 0, world=2)
     assert isinstance(ended[0].error, KeyError)
-    assert is_peer_lost(ended[1].error), "the other rank waited in a collective"  # type: ignore[arg-type]
+    assert "gloo" in str(ended[1].error), "the other rank waited in a collective"
 
 
 class Unpicklable(Exception):

@@ -123,7 +123,7 @@ def batches_until_told() -> tuple[list[int], int, bool]:
             yield Batch(torch.empty(0), torch.empty(0), np.empty(0), np.empty(0), position=position)
 
     moves: list[None] = []
-    until = StopAwareIterator(batches(), torch.device("cpu"), lambda: moves.append(None))  # type: ignore[arg-type]
+    until = StopAwareIterator(batches(), torch.device("cpu"), lambda: moves.append(None))
     return [batch.position for batch in until], len(moves), until.stop_requested
 
 

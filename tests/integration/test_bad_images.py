@@ -55,7 +55,7 @@ def test_five_percent_of_nine_kinds(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     assert (job.output / "metrics.json").is_file()
     assert "171 training and 20 validation images" in done.stdout
-    said = [line for line in done.stdout.splitlines() if line.startswith("bad image: ")]
+    said = [line for line in done.stdout.splitlines() if line.startswith("warning: bad image: ")]
     assert len(said) == 9
     for name, reason in reasons.items():
         assert sum(name in line and reason in line for line in said) == 1, (name, reason, said)
@@ -77,7 +77,7 @@ def test_files_that_turn_bad_while_training(data: Path, tmp_path: Path) -> None:
         printed = run.said()
     assert before < 6 * 9 - 2 * 9 - 3, "the run was over too soon for this test to mean anything"
     assert len(log(job.output)) >= 6 * 9
-    said = [line for line in printed.splitlines() if line.startswith("bad image: ")]
+    said = [line for line in printed.splitlines() if line.startswith("warning: bad image: ")]
     assert len(said) == 9
     for name, reason in reasons.items():
         assert sum(name in line and reason in line for line in said) == 1, (name, reason, said)

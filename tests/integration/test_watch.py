@@ -45,7 +45,7 @@ def test_a_silent_rank_is_named_and_ends_the_run(job: Job, victim: int) -> None:
         ranks = run.ranks()
         ranks[victim].suspend()
         name = f"rank {victim} on {socket.gethostname()} (process {ranks[victim].pid}): silent, last seen"
-        run.wait_for(lambda: re.search(rf"^no progress for \d+ s: {re.escape(name)}", run.said(), re.M))
+        run.wait_for(lambda: re.search(rf"^warning: no progress for \d+ s: {re.escape(name)}", run.said(), re.M))
         run.wait_for(lambda: run.errors())
         assert name in run.errors()[0]
         assert "train.timeout_s 16" in run.errors()[0]
@@ -80,10 +80,14 @@ def test_a_rank_that_waits_for_data_is_named(job: Job, few_digits: Path, tmp_pat
         os.mkfifo(pipe)
         file.rename(tmp_path / "image")
         os.link(pipe, file)
-        run.wait_for(lambda: re.search(r"^no progress for \d+ s: rank 1 .*: alive, waiting for data", run.said(), re.M))
+        run.wait_for(
+            lambda: re.search(r"^warning: no progress for \d+ s: rank 1 .*: alive, waiting for data", run.said(), re.M)
+        )
         (tmp_path / "image").replace(file)
         pipe.open("w").close()
-        run.wait_for(lambda: re.search(r"^step \d+ took [\d.]+ s instead of [\d.]+ s: rank 1 waited", run.said(), re.M))
+        run.wait_for(
+            lambda: re.search(r"^warning: step \d+ took [\d.]+ s instead of [\d.]+ s: rank 1 waited", run.said(), re.M)
+        )
 
 
 @pytest.fixture

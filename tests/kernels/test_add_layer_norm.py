@@ -117,7 +117,7 @@ def test_reference(drop_path: bool) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
     leaves = [inputs[name].requires_grad_() for name in LEAVES]
-    assert torch.autograd.gradcheck(lambda *x: add_layer_norm_reference(*x, EPS, inputs.get("scale")), leaves)
+    assert torch.autograd.gradcheck(lambda *x: add_layer_norm_reference(*x, eps=EPS, scale=inputs.get("scale")), leaves)
 
 
 def test_dropped_sample_passes_unchanged() -> None:

@@ -136,7 +136,7 @@ def test_reference() -> None:
         expected = check.pytorch(inputs["qkv"], inputs["bias"], scale)
         torch.testing.assert_close(packed_attention_reference(inputs["qkv"], inputs["bias"], scale), expected)
     leaves = [inputs[name].requires_grad_() for name in ("qkv", "bias")]
-    assert torch.autograd.gradcheck(lambda *x: packed_attention_reference(*x, 0.7), leaves)
+    assert torch.autograd.gradcheck(lambda *x: packed_attention_reference(*x, scale=0.7), leaves)
 
 
 def test_triton_without_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

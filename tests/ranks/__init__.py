@@ -163,14 +163,14 @@ class Group:
         for process in self._processes:
             if explain and process.is_alive():
                 with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGUSR2)  # type: ignore[arg-type]
+                    os.kill(process.pid, signal.SIGUSR2)
         if explain:
             self._wait(2.0)  # nothing says when a stack has been printed, and a stopped rank prints none
         for process in self._processes:
             if process.is_alive():
                 process.kill()
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
             process.join()
 
@@ -303,7 +303,7 @@ def _enter(setting: _Setting, target: Callable[..., Any], args: tuple[Any, ...])
     os.umask(setting.umask)
     os.environ.clear()
     os.environ.update(setting.environment)
-    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]  # as DeepSpeed's launcher has it
+    sys.stdout.reconfigure(write_through=True)
     import tests.ranks.preload  # noqa: F401  the server ignores its import errors; here they show
 
     target(setting, *args)

@@ -1,10 +1,7 @@
-"""The public functions do what the examples in their docstrings show, on real images."""
+"""The public functions: what they return, and what they refuse."""
 
 from __future__ import annotations
 
-import doctest
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,6 @@ from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, geometry
 from sws_dist.models.vit import timm_arguments
 
-# In this order: each uses what those before it have made.
-EXAMPLES = ("load_config", "create_model", "train", "load_learngene", "expand", "evaluate")
 GEOMETRY = {"schedule": (2, 1, 2), "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
 PREPROCESSING = {"mean": [0.4] * 3, "std": [0.2] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}
 
@@ -28,33 +23,6 @@ def learngene(tmp_path: Path) -> Path:
     model = SWSVisionTransformer(**GEOMETRY, num_classes=10)
     info = describe_model(model, "learngene", preprocessing=PREPROCESSING, classes=[str(digit) for digit in range(10)])
     return save_model_file(tmp_path / "learngene.safetensors", info, model.state_dict())
-
-
-def run_examples() -> int:
-    """Run the examples of all public functions. Returns how many failed."""
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    for name in EXAMPLES:
-        (test,) = finder.find(getattr(sws_dist, name), name)
-        assert test.examples, f"{name} has no example"
-        runner.run(test)
-    return runner.summarize().failed
-
-
-@pytest.mark.slow
-def test_examples(tmp_path: Path, digits_root: Path) -> None:
-    """In a process of its own: training joins a process group, and sets what a launcher sets."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "digits").symlink_to(digits_root)
-    code = "import sys; from tests.unit.test_api import run_examples; sys.exit(run_examples())"
-    path = [str(Path(__file__).parents[2]), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_descendant_is_a_plain_timm_model(learngene: Path) -> None:

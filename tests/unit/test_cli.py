@@ -15,7 +15,7 @@ import yaml
 
 import sws_dist
 from sws_dist.cli import main as cli
-from sws_dist.cli.quickstart import in_checkout, train
+from sws_dist.cli.quickstart import in_checkout, train_command
 from sws_dist.config.loader import load_config
 from sws_dist.config.shipped import find_deepspeed_config, find_run_config
 from sws_dist.errors import ConfigError
@@ -93,7 +93,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
     assert set(sws_dist.__all__) <= set(dir(sws_dist))
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
-        _ = sws_dist.trian
+        _ = sws_dist.trian  # type: ignore[attr-defined]
 
 
 def test_type_checkers_see_every_public_name() -> None:
@@ -131,12 +131,12 @@ def test_a_deepspeed_config_may_be_given_as_its_content() -> None:
 def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert in_checkout()
-    here = train("", "teacher", Path("runs/teacher"), 0).command
+    here = train_command("", "teacher", Path("runs/teacher"), 0).words
     assert Path(here[here.index("--config") + 1]).is_file()
     assert Path(here[here.index("--deepspeed_config") + 1]).is_file()
     assert "launcher/train.py" in here
     monkeypatch.chdir(tmp_path)
-    away = train("", "teacher", Path("runs/teacher"), 0).command
+    away = train_command("", "teacher", Path("runs/teacher"), 0).words
     assert away[away.index("--module") + 1] == "sws_dist.cli.train"
     assert find_run_config(away[away.index("--config") + 1]).is_file()
 

@@ -206,7 +206,7 @@ def test_the_shards_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPa
 def test_bad_images_in_shards(root: Path) -> None:
     reasons = bad_files.spoil(sorted((root / "train").glob("*/*.jpg"))[::10][:8])
     listed, _ = sources.find_source(root, "train")
-    write_shards(root, listed, "shards", names=False)  # type: ignore[arg-type]
+    write_shards(root, listed, "shards", names=False)
     shards = manifest.scan(root, "shards")
     assert len(shards.bad) == len(reasons) == 8
     assert all(reason in file.reason for file, reason in zip(shards.bad, reasons.values(), strict=True))

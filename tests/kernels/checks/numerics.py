@@ -16,14 +16,15 @@ Tensors = dict[str, Tensor]
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Let torch.empty return NaN, so that an element which a kernel forgets to write cannot pass by luck."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]
 
 
 def assert_as_accurate(got: Tensors, same_dtype: Tensors, exact: Tensors) -> None:

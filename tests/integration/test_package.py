@@ -19,8 +19,6 @@ from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer
 from tests.launching import REPOSITORY, free_port
 
-pytestmark = pytest.mark.slow
-
 SOURCES = ("sws_dist", "kernels", "configs", "launcher", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}
 
