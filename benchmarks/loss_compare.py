@@ -162,7 +162,7 @@ class Comparison:
     quantities: list[Difference]
     weights: list[Difference]
     problems: list[str]
-    """What cannot be compared, because only one side has it."""
+    """Names that cannot be compared, because only one side has them."""
 
     @property
     def verdict(self) -> str:

@@ -43,7 +43,7 @@ class Job:
 
     @property
     def ds_path(self) -> Path:
-        """Where ``ds_file`` writes: another file for another DeepSpeed config of the same run."""
+        """Return the file that ``ds_file`` writes: another for another DeepSpeed config of the same run."""
         return self.output.with_suffix(f".{zlib.crc32(json.dumps(self.ds).encode()):08x}.json")
 
     def ds_file(self) -> Path:

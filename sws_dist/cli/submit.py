@@ -53,9 +53,9 @@ class Job:
     output: Path
     """The folder of what the job makes."""
     folder: Path
-    """Where its script, configs and code are kept."""
+    """The folder that keeps its script, configs and code."""
     arguments: list[str]
-    """Of its batch script."""
+    """The arguments of its batch script."""
     threads: int
     """Threads that a rank's input takes."""
     texts: dict[str, str]

@@ -45,7 +45,7 @@ def submit(slurm: Slurm, kind: str, job: Job, *options: str) -> str:
 
 
 def printed(job: Job) -> str:
-    """What the job has written so far."""
+    """Return what the job has written so far."""
     return "".join(path.read_text() for path in sorted(job.output.glob("jobs/*/*.out")))
 
 
@@ -125,7 +125,7 @@ def test_time_limit(slurm: Slurm, job: Job, report: Report) -> None:
 
 
 def test_a_rank_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
-    """Of a job that was submitted by hand."""
+    """The job was submitted by hand."""
     (job.output / "jobs" / "0").mkdir(parents=True)
     options = ["--nodes=2", "--ntasks-per-node=1", "--time=20", f"--output={job.output}/jobs/0/%j.out", "--parsable"]
     command = ["--config", str(job.config), "--deepspeed_config", str(job.ds_file()), "--set", job.overrides()[0]]

@@ -1,4 +1,4 @@
-"""What a step moves: a stage's weights are gathered at most twice a pass, a shared gradient is reduced once."""
+"""Traffic of a step: a stage's weights are gathered at most twice a pass, a shared gradient is reduced once."""
 
 from __future__ import annotations
 

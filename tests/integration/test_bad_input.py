@@ -1,4 +1,4 @@
-"""What a user can get wrong ends every rank with one clear message and exit code 1, and nothing is lost."""
+"""A user's mistake ends every rank with one clear message and exit code 1, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_initial_checkpoint_that_does_not_fit(job: Job, tmp_path: Path) -> None:
 
 
 def test_learngene_that_does_not_fit(job: Job, tmp_path: Path) -> None:
-    """Of another geometry, for another depth, or no learngene at all: said before anything is built."""
+    """Another geometry, another depth, or no learngene at all is reported before anything is built."""
     auxiliary = create_model(
         "sws_vit", schedule=[2, 2], img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
     )

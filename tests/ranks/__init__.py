@@ -49,7 +49,7 @@ REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 600.0
 """After so long a group is stuck: far more than any test takes on a busy machine."""
 GRACE_S = 60.0
-"""How long other ranks may go on after one has failed. They end at once where they wait for it in a collective."""
+"""Seconds that other ranks may go on after one has failed. They end at once where they wait for it."""
 
 # The server sees the environment as it was before any test changed it, with this:
 _SERVER_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -63,12 +63,12 @@ class RanksFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank ended: with a value, with an error, or with neither, killed or gone on its own."""
+    """The end of one rank: a value, an error, or neither, when it was killed or left on its own."""
 
     value: Any
     error: BaseException | None
     traceback: str
-    """Of ``error``; else how the process ended."""
+    """The traceback of ``error``; else a sentence on how the process ended."""
     exitcode: int
     """Negative for a signal, as in ``subprocess``."""
 
@@ -282,7 +282,7 @@ def _start_server() -> None:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a rank takes over from the process that asked for it."""
+    """The state that a rank takes over from the process that asked for it."""
 
     rank: int
     folder: Path

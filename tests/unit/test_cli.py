@@ -142,7 +142,7 @@ def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monke
 
 
 def test_deepspeed_says_only_what_a_user_can_act_on() -> None:
-    """What is hidden is what the installed DeepSpeed says; all else stays."""
+    """Only lines that the installed DeepSpeed really prints are hidden; all else stays."""
     from deepspeed.utils import logger
 
     console.setup_console()

@@ -157,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
 
 
 def released_logits(weights: dict[str, Tensor], images: Tensor, schedule: tuple[int, ...], heads: int) -> Tensor:
-    """What the released auxiliary model computes, written down from its description and not from our model.
+    """Compute what the released auxiliary model computes, from its description and not from our model.
 
     Patches, position embedding, pre-norm blocks whose stage i runs schedule[i] times, norm, mean over tokens, head;
     every LayerNorm with epsilon 1e-5 (PyTorch's own default, which that code leaves as it is).

@@ -1,4 +1,4 @@
-"""What every rank draws."""
+"""Seeds: each rank draws its own numbers, the same ones in each run."""
 
 from __future__ import annotations
 
