@@ -12,7 +12,8 @@ DALI ?= dali
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
 	touch $@
 
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
