@@ -24,7 +24,10 @@ import numpy as np
 
 from sws_dist.atomic import atomic_write_text
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+}
 """File name endings of images. GIF is among them so that such a file is named as unusable instead of overlooked."""
 _LABEL_EXTENSION = ".cls"
 
