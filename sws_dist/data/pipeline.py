@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from sws_dist.config.schema import DataConfig
+from sws_dist.config.schema import MAX_BATCH, DataConfig
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.decoder import DECODER_ARGUMENTS, decode_window
 from sws_dist.data.draws import Recipe
@@ -156,7 +156,7 @@ def _pipeline_builder(
             resize=build_resize(config.interpolation, config.image_size, on_gpu, config.num_threads),
             from_files=manifest.spans is None,
             **arguments,
-            batch_size=4096,  # an upper bound: each batch has the size that the source gives it
+            batch_size=MAX_BATCH,  # each batch has the size that the source gives it
             num_threads=config.num_threads,
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=prefetch,
