@@ -18,6 +18,8 @@ def read_text(path: str | Path) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:  # one in the middle of a file does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start} is 0x{byte:02x}); save it as UTF-8") from None

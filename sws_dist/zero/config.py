@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sws_dist.config.schema import RunConfig
+from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError
 from sws_dist.text import read_text
@@ -278,5 +278,10 @@ def _batch(ds: dict[str, Any], path: str | Path, global_batch: int, world_size: 
         raise ConfigError(
             f"{path}: {micro_key} {micro} x {steps_key} {steps} x {world_size} ranks = {micro * steps * world_size} "
             f"images a step, but train.global_batch is {global_batch}; change one of them"
+        )
+    if micro > MAX_BATCH:
+        raise ConfigError(
+            f"{path}: {micro_key} {micro} is more than the {MAX_BATCH} images that are decoded as one batch; raise "
+            f"{steps_key}"
         )
     return {micro_key: micro, steps_key: steps, "train_batch_size": global_batch}

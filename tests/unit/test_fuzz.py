@@ -29,12 +29,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import sws_dist.api
-from sws_dist.build_models import build_student
+from sws_dist.build_models import build_models, build_student
 from sws_dist.checkpoint.model_file import save_model_file
 from sws_dist.cli import quickstart
 from sws_dist.cli.main import COMMANDS
 from sws_dist.config.loader import config_to_dict, config_to_yaml, load_config, valid_keys
 from sws_dist.config.schema import RunConfig
+from sws_dist.data.build import list_images
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing
 from sws_dist.distributed.init import close_distributed
@@ -74,13 +75,20 @@ VALUES = st.one_of(
 
 
 def values_like(example: Any) -> st.SearchStrategy[Any]:
-    """Draw values of the type that is right, most of them out of range, and any others."""
-    if isinstance(example, (list, tuple)):
-        inner = values_like(example[0]) if len(example) else SCALARS
-        return st.one_of(st.lists(inner, max_size=5), st.lists(inner, min_size=len(example), max_size=len(example)))
-    if isinstance(example, (int, float)) and not isinstance(example, bool):
-        return st.one_of(NUMBERS, INTEGERS if isinstance(example, int) else NUMBERS, VALUES)
-    return VALUES
+    """Draw values of the type of ``example``, in and out of range, and at times any other value."""
+    like: st.SearchStrategy[Any]
+    if isinstance(example, bool):
+        like = st.booleans()
+    elif isinstance(example, int):
+        like = INTEGERS
+    elif isinstance(example, float):
+        like = FLOATS
+    elif isinstance(example, list):
+        count = len(example)
+        like = st.lists(st.one_of(INTEGERS, FLOATS, st.sampled_from(example)), min_size=count, max_size=count)
+    else:
+        like = st.one_of(TEXTS, NUMBERS, st.none())
+    return st.one_of(like, like, like, VALUES)
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
@@ -132,7 +140,27 @@ def example_of(key: str) -> Any:
 
 
 EXAMPLES = {key: example_of(key) for key in KEYS}
-ENTRIES = st.sampled_from(KEYS).flatmap(lambda key: st.tuples(st.just(key), values_like(EXAMPLES[key])))
+PIECES = ["m9", "m", "m99999", "mstd0.5", "mstd101", "mmax0", "n0", "n9", "n99999999999", "p.5", "w0", "inc0"]
+ARGUMENTS = ["patch_size", "embed_dim", "num_heads", "num_classes", "img_size", "schedule", "mlp_ratio", "depth"]
+MODELS = ["resnet18", "sws_vit", "sws_aux_tiny_patch16_224", "sws_des_tiny_patch16_224", "vit"]
+TELLING = {
+    "augment.auto_augment": st.lists(st.sampled_from(PIECES), max_size=3).map(lambda p: "-".join(["rand", *p, "inc1"])),
+    "augment.color_jitter": st.one_of(NUMBERS, st.lists(NUMBERS, max_size=4)),
+    "augment.affine": st.dictionaries(st.sampled_from(["degrees", "translate", "scale", "fill"]), VALUES),
+    "model.name": st.sampled_from(MODELS),
+    "model.kwargs": st.dictionaries(st.one_of(st.sampled_from(ARGUMENTS), TEXTS), st.one_of(INTEGERS, SCALARS)),
+    "model.schedule": st.lists(st.one_of(st.integers(-1, 3), INTEGERS), max_size=6),
+    "model.depth": st.one_of(st.integers(-1, 9), NUMBERS),
+}
+"""Key -> values that reach further than those of its type."""
+
+
+def values_of(key: str) -> st.SearchStrategy[Any]:
+    like = values_like(EXAMPLES[key])
+    return st.one_of(TELLING[key], TELLING[key], like) if key in TELLING else like
+
+
+ENTRIES = st.sampled_from([*KEYS, *TELLING]).flatmap(lambda key: st.tuples(st.just(key), values_of(key)))
 
 
 def use(config: RunConfig) -> None:
@@ -180,6 +208,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+@pytest.fixture(scope="module")
+def places(folder: Path, few_digits: Path) -> Iterator[list[str]]:
+    """Make files and folders, right and wrong, in the current folder. Yields their names, and one that is not there."""
+    model = SWSVisionTransformer(schedule=(2, 1), img_size=32, patch_size=16, embed_dim=16, num_heads=2, num_classes=10)
+    about = {"mean": [0.4] * 3, "std": [0.2] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}
+    save_model_file(
+        folder / "gene.safetensors", describe_model(model, "learngene", preprocessing=about), model.state_dict()
+    )
+    whole = (folder / "gene.safetensors").read_bytes()
+    contents = {
+        "empty": b"",
+        "cut.safetensors": whole[: len(whole) // 2],
+        "zeros.safetensors": bytes(300),
+        "text.safetensors": b"not a model",
+        "weights.pth": pickle.dumps(os.getcwd),
+        "list.pth": pickle.dumps([1, 2]),
+        "text.txt": "kein Bild, nur Wörter\n".encode("latin-1"),
+        "list.txt": b"a.jpg 0\nb.jpg\n",
+        "metrics.json": b"{}",
+        "bad.tar": b"x" * 1000,
+        "bad.yaml": b"model: [",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, folder / "odd.pth")
+    for name in ("hollow", "classes/a", "one/train/0", "runs/depthX", "runs2/depth5/tuned", "caf\udce9/train/0"):
+        (folder / name).mkdir(parents=True)
+    images.noise(20, 30).save(folder / "one/train/0/a.png")
+    (folder / "runs2/depth5/tuned/metrics.json").write_text("[]")
+    shutil.copytree(few_digits, folder / "digits")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield [*(path.name for path in folder.iterdir()), "one/train", "digits/val", "digits/val/0", "nowhere"]
+    os.chdir(before)
+
+
 @fuzz(200)
 @given(entries=st.lists(ENTRIES, max_size=3), top=VALUES, base=st.one_of(st.just(SMALL), VALUES))
 def test_config_files(folder: Path, entries: list[tuple[str, Any]], top: Any, base: Any) -> None:
@@ -208,6 +272,27 @@ def test_config_files_of_any_bytes(folder: Path, content: bytes) -> None:
     attempt(deepspeed_config.load_deepspeed_config, file)
 
 
+def read_files(overrides: list[str]) -> None:
+    config = load_config(SMALL, overrides)
+    train, _ = list_images(config.data)
+    build_models(config, train.classes, CPU, torch.float32, {})
+
+
+FILE_KEYS = ["data.root", "data.train_split", "data.val_split", "data.classes", "distill.teacher"]
+FILE_KEYS += ["distill.teacher_weights", "model.initial_checkpoint", "model.initial_learngene"]
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_files_of_a_run(places: list[str], data: st.DataObject) -> None:
+    """Name files and folders of all kinds as images, classes, teacher and initial weights."""
+    names = st.one_of(st.sampled_from(places), TEXTS)
+    drawn = data.draw(st.dictionaries(st.sampled_from(FILE_KEYS), names, max_size=3))
+    right = {"data.root": "digits", "distill.teacher": "null", "model.name": "sws_vit"}
+    right["model.kwargs"] = "{schedule: [1, 1], patch_size: 16, embed_dim: 16, num_heads: 2}"
+    attempt(read_files, [f"{key}={value}" for key, value in (right | drawn).items()])
+
+
 # ---- DeepSpeed configs ----
 
 GROUPS = {
@@ -221,7 +306,7 @@ DS_KEYS += ["zero_optimization.offload_param.device", "zero_optimization.offload
 @fuzz(400)
 @given(
     entries=st.lists(st.tuples(st.sampled_from(DS_KEYS), VALUES), min_size=1, max_size=3),
-    ranks=st.sampled_from([1, 2, 7]),
+    ranks=st.sampled_from([1, 1, 2, 7]),
 )
 def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: int) -> None:
     content: dict[str, Any] = {}
@@ -246,39 +331,6 @@ def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: 
 
 
 # ---- Command lines ----
-
-
-@pytest.fixture(scope="module")
-def places(folder: Path, few_digits: Path) -> list[str]:
-    """Make files and folders, right and wrong. Returns their names, and some that do not exist."""
-    model = SWSVisionTransformer(schedule=(1, 1), img_size=32, patch_size=16, embed_dim=16, num_heads=2, num_classes=10)
-    about = {"mean": [0.4] * 3, "std": [0.2] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}
-    save_model_file(
-        folder / "gene.safetensors", describe_model(model, "learngene", preprocessing=about), model.state_dict()
-    )
-    whole = (folder / "gene.safetensors").read_bytes()
-    contents = {
-        "empty": b"",
-        "cut.safetensors": whole[: len(whole) // 2],
-        "zeros.safetensors": bytes(300),
-        "text.safetensors": b"not a model",
-        "weights.pth": pickle.dumps(os.getcwd),
-        "list.pth": pickle.dumps([1, 2]),
-        "text.txt": "kein Bild, nur Wörter\n".encode("latin-1"),
-        "list.txt": b"a.jpg 0\nb.jpg\n",
-        "metrics.json": b"{}",
-        "bad.tar": b"x" * 1000,
-        "bad.yaml": b"model: [",
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    torch.save({"state_dict": {"a": torch.zeros(2)}}, folder / "odd.pth")
-    for name in ("hollow", "classes/a", "one/train/0", "runs/depthX", "runs2/depth5/tuned", "caf\udce9/train/0"):
-        (folder / name).mkdir(parents=True)
-    images.noise(20, 30).save(folder / "one/train/0/a.png")
-    (folder / "runs2/depth5/tuned/metrics.json").write_text("[]")
-    shutil.copytree(few_digits, folder / "digits")
-    return [*(path.name for path in folder.iterdir()), "one/train", "digits/val", "digits/val/0", "nowhere"]
 
 
 class _Parser(Exception):
@@ -318,12 +370,11 @@ def call(command: str, arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let commands run inside this process, and undo what they do to it. Nothing trains: that part is left out."""
     monkeypatch.setattr(sws_dist.api, "train", lambda *_, **__: None)
     monkeypatch.setattr(quickstart, "perform", lambda command: None)
     monkeypatch.setattr("sws_dist.cli.train.install_handlers", lambda: None)
-    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", sys.argv)
     logger, environment = logging.getLogger("sws_dist"), dict(os.environ)
     before = list(logger.handlers), logger.level, logger.propagate
