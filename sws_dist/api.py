@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
+from sws_dist.text import read_json
 
 __all__ = ["evaluate", "expand", "train"]
 
@@ -78,7 +78,7 @@ def train(
     finished = Path(run.output) / "metrics.json"
     if resume and finished.is_file():
         log.info("%s exists: this run is done", finished)
-        return json.loads(finished.read_text())
+        return read_json(finished)
     atexit.register(close_distributed)
     return Trainer(build_run(run, deepspeed_config, resume)).run()
 

@@ -31,6 +31,31 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def whole_number(least: int = 1, most: int = 10_000_000) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        return int(_parse_number(text, int, least, most))
+
+    return parse
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Return an argparse type: a number from ``least`` to ``most``."""
+    return lambda text: _parse_number(text, float, least, most)
+
+
+def _parse_number(text: str, kind: type[int] | type[float], least: float, most: float) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(least) - 1
+    if not least <= value <= most:
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a {name} from {least} to {most}")
+    return value
+
+
 def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add ``--config`` and ``--set``, which every command that reads a run config has."""
     parser.add_argument(

@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import make_parser, parse_args, print_result
+from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 
 if TYPE_CHECKING:  # the helpers import what they need: torch takes seconds, and --help should not wait for it
     from sws_dist.checkpoint.model_file import ModelInfo
@@ -34,7 +34,7 @@ def main() -> None:
     source.add_argument("--learngene", type=Path, help="a learngene: unrolled into a plain timm ViT")
     source.add_argument("--checkpoint", type=Path, help="a training checkpoint's folder (.../checkpoints/step-N)")
     parser.add_argument("--schedule", help="with --released: repeats of each stage, for example 3,3,4,3,3")
-    parser.add_argument("--heads", type=int, help="with --released: attention heads")
+    parser.add_argument("--heads", type=whole_number(1, 1024), help="with --released: attention heads")
     parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")

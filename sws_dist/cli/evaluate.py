@@ -18,7 +18,8 @@ import dataclasses
 from pathlib import Path
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.cli.common import add_local_rank_option, make_parser, parse_args, print_result
+from sws_dist.cli.common import add_local_rank_option, make_parser, number, parse_args, print_result, whole_number
+from sws_dist.config.schema import MAX_BATCH
 
 
 def main() -> None:
@@ -26,10 +27,16 @@ def main() -> None:
     parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights: .safetensors or a PyTorch file")
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the checkpoint's, or the model's own)")
-    parser.add_argument("--crop-pct", type=float, help="share of the resized image that is cropped")
-    parser.add_argument("--batch", type=int, default=128, help="images at a time on one rank (default 128)")
-    parser.add_argument("--num-threads", type=int, default=4, help="DALI threads of one rank (default 4)")
+    parser.add_argument(
+        "--image-size", type=whole_number(8, 8192), help="pixels (default: the checkpoint's, or the model's own)"
+    )
+    parser.add_argument("--crop-pct", type=number(0.1, 1), help="share of the resized image that is cropped")
+    parser.add_argument(
+        "--batch", type=whole_number(1, MAX_BATCH), default=128, help="images at a time on one rank (default 128)"
+    )
+    parser.add_argument(
+        "--num-threads", type=whole_number(1, 1024), default=4, help="DALI threads of one rank (default 4)"
+    )
     parser.add_argument("--json", type=Path, help="write the scores here")
     parser.add_argument("--predictions", type=Path, help="write path, label and logits of every image here (.npz)")
     add_local_rank_option(parser)

@@ -19,7 +19,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sws_dist.cli.common import make_parser, parse_args
+from sws_dist.cli.common import make_parser, parse_args, whole_number
+from sws_dist.config.schema import MAX_LAYERS
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +28,17 @@ log = logging.getLogger(__name__)
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
-    parser.add_argument("--depth", type=int, required=True, help="the descendant's layers")
+    parser.add_argument("--depth", type=whole_number(1, MAX_LAYERS), required=True, help="the descendant's layers")
     parser.add_argument(
         "--plan", default="even", help="even (default), proportional, or the stage of each layer: 0,0,1,2,..."
     )
-    parser.add_argument("--num-classes", type=int, help="another count than the learngene's gives a fresh head")
-    parser.add_argument("--image-size", type=int, help="another size resamples the position embedding")
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh head (default 0)")
+    parser.add_argument(
+        "--num-classes", type=whole_number(), help="another count than the learngene's gives a fresh head"
+    )
+    parser.add_argument(
+        "--image-size", type=whole_number(8, 8192), help="another size resamples the position embedding"
+    )
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of a fresh head (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parse_args(parser)
     # torch takes seconds to import; --help and a wrong option should not wait for it.

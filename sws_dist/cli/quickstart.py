@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sws_dist import source_tree
-from sws_dist.cli.common import make_parser, parse_args, print_result
+from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 from sws_dist.errors import RunError
 
 DATA = Path("data/quickstart")
@@ -48,7 +48,7 @@ class Command:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
-    parser.add_argument("--seed", type=int, default=0, help="of every run (default 0)")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of every run (default 0)")
     args = parse_args(parser)
     missing = [name for name in ("sklearn", "matplotlib", "nvidia") if find_spec(name) is None]
     if missing:

@@ -7,7 +7,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from statistics import mean
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
+from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
 KINDS = ("tuned", "scratch", "scratch_full")
@@ -43,9 +43,13 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         path = run / "metrics.json"
         if not path.is_file():
             raise ValueError(f"{path}: not there; this run has not finished")
-        return json.loads(path.read_text())
+        found = read_json(path)
+        if not isinstance(found, dict) or "history" not in found:
+            raise ValueError(f"{path}: not what a finished run wrote")
+        return found
 
-    found = sorted(folder.glob("depth*"), key=lambda p: int(p.name.removeprefix("depth")))
+    folders = [place for place in folder.glob("depth*") if place.name.removeprefix("depth").isdecimal()]
+    found = sorted(folders, key=lambda place: int(place.name.removeprefix("depth")))
     if not found:
         raise ValueError(f"{folder}: holds no depth*/ folders; run sws quickstart first")
     depths = {int(p.name.removeprefix("depth")): {kind: metrics(p / kind) for kind in KINDS} for p in found}

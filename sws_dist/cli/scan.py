@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.cli.common import make_parser, parse_args, print_result
+from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["train", "val"], help="looked for in --data (train val)")
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument(
-        "--num-threads", type=int, default=2 * (os.cpu_count() or 1), help="files at a time (default: 2 a core)"
+        "--num-threads",
+        type=whole_number(1, 1024),
+        default=2 * (os.cpu_count() or 1),
+        help="files at a time (default: 2 a core)",
     )
     args = parse_args(parser)
     num_images, bad = 0, []
@@ -44,6 +47,7 @@ def main() -> None:
 
 def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
     """Return the root of each split, its name, and what its paths begin with in ``--json``."""
+    data = Path(os.path.abspath(data))  # a split needs a name: --data . is the folder one stands in
     found = [name for name in names if holds_split(data / name)]
     return [(data, name, f"{name}/") for name in found] if found else [(data.parent, data.name, "")]
 

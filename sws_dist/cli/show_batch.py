@@ -16,9 +16,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import add_config_options, make_parser, parse_args
+from sws_dist.cli.common import add_config_options, make_parser, parse_args, whole_number
 from sws_dist.config.loader import load_config
-from sws_dist.config.schema import RunConfig
+from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_config_options(parser)
     parser.add_argument("--out", type=Path, default=Path("batch.png"), help="the picture to write (default batch.png)")
-    parser.add_argument("--images", type=int, default=32, help="how many of the batch to show (default 32)")
-    parser.add_argument("--step", type=int, default=0, help="which optimizer step (default: the first)")
-    parser.add_argument("--batch", type=int, help="images in a micro-batch (default: the global batch)")
+    parser.add_argument(
+        "--images", type=whole_number(1, 1024), default=32, help="how many of the batch to show (default 32)"
+    )
+    parser.add_argument("--step", type=whole_number(0), default=0, help="which optimizer step (default: the first)")
+    parser.add_argument(
+        "--batch", type=whole_number(1, MAX_BATCH), help="images in a micro-batch (default: the global batch)"
+    )
     args = parse_args(parser)
     write_picture(load_config(args.config, args.overrides), args)
 
@@ -53,8 +57,10 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
 
     augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
     micro = args.batch or global_batch
-    if global_batch % micro:
-        raise ConfigError(f"--batch {micro} does not divide train.global_batch {global_batch}")
+    if global_batch % micro or micro > MAX_BATCH:
+        raise ConfigError(
+            f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
+        )
     images, _ = list_images(config.data)
     order = build_order(config, images)
     positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro)

@@ -34,7 +34,14 @@ from pathlib import Path
 
 from sws_dist import source_tree
 from sws_dist.atomic import atomic_write_text
-from sws_dist.cli.common import add_config_options, add_deepspeed_option, make_parser, parse_args, print_result
+from sws_dist.cli.common import (
+    add_config_options,
+    add_deepspeed_option,
+    make_parser,
+    parse_args,
+    print_result,
+    whole_number,
+)
 from sws_dist.config.loader import config_to_yaml, load_config
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError, RunError
@@ -95,11 +102,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depths", help="descendants: their layers, 6,9,12")
     parser.add_argument("--checkpoint", type=Path, help="evaluate: the weights")
     parser.add_argument("--data", type=Path, help="evaluate: a folder of class folders")
-    parser.add_argument("--nodes", type=int, default=1, help="of one run (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="each gets a rank; 0 (default): train on CPUs")
-    parser.add_argument("--ranks-per-node", type=int, help="only without GPUs (default 1)")
+    parser.add_argument("--nodes", type=whole_number(1, 100_000), default=1, help="of one run (default 1)")
     parser.add_argument(
-        "--cpus-per-task", type=int, help="cores of a rank (default: one more than its input's threads)"
+        "--gpus-per-node", type=whole_number(0, 1024), default=0, help="each gets a rank; 0 (default): train on CPUs"
+    )
+    parser.add_argument("--ranks-per-node", type=whole_number(1, 1024), help="only without GPUs (default 1)")
+    parser.add_argument(
+        "--cpus-per-task",
+        type=whole_number(1, 4096),
+        help="cores of a rank (default: one more than its input's threads)",
     )
     parser.add_argument(
         "--time", required=True, help="limit, as SLURM writes it: 90, 12:00:00, 2-00:00; the run goes on after it"

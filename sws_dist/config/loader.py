@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from sws_dist.config.schema import KeyConflictError, RunConfig
 from sws_dist.config.shipped import find_run_config, find_shipped_run_config
 from sws_dist.errors import ConfigError
+from sws_dist.text import read_text
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -83,6 +84,8 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
     pairs = [(loader.construct_object(k, deep=True), v, k) for k, v in node.value]
     seen: set[str] = set()
     for key, _, key_node in pairs:
+        if not isinstance(key, str):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no text; write it in quotes")
         if key in seen:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; remove one")
         seen.add(key)
@@ -100,15 +103,17 @@ def _parse(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be one
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: names itself as its base, by way of {', '.join(map(str, seen))}")
     try:
-        text = path.read_text()
+        text = read_text(path)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
     own = _parse(text, str(path))

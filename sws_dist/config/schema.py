@@ -7,18 +7,22 @@ sharded (ZeRO stage, precision, micro batch, accumulation, clipping) belongs to 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error.
-_STRICT = ConfigDict(extra="forbid", strict=True)
+# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error, and so are NaN, infinity
+# and empty texts.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_BAD_SHARE = 0.1
+MAX_BATCH = 4096
+"""At most this many images are decoded as one batch on one rank."""
+MAX_LAYERS = 1000
 
 
 class KeyConflictError(ValueError):
@@ -34,10 +38,16 @@ class KeyConflictError(ValueError):
         self.key = key
 
 
-def _require_range(key: str, dotted: str, low_high: tuple[float, float], limit: float) -> None:
-    if not 0 < low_high[0] <= low_high[1] <= limit:
-        most = f" and at most {limit:g}" if math.isfinite(limit) else ""
-        raise KeyConflictError(key, f"{dotted} {list(low_high)}: expected [smallest, largest], both above 0{most}")
+def _require_range(key: str, dotted: str, low_high: tuple[float, float], least: float, most: float) -> None:
+    if not least <= low_high[0] <= low_high[1] <= most:
+        raise KeyConflictError(
+            key, f"{dotted} {list(low_high)}: expected [smallest, largest], both from {least:g} to {most:g}"
+        )
+
+
+def _require_each(key: str, dotted: str, values: Sequence[float], least: float, most: float) -> None:
+    if not all(least <= value <= most for value in values):
+        raise KeyConflictError(key, f"{dotted} {list(values)}: each has to be from {least:g} to {most:g}")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -46,7 +56,7 @@ class ModelConfig:
 
     name: str
     """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``."""
-    depth: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1, le=MAX_LAYERS)
     """Layers of a descendant (``sws_des_*``)."""
     schedule: tuple[int, ...] | None = None
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
@@ -76,6 +86,17 @@ class ModelConfig:
     (``broadcast``); ``auto`` reads if all of them see the same file."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the timm constructor: ``patch_size``, ``embed_dim``, ``num_heads``, ..."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> ModelConfig:
+        schedule = self.schedule if self.schedule is not None else (1,)
+        if min(schedule, default=0) < 1 or sum(schedule) > MAX_LAYERS:
+            raise KeyConflictError(
+                "schedule",
+                f"model.schedule {list(schedule)}: expected a count above 0 for each stage, {MAX_LAYERS} layers in all "
+                "at most",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_start(self) -> ModelConfig:
@@ -122,31 +143,37 @@ class DataConfig:
     shuffles among all, as timm does."""
     max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
-    image_size: int = Field(default=224, ge=8)
+    image_size: int = Field(default=224, ge=8, le=8192)
     """Height and width of the model's input."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from the red, green and blue channel (of 0 to 1)."""
     std: tuple[float, float, float] = IMAGENET_STD
     """The channels are divided by this afterwards."""
-    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    crop_pct: float = Field(default=0.875, ge=0.1, le=1)
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
-    num_threads: int = Field(default=4, ge=1)
+    num_threads: int = Field(default=4, ge=1, le=1024)
     """Number of DALI threads of one rank."""
-    prefetch: int = Field(default=2, ge=1)
+    prefetch: int = Field(default=2, ge=1, le=64)
     """Number of batches that DALI prepares ahead."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """The device on which DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
     hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
     """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null leaves it to DALI."""
 
+    @model_validator(mode="after")
+    def _check_ranges(self) -> DataConfig:
+        _require_each("mean", "data.mean", self.mean, 0, 1)
+        _require_each("std", "data.std", self.std, 1e-3, 1)
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class AffineConfig:
     """Map every image by a random affine transform (torchvision's RandomAffine)."""
 
-    degrees: float = Field(default=0.0, ge=0)
+    degrees: float = Field(default=0.0, ge=0, le=360)
     """Largest rotation, in either direction."""
     translate: float = Field(default=0.0, ge=0, lt=1)
     """Largest shift, as a share of the image's side."""
@@ -157,7 +184,8 @@ class AffineConfig:
 
     @model_validator(mode="after")
     def _check_ranges(self) -> AffineConfig:
-        _require_range("scale", "augment.affine.scale", self.scale, math.inf)
+        _require_range("scale", "augment.affine.scale", self.scale, 0.01, 100)
+        _require_each("fill", "augment.affine.fill", self.fill, 0, 255)
         return self
 
 
@@ -182,21 +210,21 @@ class AugmentConfig:
     """Probability that a box of the image is erased."""
     re_mode: Literal["pixel", "const", "rand"] = "pixel"
     """The box is filled with noise (``pixel``), the mean colour (``const``), or one random colour (``rand``)."""
-    mixup: float = Field(default=0.0, ge=0)
+    mixup: float = Field(default=0.0, ge=0, le=1000)
     """The alpha of mixup's Beta distribution; 0 for no mixup."""
-    cutmix: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0, le=1000)
     """The alpha of cutmix's Beta distribution; 0 for no cutmix."""
     mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
     """Probability of cutmix where both are on."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing: the share of the target that is spread over all classes."""
-    num_repeats: int = Field(default=1, ge=1)
+    num_repeats: int = Field(default=1, ge=1, le=1000)
     """Repeated augmentation: the number of times an image appears in a row, each time drawn anew."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> AugmentConfig:
-        _require_range("scale", "augment.scale", self.scale, 1.0)
-        _require_range("ratio", "augment.ratio", self.ratio, math.inf)
+        _require_range("scale", "augment.scale", self.scale, 1e-6, 1)
+        _require_range("ratio", "augment.ratio", self.ratio, 0.01, 100)
         return self
 
 
@@ -212,7 +240,7 @@ class DistillConfig:
     """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """Weight of the teacher's term in the loss; the labels' term has weight 1 - alpha."""
-    tau: float = Field(default=1.0, gt=0)
+    tau: float = Field(default=1.0, ge=0.01, le=1000)
     """Temperature of the soft targets."""
     reduction: Literal["batchmean", "elements"] = "batchmean"
     """``elements`` also divides by the number of classes, as the paper's released code does."""
@@ -224,39 +252,45 @@ class OptimConfig:
 
     name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
     """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, le=1000)
     """The highest learning rate; see ``lr_batch``."""
-    lr_batch: int | None = 512
+    lr_batch: int | None = Field(default=512, ge=1)
     """``lr`` is meant for this global batch and scales with it linearly; null takes ``lr`` as it is."""
-    min_lr: float = Field(default=1e-5, ge=0)
+    min_lr: float = Field(default=1e-5, ge=0, le=1000)
     """The learning rate at the end of the cosine; never above the highest rate."""
-    warmup_lr: float = Field(default=1e-6, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0, le=1000)
     """The learning rate at the start of the warm-up."""
-    warmup_epochs: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0, le=1_000_000)
     """Length of the linear warm-up in epochs; a fraction is allowed."""
-    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0, le=1000)
     """Decay of weight matrices; biases, norms, position embedding and class token do not decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's averaging factors of the gradient and of its square."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     """Added to Adam's denominator."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null keeps none."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise KeyConflictError("betas", f"optim.betas {list(self.betas)}: each has to be at least 0 and below 1")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """Length, batch, seed, evaluation and logging of the run."""
 
-    epochs: int = Field(default=100, ge=1)
+    epochs: int = Field(default=100, ge=1, le=1_000_000)
     """Number of passes over the training images; the learning-rate schedule spans them."""
-    global_batch: int = Field(default=512, ge=1)
+    global_batch: int = Field(default=512, ge=1, le=10_000_000)
     """Images in one optimizer step, over all ranks and accumulation steps."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, order, augmentation, mixing and drop-path."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop (and save) after this many steps, and leave the schedule as it is: for trials and tests."""
-    eval_batch: int = Field(default=128, ge=1)
+    eval_batch: int = Field(default=128, ge=1, le=MAX_BATCH)
     """Number of images in one evaluation batch of one rank."""
     eval_every: int = Field(default=1, ge=1)
     """Number of epochs between evaluations; the last epoch is always evaluated."""
@@ -264,7 +298,7 @@ class TrainConfig:
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: int = Field(default=50, ge=1)
     """Number of steps between two lines of the log."""
-    timeout_s: int = Field(default=1800, ge=1)
+    timeout_s: int = Field(default=1800, ge=1, le=10_000_000)
     """Seconds without progress after which every rank ends, with a message that names who is missing."""
     skip_nonfinite: int = Field(default=0, ge=0)
     """Number of steps in a row that may be skipped, with weights and averages untouched, because their loss or

@@ -178,8 +178,8 @@ def _central_window(sizes: np.ndarray, ratio: tuple[float, float]) -> tuple[np.n
     """Return height [B] and width [B] of the whole image, cut to the nearest allowed aspect ratio."""
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     aspect = width / height
-    h = np.where(aspect < ratio[0], np.round(width / ratio[0]), height)
-    w = np.where(aspect > ratio[1], np.round(height * ratio[1]), width)
+    h = np.where(aspect < ratio[0], np.maximum(np.round(width / ratio[0]), 1), height)
+    w = np.where(aspect > ratio[1], np.maximum(np.round(height * ratio[1]), 1), width)
     return h, w
 
 

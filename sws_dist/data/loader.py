@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.data.bad_images import BadImages
+from sws_dist.data.decoder import describe_error
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.prefetch import prefetch_items
 from sws_dist.data.validate import BadImageError, check_image
@@ -228,7 +229,7 @@ class Loader:
         index = int(plan.indices[0])
         try:
             check_image(self.manifest.read(index))
-            reason = "cannot be decoded by DALI: " + str(error).strip().splitlines()[0]
+            reason = f"cannot be decoded by DALI: {describe_error(error)}"
         except BadImageError as found:
             reason = str(found)
         except OSError as found:

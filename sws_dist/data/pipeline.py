@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali import math as dali_math
 
-from sws_dist.config.schema import DataConfig
+from sws_dist.config.schema import MAX_BATCH, DataConfig
 from sws_dist.data.bad_images import BadImages
+from sws_dist.data.decoder import DECODER_ARGUMENTS, decode_window
 from sws_dist.data.draws import Recipe
 from sws_dist.data.loader import BatchPlan, BuildPipeline, Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.randaugment import apply_layer, warp
-from sws_dist.data.resize import Resize, build_resize
+from sws_dist.data.resize import WHOLE_IMAGE, Resize, build_resize
 from sws_dist.data.sampler import TrainOrder
 
-# Decode as Pillow does.
-_DECODER_ARGUMENTS = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+_THIN = 4
+"""Images whose longer side is more than this many times the shorter one are cut before they are resized."""
+_FILTER_REACH = 2
+"""The bicubic filter reads this many pixels beyond an edge: of the file, or of the result where that is smaller."""
 
 
 def train_loader(
@@ -96,30 +98,41 @@ def eval_loader(
 
     def plans() -> Iterator[BatchPlan]:
         for indices, valid in batches:
-            resized, offset = _eval_geometry(manifest.sizes[indices], config.image_size, config.crop_pct)
-            yield BatchPlan(indices, valid, (resized, offset))
+            yield BatchPlan(indices, valid, _eval_geometry(manifest.sizes[indices], config.image_size, config.crop_pct))
 
     build_pipeline = _pipeline_builder(_eval_graph, manifest, config, device)
     bad = BadImages() if bad is None else bad
     return Loader(build_pipeline, plans, manifest, config.image_size, device, bad)
 
 
-def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute torchvision's Resize and CenterCrop in whole pixels.
+def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple[np.ndarray, ...]:
+    """Compute the region of each file that torchvision's Resize and CenterCrop keep.
 
     The shorter side becomes floor(image_size / crop_pct). The longer one keeps the aspect ratio and is rounded down.
     The crop's offset is rounded as Python rounds, half to even.
+
+    Of an image that is long and thin only the surroundings of this region are decoded and resized: all of a file of 1 x
+    60,000 pixels would become 256 x 15 million.
 
     Args:
         sizes: [B, 2] height and width of the files.
 
     Returns:
-        [B, 2] float32 height and width after resizing, and [B, 2] int32 top and left of the crop.
+        [B, 2] int32 top and left, and height and width of the window to decode; [B, 2] float32 start and end of the
+        region that is resized to ``image_size``, as shares of the window.
     """
     short = int(np.floor(image_size / crop_pct))
     resized = short * sizes.astype(np.int64) // sizes.min(axis=1, keepdims=True)
     offset = np.round((resized - image_size) / 2)
-    return resized.astype(np.float32), offset.astype(np.int32)
+    scale = sizes / resized
+    first, last = offset * scale, (offset + image_size) * scale
+    reach = np.ceil(_FILTER_REACH * np.maximum(scale, 1)) + 1
+    is_thin = resized.max(axis=1, keepdims=True) > _THIN * short
+    start = np.where(is_thin, np.maximum(np.floor(first - reach), 0), 0)
+    end = np.where(is_thin, np.minimum(np.ceil(last + reach), sizes), sizes)
+    shape = end - start
+    region = (first - start) / shape, (last - start) / shape
+    return start.astype(np.int32), shape.astype(np.int32), *(edge.astype(np.float32) for edge in region)
 
 
 def _pipeline_builder(
@@ -129,7 +142,7 @@ def _pipeline_builder(
     on_gpu = config.device == "gpu" or (config.device == "auto" and device.type == "cuda")
     if on_gpu and device.type != "cuda":
         raise ValueError("data.device is gpu, but this rank trains on the CPU; set data.device to auto or cpu")
-    decoder: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", **_DECODER_ARGUMENTS}
+    decoder: dict[str, Any] = {"device": "mixed" if on_gpu else "cpu", **DECODER_ARGUMENTS}
     if config.hw_decoder_load is not None:
         if not on_gpu:
             raise ValueError("data.hw_decoder_load: there is no GPU decoder on the CPU; set it to null")
@@ -140,10 +153,10 @@ def _pipeline_builder(
             source=source,
             config=config,
             decoder=decoder,
-            resize=build_resize(config.interpolation, on_gpu, config.num_threads),
+            resize=build_resize(config.interpolation, config.image_size, on_gpu, config.num_threads),
             from_files=manifest.spans is None,
             **arguments,
-            batch_size=4096,  # an upper bound: each batch has the size that the source gives it
+            batch_size=MAX_BATCH,  # each batch has the size that the source gives it
             num_threads=config.num_threads,
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=prefetch,
@@ -165,10 +178,9 @@ def _train_graph(
     num_outputs = 4 + (affine is not None) + 3 * num_layers
     encoded, start, shape, flip, *rest = fn.external_source(source=source, num_outputs=num_outputs, batch=True)
     red, green, blue = (round(255 * channel) for channel in config.mean)
-    size = config.image_size
     encoded = fn.io.file.read(encoded) if from_files else encoded
-    images = _decode_window(encoded, decoder, start, shape)
-    images = resize(images, types.Constant([size, size], dtype=types.FLOAT, shape=[2], device="cpu"))
+    images = decode_window(encoded, decoder, start, shape)
+    images = resize(images, *(types.Constant(edge, dtype=types.FLOAT, shape=[2], device="cpu") for edge in WHOLE_IMAGE))
     images = fn.flip(images, horizontal=flip)
     if affine is not None:
         images = warp(images, rest.pop(0), fill=affine.fill)
@@ -180,31 +192,12 @@ def _train_graph(
 
 @pipeline_def
 def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool) -> Any:
-    """Decode each image, resize it and crop its centre."""
-    encoded, resized, offset = fn.external_source(source=source, num_outputs=3, batch=True)
+    """Decode a window of each image, and resize the region of it that is evaluated."""
+    encoded, start, shape, *region = fn.external_source(source=source, num_outputs=5, batch=True)
     encoded = fn.io.file.read(encoded) if from_files else encoded
-    images = _decode_window(encoded, decoder)
-    images = resize(images, resized)
-    images = fn.slice(images, start=offset, shape=[config.image_size] * 2, axes=[0, 1])
+    images = decode_window(encoded, decoder, start, shape)
+    images = resize(images, *region)
     return _normalise(images, config)
-
-
-def _decode_window(encoded: Any, decoder: dict[str, Any], start: Any = None, shape: Any = None) -> Any:
-    """Decode a window of each image, or all of it.
-
-    DALI 2.4's decoder throws at a file whose header it cannot parse, and at a window outside the image, while its
-    threads still work on the batch: a use after free, which ends in a segmentation fault as often as in an error. So an
-    operator of its own parses the header first, and each window is cut to the image that is really there.
-
-    Args:
-        start, shape: top and left, height and width of each window, in pixels.
-    """
-    size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)[:2]
-    if start is None:
-        start, shape = size * 0, size
-    start = dali_math.min(start, size - 1)
-    shape = dali_math.min(shape, size - start)
-    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
 
 
 def _normalise(images: Any, config: DataConfig) -> Any:

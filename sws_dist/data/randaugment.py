@@ -278,12 +278,14 @@ class RandAugment:
     prob: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"RandAugment: num_layers (n) must be at least 1, got {self.num_layers}")
+        if not 1 <= self.num_layers <= 100:
+            raise ValueError(f"RandAugment: num_layers (n) must be from 1 to 100, got {self.num_layers}")
         if not 0 <= self.prob <= 1:
             raise ValueError(f"RandAugment: prob (p) must lie in [0, 1], got {self.prob}")
-        if not (self.magnitude >= 0 and self.magnitude_std >= 0 and self.magnitude_max > 0):
-            raise ValueError(f"RandAugment: magnitude and its std must be at least 0, max above 0: {self}")
+        if not (0 <= self.magnitude <= 1000 and self.magnitude_std >= 0 and 0 < self.magnitude_max <= 1000):
+            raise ValueError(
+                f"RandAugment: magnitude and its std must be at least 0, max above 0, none above 1000: {self}"
+            )
 
     @classmethod
     def parse(cls, policy: str) -> RandAugment:

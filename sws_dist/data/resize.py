@@ -1,8 +1,9 @@
 """Resize images with Pillow's filters and Pillow's rounding, as a part of a DALI graph.
 
 On the CPU the graph calls torch's kernel for uint8 images. It is within one unit of Pillow, and several times as fast
-as DALI's. On the GPU it is DALI's own operator, whose cubic filter comes from a table of 129 values, so its weights are
-off by up to 1e-3.
+as DALI's. It resizes whole images only, so Pillow itself resizes the boxes whose edges lie between two pixels. On the
+GPU it is DALI's own operator, whose cubic filter comes from a table of 129 values, so its weights are off by up to
+1e-3.
 """
 
 from __future__ import annotations
@@ -15,42 +16,63 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, types
+from PIL import Image
 
 _DALI_FILTER = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _TORCH_KERNEL = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
 }
+_PILLOW_FILTER = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_ALIGNED = 0.01
+"""A box counts as aligned with the pixels of the resized image if it is no farther from them than this."""
 _LIKE_PILLOW = {"antialias": True, "subpixel_scale": False, "dtype": types.UINT8}
 
-Resize = Callable[[Any, Any], Any]
+Resize = Callable[[Any, Any, Any], Any]
+
+WHOLE_IMAGE = (0.0, 0.0), (1.0, 1.0)
+"""Start and end of the box that is the whole image."""
 
 
-def build_resize(interpolation: str, on_gpu: bool, num_threads: int) -> Resize:
+def build_resize(interpolation: str, size: int, on_gpu: bool, num_threads: int) -> Resize:
     """Build the resizing operator of a DALI graph.
 
     Args:
         interpolation: ``bicubic`` or ``bilinear``.
+        size: height and width of the results in pixels.
         on_gpu: True if the images are on the GPU.
         num_threads: number of threads that resize on the CPU.
 
     Returns:
-        A function of uint8 HWC images and of [height, width] in pixels, float32, of each. It returns uint8 HWC images
-        of that size.
+        A function of uint8 HWC images, and of start (top, left) and end (bottom, right) of a box in each, float32, as
+        shares of its height and width. It returns the boxes, resized to [size, size, C], as if the whole image had been
+        resized and the box cut out afterwards: the filter reaches over the edges of the box.
     """
     if on_gpu:
-        return partial(_resize_with_dali, interpolation=_DALI_FILTER[interpolation])
-    kernel, pool = _TORCH_KERNEL[interpolation], ThreadPoolExecutor(num_threads)
+        return partial(_resize_with_dali, size=size, interpolation=_DALI_FILTER[interpolation])
+    resize, pool = partial(_resize_on_cpu, interpolation, size), ThreadPoolExecutor(num_threads)
 
-    def resize_batch(images: list[np.ndarray], sizes: list[np.ndarray]) -> list[np.ndarray]:
-        return list(pool.map(partial(_resize_with_torch, kernel), images, sizes))  # torch releases Python's lock
+    def resize_batch(images: list[np.ndarray], starts: list[np.ndarray], ends: list[np.ndarray]) -> list[np.ndarray]:
+        return list(pool.map(resize, images, starts, ends))  # torch and Pillow release Python's lock
 
     return partial(fn.python_function, function=resize_batch, batch_processing=True, output_layouts="HWC")
 
 
-def _resize_with_torch(kernel: Any, image: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Resize one image [H, W, C] uint8 to ``size``, [height, width]."""
-    height, width = size.astype(int).tolist()
+def _resize_on_cpu(interpolation: str, size: int, image: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Resize the box of one image [H, W, C] uint8. Returns [size, size, C]."""
+    whole = size / (end - start).astype(np.float64)  # the size of the whole image after resizing
+    first = start * whole  # where the box starts in it
+    if max(np.abs(place - np.rint(place)).max() for place in (whole, first)) > _ALIGNED:
+        top, left, bottom, right = np.concatenate([start, end]) * [*image.shape[:2], *image.shape[:2]]
+        box = Image.fromarray(image).resize((size, size), _PILLOW_FILTER[interpolation], (left, top, right, bottom))
+        return np.asarray(box)
+    (height, width), (top, left) = np.rint(whole).astype(int).tolist(), np.rint(first).astype(int).tolist()
+    resized = _resize_with_torch(_TORCH_KERNEL[interpolation], image, height, width)
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+
+
+def _resize_with_torch(kernel: Any, image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize one image [H, W, C] uint8 to ``height`` x ``width``."""
     out = np.empty((height, width, image.shape[2]), dtype=np.uint8)
     nchw = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in (image, out))  # views: memory stays HWC
     source, target = nchw
@@ -58,8 +80,11 @@ def _resize_with_torch(kernel: Any, image: np.ndarray, size: np.ndarray) -> np.n
     return out
 
 
-def _resize_with_dali(images: Any, size: Any, interpolation: Any) -> Any:
+def _resize_with_dali(images: Any, start: Any, end: Any, size: int, interpolation: Any) -> Any:
     # Pillow resizes the columns, rounds to 8 bits, and then resizes the rows. A single pass would differ by ones.
     rows = images.shape(dtype=types.FLOAT)[0]
-    images = fn.resize(images, size=fn.stack(rows, size[1]), interp_type=interpolation, **_LIKE_PILLOW)
-    return fn.resize(images, size=size, interp_type=interpolation, **_LIKE_PILLOW)
+    resize = partial(fn.resize, interp_type=interpolation, roi_relative=True, **_LIKE_PILLOW)
+    images = resize(
+        images, size=fn.stack(rows, float(size)), roi_start=fn.stack(0.0, start[1]), roi_end=fn.stack(1.0, end[1])
+    )
+    return resize(images, size=[size, size], roi_start=fn.stack(start[0], 0.0), roi_end=fn.stack(end[0], 1.0))

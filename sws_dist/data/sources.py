@@ -23,8 +23,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sws_dist.atomic import atomic_write_text
+from sws_dist.text import read_text
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+}
 """File name endings of images. GIF is among them so that such a file is named as unusable instead of overlooked."""
 _LABEL_EXTENSION = ".cls"
 
@@ -136,7 +140,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: no names, or one that appears twice.
     """
-    names = [line.strip() for line in Path(path).read_text().splitlines()]
+    names = [line.strip() for line in read_text(path).splitlines()]
     names = [name for name in names if name]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if not names or twice:
@@ -170,7 +174,7 @@ def is_image_name(name: str) -> bool:
 
 def _source_from_list(file: Path, classes: Sequence[str] | None) -> Source:
     paths, labels = [], []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
@@ -294,6 +298,6 @@ def read_json_lines(path: Path) -> list[Any]:
         ValueError: any other file.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in read_text(path).splitlines()]
     except ValueError as error:
         raise ValueError(f"{path}: not a file that this trainer wrote ({error}); remove it") from None

@@ -7,6 +7,7 @@ error with their level in front. Rank 0 shows all records; other ranks show thos
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -45,6 +46,9 @@ class ConsoleHandler(logging.Handler):
 
 def setup_console(level: int = logging.INFO) -> None:
     """Show this package's log from ``level`` on; a second call replaces the level. Library chatter is filtered."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("sws_dist")
     logger.setLevel(level)
     logger.propagate = False

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sws_dist.config.schema import RunConfig
+from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError
+from sws_dist.text import read_text
 
 HONOURED = {
     "train_micro_batch_size_per_gpu",
@@ -68,6 +70,8 @@ REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be righ
     "fp16": {"fp16_master_weights_and_grads": _MASTERS},
 }
 
+GROUPS = ("zero_optimization", "bf16", "fp16", "comms_logger")
+DATA_TYPES = ("fp32", "fp16", "bf16")
 STAGES = (0, 1, 2, 3)
 ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it
 
@@ -124,7 +128,7 @@ def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, A
     text = json.dumps(dict(source)) if isinstance(source, Mapping) else _read(path)
     try:
         ds = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(ds, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(ds).__name__}")
@@ -136,6 +140,7 @@ def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, A
             hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(sorted(HONOURED))}"
             raise ConfigError(f"{path}: unknown key {key}; {hint}")
     _refuse_auto(ds, path)
+    _check_top_level(ds, path)
     zero = ds.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.setdefault("stage", 0) not in STAGES:
         raise ConfigError(f"{path}: zero_optimization.stage must be one of {STAGES}, not {zero!r}")
@@ -152,6 +157,22 @@ def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, A
     if all(ds.get(p, {}).get("enabled") for p in ("bf16", "fp16")):
         raise ConfigError(f"{path}: bf16 and fp16 are both enabled; choose one")
     return ds
+
+
+def _check_top_level(ds: dict[str, Any], path: str | Path) -> None:
+    """Check the values that DeepSpeed has no model for, and that its groups are groups."""
+    for group in GROUPS:
+        _group(ds, group, path)
+    clipping, data_type = ds.get("gradient_clipping", 0.0), ds.get("communication_data_type", "fp32")
+    if type(clipping) not in (int, float) or not 0 <= clipping < math.inf:
+        raise ConfigError(
+            f"{path}: gradient_clipping = {clipping!r}: expected the largest norm of the gradient, a number above 0; 0 "
+            "for no clipping"
+        )
+    if data_type not in DATA_TYPES:
+        raise ConfigError(f"{path}: communication_data_type = {data_type!r}: expected one of {', '.join(DATA_TYPES)}")
+    if type(breakdown := ds.get("wall_clock_breakdown", False)) is not bool:
+        raise ConfigError(f"{path}: wall_clock_breakdown = {breakdown!r}: expected true or false")
 
 
 def set_zero3_memory_defaults(zero: dict[str, Any], stage_numel: int) -> None:
@@ -215,7 +236,7 @@ def precision_of(ds: dict[str, Any]) -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return read_text(path)
     except OSError as error:
         raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
 
@@ -257,5 +278,10 @@ def _batch(ds: dict[str, Any], path: str | Path, global_batch: int, world_size: 
         raise ConfigError(
             f"{path}: {micro_key} {micro} x {steps_key} {steps} x {world_size} ranks = {micro * steps * world_size} "
             f"images a step, but train.global_batch is {global_batch}; change one of them"
+        )
+    if micro > MAX_BATCH:
+        raise ConfigError(
+            f"{path}: {micro_key} {micro} is more than the {MAX_BATCH} images that are decoded as one batch; raise "
+            f"{steps_key}"
         )
     return {micro_key: micro, steps_key: steps, "train_batch_size": global_batch}

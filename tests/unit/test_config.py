@@ -113,6 +113,18 @@ def test_base_gives_keys_and_the_file_wins(file: Path, tmp_path: Path) -> None:
         ("model.compile=1", "model.compile = 1"),
         ("optim.betas=[0.9]", "optim.betas"),
         ("train.epochs", "expected key=value"),
+        ("optim.lr=.nan", "optim.lr = nan: input should be a finite number"),
+        ("optim.lr=.inf", "optim.lr = inf: input should be a finite number"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas [0.9, 1.0]: each has to be at least 0 and below 1"),
+        ("optim.lr_batch=0", "optim.lr_batch = 0: input should be greater than or equal to 1"),
+        ("train.eval_batch=4097", "train.eval_batch = 4097: input should be less than or equal to 4096"),
+        ("train.seed=4294967296", "train.seed = 4294967296: input should be less than 4294967296"),
+        ("data.mean=[123.7, 116.3, 103.5]", "data.mean [123.7, 116.3, 103.5]: each has to be from 0 to 1"),
+        ("data.std=[0, 1, 1]", "data.std [0.0, 1.0, 1.0]: each has to be from 0.001 to 1"),
+        ("augment.affine.fill=[0, 0, 256]", "augment.affine.fill [0, 0, 256]: each has to be from 0 to 255"),
+        ("augment.ratio=[2.0, 1.0]", "augment.ratio [2.0, 1.0]: expected [smallest, largest], both from 0.01 to 100"),
+        ("model.schedule=[3, 0]", "model.schedule [3, 0]: expected a count above 0 for each stage"),
+        ("output=''", "output = '': string should have at least 1 character"),
     ],
 )
 def test_what_is_wrong_is_named(file: Path, override: str, said: str) -> None:
@@ -176,6 +188,6 @@ def test_contradictions_name_the_source_of_the_key(file: Path) -> None:
     said = refused(file, "model.cuda_graphs=true", "model.compile=true")
     assert said.startswith("--set model.cuda_graphs=true: model.cuda_graphs: torch.compile (model.compile) cannot see")
     said = refused(file, "augment.scale=[0.5, 1.2]")
-    expected = "augment.scale [0.5, 1.2]: expected [smallest, largest], both above 0 and at most 1"
+    expected = "augment.scale [0.5, 1.2]: expected [smallest, largest], both from 1e-06 to 1"
     assert said == f"--set augment.scale=[0.5, 1.2]: {expected}"
     assert "augment.affine.scale [0.0, 1.0]: expected" in refused(file, "augment.affine.scale=[0.0, 1.0]")

@@ -85,6 +85,15 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: RunConfig) -
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "expected a JSON object, found 'cpu'"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "keeps fp32 masters"),
         ({"train_batch_size": 48}, "set train.global_batch"),
+        ({"gradient_clipping": -1}, "gradient_clipping = -1: expected the largest norm of the gradient"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping = '1.0': expected"),
+        ({"gradient_clipping": True}, "gradient_clipping = True: expected"),
+        ('{"gradient_clipping": NaN}', "gradient_clipping = nan: expected"),
+        ('{"gradient_clipping": 1e999}', "gradient_clipping = inf: expected"),
+        ({"communication_data_type": "fp8"}, "communication_data_type = 'fp8': expected one of fp32, fp16, bf16"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown = 'yes': expected true or false"),
+        ({"comms_logger": 1}, "comms_logger: expected a JSON object, found 1"),
+        ("[" * 9000, "not valid JSON"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "optim.name=cpu_adam"),
         ('{"bf16": {}, "bf16": {}}', "'bf16' appears twice"),
@@ -118,6 +127,13 @@ def test_models_that_cannot_be_run_so(
 def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="48 cannot be shared evenly by 5 ranks; the nearest that can is 50"):
         resolve(tmp_path, run, {}, world_size=5)
+
+
+def test_a_micro_batch_above_the_decoders_limit(tmp_path: Path, run: RunConfig) -> None:
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch=8192))
+    with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu 8192 is more than the 4096 images"):
+        resolve(tmp_path, run, {}, world_size=1)
+    assert resolve(tmp_path, run, {}, world_size=2)["train_micro_batch_size_per_gpu"] == 4096
 
 
 def test_precision() -> None:

@@ -56,7 +56,7 @@ def test_parse_accepts_what_timm_accepts(policy: str, expected: RandAugment) -> 
         ("rand-m9-mstd-inc1", "'mstd'.*known pieces"),  # timm ignores a piece without a number
         ("rand-m9.5-inc1", r"'m9\.5'.*int"),
         ("rand-m9-m8-inc1", "'m8'.*second time"),
-        ("rand-n0-inc1", "at least 1"),
+        ("rand-n0-inc1", "from 1 to 100"),
         ("rand-p1.5-inc1", r"\[0, 1\]"),
         ("original-mstd0.5", "'original'.*rand"),
         ("augmix-m5-w4-d2", "'augmix'.*rand"),
