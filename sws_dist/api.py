@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from sws_dist.checkpoint.model_file import load_model, load_weights_strict, set_input_description
+from sws_dist.checkpoint.load_model import load_model, set_input_description
+from sws_dist.checkpoint.model_file import load_weights_strict
 from sws_dist.config.loader import load_config
 from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
