@@ -170,7 +170,7 @@ def _unsafe_objects(path: Path) -> str:
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # files of PyTorch before 1.6 cannot be asked
         found = []
-    return ", ".join(found[:5]) or "Python objects"
+    return ", ".join(sorted(found)[:5]) or "Python objects"
 
 
 def _tensor_groups(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
