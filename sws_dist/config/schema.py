@@ -75,7 +75,11 @@ class ModelConfig:
     compile: bool = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: str | None = None
-    """A ``.safetensors`` file of weights to start from: a descendant written by ``sws expand``."""
+    """A file of weights to start from: a descendant written by ``sws expand``, any other file of this trainer, or a
+    ``.safetensors`` or PyTorch file of a timm model. A head of other labels is drawn anew, position embeddings of
+    another size are resampled, and all else has to fit."""
+    initial_ema: bool = True
+    """With ``initial_checkpoint``: take the averaged weights where the file has them beside others."""
     initial_learngene: str | None = None
     """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
     for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
@@ -135,7 +139,12 @@ class DataConfig:
     """Inside ``root``: a folder of class folders, a folder of WebDataset ``*.tar`` shards, or a text file of
     ``<path> <label>`` lines."""
     val_split: str = "val"
-    """The same as ``train_split``, for the validation images."""
+    """The same as ``train_split``, for the validation images. It is not read where ``val_share`` is set."""
+    val_share: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of each class's training images for validation. ``val_seed`` and an image's path decide
+    which, so that each start takes the same."""
+    val_seed: int = Field(default=0, ge=0)
+    """Seed of the images that ``val_share`` holds out."""
     classes: str | None = None
     """A file of class names, one on each line; the labels take their order instead of that of the sorted folders."""
     shuffle_shards: int | None = Field(default=None, ge=1)
@@ -236,6 +245,8 @@ class DistillConfig:
     """A timm model name, or a ``.safetensors`` file that this trainer wrote (it names its own model)."""
     teacher_weights: str | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
+    teacher_ema: bool = True
+    """Take the averaged weights where ``teacher_weights`` has them beside others."""
     kind: Literal["soft", "hard"] = "soft"
     """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)

@@ -10,6 +10,7 @@ from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.draws import Recipe
+from sws_dist.data.holdout import hold_out
 from sws_dist.data.loader import Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.mixup import Mixing
@@ -32,9 +33,11 @@ class DataParts:
 
 
 def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
-    """List training and validation images."""
+    """List training and validation images; with ``val_share`` both are of the training split."""
     classes = read_classes(config.classes) if config.classes else None
     train = manifest.scan(config.root, config.train_split, classes, max_bad_share=config.max_bad_share)
+    if config.val_share is not None:
+        return hold_out(train, config.val_share, config.val_seed)
     val = manifest.scan(config.root, config.val_split, train.classes, max_bad_share=config.max_bad_share)
     return train, val
 

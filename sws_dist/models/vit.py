@@ -227,8 +227,8 @@ def create_model(name: str, **kwargs: Any) -> Any:
         raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
     try:
         return timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, RuntimeError) as error:  # an unknown argument, an unknown pretrained tag
-        raise ValueError(f"model {name}: {error}") from None
+    except (TypeError, RuntimeError, AssertionError, ZeroDivisionError) as error:  # an unknown argument, a wrong size
+        raise ValueError(f"model {name}: {error or type(error).__name__} ({kwargs})") from None
 
 
 def _build_variant(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:

@@ -126,10 +126,20 @@ def test_refusals(tmp_path: Path) -> None:
     refused("set distill.teacher_weights", teacher="levit_384")
     refused("no model 'resnot50'", teacher="resnot50", teacher_weights=described(tmp_path / "c.safetensors"))
     refused("does not fit the model", teacher="resnet18", teacher_weights=described(tmp_path / "d.safetensors"))
-    vit = create_model("vit_tiny_patch16_224", num_classes=10)
+    levit = create_model("levit_128s", num_classes=10)
+    torch.save(levit.state_dict(), tmp_path / "levit.pth")
+    with pytest.raises(ValueError, match=r"need data\.image_size \(--image-size\) 224"):
+        load_teacher(
+            DistillConfig(teacher="levit_128s", teacher_weights=str(tmp_path / "levit.pth")),
+            DIGITS,
+            DataConfig(root="", image_size=96, mean=HALF, std=HALF),
+        )
+
+
+def test_a_teacher_is_built_for_the_students_images(tmp_path: Path) -> None:
+    vit = create_model("test_vit", num_classes=10)  # for 160 pixels
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    refused(
-        "takes 224 pixels, data.image_size is 32",
-        teacher="vit_tiny_patch16_224",
-        teacher_weights=str(tmp_path / "vit.pth"),
-    )
+    config = DistillConfig(teacher="test_vit", teacher_weights=str(tmp_path / "vit.pth"))
+    teacher = load_teacher(config, DIGITS, DataConfig(root="", image_size=32, mean=HALF, std=HALF))
+    assert teacher is not None
+    assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
