@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--num-threads", type=int, default=2 * (os.cpu_count() or 1), help="files at a time (default: 2 a core)"
     )
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
         good, found = scan_split(root, split, prefix, args.num_threads, show_bar=not args.quiet)

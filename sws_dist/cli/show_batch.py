@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="how many of the batch to show (default 32)")
     parser.add_argument("--step", type=int, default=0, help="which optimizer step (default: the first)")
     parser.add_argument("--batch", type=int, help="images in a micro-batch (default: the global batch)")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     write_picture(load_config(args.config, args.overrides), args)
 
 

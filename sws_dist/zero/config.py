@@ -16,6 +16,7 @@ from typing import Any
 from sws_dist.config.schema import RunConfig
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError
+from sws_dist.text import read_text
 
 HONOURED = {
     "train_micro_batch_size_per_gpu",
@@ -125,7 +126,12 @@ def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, A
     try:
         ds = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        is_comma_too_many = text[: error.pos].rstrip().endswith(",") and text[error.pos :][:1] in ("}", "]")
+        problem = "a comma before the closing bracket" if is_comma_too_many else error.msg
+        problem = problem if text.strip() else "the file is empty"
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(ds, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(ds).__name__}")
     for key in ds:
@@ -215,7 +221,7 @@ def precision_of(ds: dict[str, Any]) -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return read_text(path)
     except OSError as error:
         raise ConfigError(f"cannot read the DeepSpeed config {path}: {error.strerror}") from None
 
