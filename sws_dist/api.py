@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from sws_dist.checkpoint.model_file import load_model, load_weights_strict, set_input_description
 from sws_dist.config.loader import load_config
+from sws_dist.config.resume import finished_metrics
 from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
@@ -49,7 +50,8 @@ def train(
         deepspeed_config: how the run is sharded: a DeepSpeed JSON file, the name of a shipped one (``zero2_bf16``), or
             its content.
         resume: ``auto`` goes on from the newest valid checkpoint of ``config.output``, if there is one, and trains no
-            run that is finished; a path goes on from that checkpoint. None starts anew.
+            run that is finished; a path goes on from that checkpoint. None starts anew. The config has to be that of
+            the run that goes on, but for keys that docs/config.md marks.
 
     Returns:
         What the run's ``metrics.json`` holds, on every rank: ``top1`` and ``top5`` (shares in [0, 1]), ``history`` (one
@@ -75,10 +77,8 @@ def train(
     from sws_dist.trainer import Trainer
 
     run = config if isinstance(config, RunConfig) else load_config(config)
-    finished = Path(run.output) / "metrics.json"
-    if resume and finished.is_file():
-        log.info("%s exists: this run is done", finished)
-        return json.loads(finished.read_text())
+    if resume and (metrics := finished_metrics(run)) is not None:
+        return metrics
     atexit.register(close_distributed)
     return Trainer(build_run(run, deepspeed_config, resume)).run()
 
@@ -181,7 +181,8 @@ def evaluate(
         scored: Any = model if isinstance(model, nn.Module) else load_model(model, model_name)
         config = _input_config(scored, name, Path(data), image_size, crop_pct, num_threads)
         classes = scored.pretrained_cfg.get("label_names")
-        images = manifest.scan(Path(data).parent, Path(data).name, classes)
+        folder = Path(os.path.abspath(data))  # "." has no name
+        images = manifest.scan(folder.parent, folder.name, classes)
         if len(images.classes) != scored.num_classes:
             raise ValueError(
                 f"{data} has {len(images.classes)} class folders, {name} knows {scored.num_classes} labels and not "

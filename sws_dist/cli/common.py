@@ -30,7 +30,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     Every option of ``type=Path`` is expanded as the paths in a config are.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.register("type", Path, _expanded)
+    parser.register("type", Path, lambda text: Path(expanded(text)))
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
     level.add_argument("--debug", action="store_true", help="print details, and tracebacks of errors")
@@ -84,9 +84,10 @@ def parse_args(parser: argparse.ArgumentParser, one_process: bool = False) -> ar
     return args
 
 
-def _expanded(text: str) -> Path:
+def expanded(text: str) -> str:
+    """Expand ``~`` and ``$VARIABLE`` in the value of an option that takes a path."""
     try:
-        return Path(expand_path(text))
+        return expand_path(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

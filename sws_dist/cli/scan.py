@@ -45,7 +45,10 @@ def main() -> None:
 def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
     """Return the root of each split, its name, and what its paths begin with in ``--json``."""
     found = [name for name in names if holds_split(data / name)]
-    return [(data, name, f"{name}/") for name in found] if found else [(data.parent, data.name, "")]
+    if found:
+        return [(data, name, f"{name}/") for name in found]
+    split = Path(os.path.abspath(data))  # "." has no name
+    return [(split.parent, split.name, "")]
 
 
 def holds_split(place: Path) -> bool:

@@ -24,12 +24,15 @@ CLIPPING = "gradient_clipping"
 log = logging.getLogger(__name__)
 
 
-def compare_with_own_config(folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None) -> RunConfig | None:
+def compare_with_own_config(
+    folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None, weights: str | Path = "FILE"
+) -> RunConfig | None:
     """Compare ``config`` with that of the run in ``folder``, and log the keys that are allowed to differ and do.
 
     Args:
         folder: the run's output folder, as it stands now.
         ds: the resolved DeepSpeed config; None: it is not compared.
+        weights: the file of the run's weights, for the message.
 
     Returns:
         The run's own config; None, with a warning, if the folder holds none.
@@ -52,7 +55,10 @@ def compare_with_own_config(folder: Path, config: RunConfig, ds: Mapping[str, An
         if before != now:
             refused.append(f"{CLIPPING} {_text(now)} in the DeepSpeed config (it was {_text(before)})")
     if refused:
-        raise ConfigError(f"{folder}: a run goes on only as it began, and this config has {', '.join(refused)}")
+        raise ConfigError(
+            f"{folder}: a run goes on only as it began, and this config has {', '.join(refused)}. Set that back, or "
+            f"begin a new run from its weights: --set model.initial_checkpoint={weights} --set output=ANOTHER"
+        )
     if harmless:
         log.info("going on with %s", ", ".join(harmless))
     return own
@@ -81,16 +87,11 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     finished = output / "metrics.json"
     if not finished.is_file():
         return None
+    weights = next((file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), "FILE")
     try:
-        compare_with_own_config(output, config)
+        compare_with_own_config(output, config, weights=weights)
     except ConfigError as error:
-        weights = next(
-            (file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), "ITS WEIGHTS"
-        )
-        raise ConfigError(
-            f"{error}. That run is done ({finished}). To train on from its weights, begin a new run: "
-            f"--set model.initial_checkpoint={weights} --set output=ANOTHER"
-        ) from None
+        raise ConfigError(f"{finished} exists: this run is done. {error}") from None
     log.info("%s exists: this run is done", finished)
     return json.loads(read_text(finished))
 

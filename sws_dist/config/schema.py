@@ -268,7 +268,7 @@ class TrainConfig:
     eval_batch: MayChange[int] = Field(default=128, ge=1)
     """Number of images in one evaluation batch of one rank."""
     eval_every: MayChange[int] = Field(default=1, ge=1)
-    """Number of epochs between evaluations; the last epoch is always evaluated."""
+    """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
     eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: MayChange[int] = Field(default=50, ge=1)
@@ -285,7 +285,7 @@ class CheckpointConfig:
     """When the run is saved, and which checkpoints are kept."""
 
     every: MayChange[int] = Field(default=1, ge=1)
-    """Number of epochs between checkpoints; the last epoch is always saved."""
+    """Save at least each so many epochs, at the end of a step; after the last epoch always."""
     keep_last: MayChange[int] = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
     keep_best: MayChange[bool] = True
