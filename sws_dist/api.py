@@ -19,6 +19,7 @@ from sws_dist.checkpoint.load_model import load_model, set_input_description
 from sws_dist.checkpoint.model_file import load_weights_strict
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
+from sws_dist.config.resume import finished_metrics
 from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
@@ -28,7 +29,6 @@ from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.image_size import require_image_size
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
-from sws_dist.text import read_json
 
 __all__ = ["evaluate", "expand", "train"]
 
@@ -53,7 +53,8 @@ def train(
         deepspeed_config: how the run is sharded: a DeepSpeed JSON file, the name of a shipped one (``zero2_bf16``), or
             its content.
         resume: ``auto`` goes on from the newest valid checkpoint of ``config.output``, if there is one, and trains no
-            run that is finished; a path goes on from that checkpoint. None starts anew.
+            run that is finished; a path goes on from that checkpoint. None starts anew. The config has to be that of
+            the run that goes on, but for keys that docs/config.md marks.
 
     Returns:
         What the run's ``metrics.json`` holds, on every rank: ``top1`` and ``top5`` (shares in [0, 1]), ``history`` (one
@@ -79,10 +80,8 @@ def train(
     from sws_dist.trainer import Trainer
 
     run = config if isinstance(config, RunConfig) else load_config(config)
-    finished = Path(run.output) / "metrics.json"
-    if resume and finished.is_file():
-        log.info("%s exists: this run is done", finished)
-        return read_json(finished)
+    if resume and (metrics := finished_metrics(run)) is not None:
+        return metrics
     atexit.register(close_distributed)
     return Trainer(build_run(run, deepspeed_config, resume)).run()
 

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     if args.released:
         convert_released_file(args)
     elif args.learngene:
