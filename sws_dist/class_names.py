@@ -9,7 +9,8 @@ from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from sws_dist.data.sources import find_source, read_classes
+from sws_dist.data.labels import read_classes
+from sws_dist.data.sources import find_source
 
 log = logging.getLogger(__name__)
 

@@ -51,8 +51,7 @@ def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
     found = [name for name in names if holds_split(data / name)]
     if found:
         return [(data, name, f"{name}/") for name in found]
-    split = Path(os.path.abspath(data))  # "." has no name
-    return [(split.parent, split.name, "")]
+    return [(data.parent, data.name, "")]
 
 
 def holds_split(place: Path) -> bool:

@@ -28,6 +28,7 @@ MayChange = Annotated[_T, MAY_CHANGE]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm")
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
@@ -156,6 +157,11 @@ class DataConfig:
     """Seed of the images that ``val_share`` holds out."""
     classes: MayChange[PathStr | None] = None
     """A file of class names, one on each line; the labels take their order instead of that of the sorted folders."""
+    image_extensions: tuple[str, ...] = DEFAULT_IMAGE_EXTENSIONS
+    """For tar shards: extensions of a sample's image, without the leading dot. The first that a sample has is taken, so
+    that it is one training image: ``[jpg, png]`` takes ``1.jpg`` of ``1.jpg`` and ``1.seg.png``."""
+    label_key: str = "label"
+    """For tar shards: the key of the label in a sample's ``.json``, where there is no ``.cls``."""
     shuffle_shards: int | None = Field(default=None, ge=1)
     """For tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null
     shuffles among all, as timm does."""

@@ -36,6 +36,7 @@ def hold_out(images: Manifest, share: float, seed: int) -> tuple[Manifest, Manif
     place = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_held = np.zeros(len(images), dtype=bool)
     is_held[order] = place < np.repeat(held, counts)
+    is_held = np.isin(draws, draws[is_held])  # what a list repeats must not stand on both sides
     note = f"{held.sum()} of {len(images)} images are held out for validation (data.val_share {share:g} of each class)"
     if single := [images.classes[label] for label in np.flatnonzero(counts == 1)]:
         note += f"; none of the {len(single)} class(es) with a single image: {', '.join(single[:5])}"

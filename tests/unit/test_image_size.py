@@ -16,7 +16,7 @@ CLASSES = ("a", "b", "c")
 
 
 def run(name: str, image_size: int, **kwargs: object) -> RunConfig:
-    return RunConfig("unused", ModelConfig(name, kwargs=kwargs), DataConfig(root="", image_size=image_size))
+    return RunConfig("unused", ModelConfig(name, kwargs=kwargs), DataConfig(root="unused", image_size=image_size))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "levit_128s", "swin_tiny_patch4_window7_224"])
