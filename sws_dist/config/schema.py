@@ -13,9 +13,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error, and so are NaN, infinity
-# and empty texts.
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
+# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error; so are NaN and infinity.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -330,3 +329,9 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_output(self) -> RunConfig:
+        if not self.output.strip():
+            raise KeyConflictError("output", "output is empty; give the folder that the run is to write")
+        return self

@@ -132,14 +132,17 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 KEYS = sorted(valid_keys())
 
 
-def example_of(key: str) -> Any:
-    value: Any = config_to_dict(load_config(SMALL))
+BASE = load_config(SMALL)
+
+
+def value_of(key: str) -> Any:
+    value: Any = config_to_dict(BASE)
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-EXAMPLES = {key: example_of(key) for key in KEYS}
+EXAMPLES = {key: value_of(key) for key in KEYS}
 PIECES = ["m9", "m", "m99999", "mstd0.5", "mstd101", "mmax0", "n0", "n9", "n99999999999", "p.5", "w0", "inc0"]
 ARGUMENTS = ["patch_size", "embed_dim", "num_heads", "num_classes", "img_size", "schedule", "mlp_ratio", "depth"]
 MODELS = ["resnet18", "sws_vit", "sws_aux_tiny_patch16_224", "sws_des_tiny_patch16_224", "vit"]
@@ -178,7 +181,7 @@ def use(config: RunConfig) -> None:
         assert 0 <= mixing.draw(0)[1] <= 1
     schedule = LRSchedule(config.optim, config.train.global_batch, 10.5, 100)
     assert all(np.isfinite(schedule(step)) for step in (0, 1, 50, 99))
-    if config.model != load_config(SMALL).model:
+    if config.model != BASE.model:
         with torch.device("meta"):
             build_student(config, 10)
 
@@ -321,8 +324,7 @@ def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: 
     file.write_text(json.dumps(content, default=str))
 
     def read() -> None:
-        config = load_config(SMALL)
-        ds = deepspeed_config.resolve_deepspeed_config(file, config, ranks)
+        ds = deepspeed_config.resolve_deepspeed_config(file, BASE, ranks)
         deepspeed_schema.check_against_deepspeed(ds, file, CPU)
         assert np.isfinite(ds["gradient_clipping"])
         assert ds["gradient_clipping"] >= 0
