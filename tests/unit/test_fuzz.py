@@ -41,7 +41,7 @@ from sws_dist.data.mixup import Mixing
 from sws_dist.distributed.init import close_distributed
 from sws_dist.errors import RunError, Stopped
 from sws_dist.learngene.file import describe_model
-from sws_dist.models import SWSVisionTransformer
+from sws_dist.models import SWSVisionTransformer, create_model
 from sws_dist.optim import LRSchedule
 from sws_dist.zero import config as deepspeed_config
 from sws_dist.zero import schema as deepspeed_schema
@@ -184,6 +184,17 @@ def use(config: RunConfig) -> None:
     if config.model != BASE.model:
         with torch.device("meta"):
             build_student(config, 10)
+
+
+@fuzz(100)
+@given(
+    name=st.sampled_from([*MODELS, "vit_tiny_patch16_224"]),
+    arguments=st.dictionaries(st.sampled_from(ARGUMENTS), st.one_of(INTEGERS, INTEGERS, SCALARS), min_size=1),
+)
+def test_model_arguments(name: str, arguments: dict[str, Any]) -> None:
+    if name.startswith("sws_") or arguments.get("depth") not in (1000, 4097, 2**31):  # timm would build all layers
+        with torch.device("meta"):
+            attempt(lambda: create_model(name, **arguments))
 
 
 def read_and_use(path: Path | str, overrides: list[str]) -> None:
