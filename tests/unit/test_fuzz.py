@@ -316,10 +316,15 @@ GROUPS = {
 DS_KEYS = sorted({*deepspeed_config.HONOURED, *(f"{group}.{key}" for group, keys in GROUPS.items() for key in keys)})
 DS_KEYS += ["zero_optimization.offload_param.device", "zero_optimization.offload_optimizer.ratio", "aio", "nonsense"]
 
+DS_ENTRIES = st.one_of(
+    st.tuples(st.sampled_from(sorted(deepspeed_config.HONOURED)), st.one_of(NUMBERS, VALUES)),
+    st.tuples(st.sampled_from(DS_KEYS), VALUES),
+)
+
 
 @fuzz(400)
 @given(
-    entries=st.lists(st.tuples(st.sampled_from(DS_KEYS), VALUES), min_size=1, max_size=3),
+    entries=st.lists(DS_ENTRIES, min_size=1, max_size=3),
     ranks=st.sampled_from([1, 1, 2, 7]),
 )
 def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: int) -> None:
