@@ -22,6 +22,7 @@ MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
 MAX_LAYERS = 1000
+"""An image passes through at most so many layers."""
 
 
 class KeyConflictError(ValueError):

@@ -125,7 +125,7 @@ def test_neighbours_and_seeds_draw_differently() -> None:
     ("keys", "message"),
     [
         ({"scale": (0.0, 1.0)}, "augment.scale"),
-        ({"scale": (0.5, 1.2)}, "augment.scale.*at most 1"),
+        ({"scale": (0.5, 1.2)}, "augment.scale.*to 1"),
         ({"ratio": (1.5, 0.5)}, "augment.ratio"),
         ({"auto_augment": "rand-m9"}, "-inc1"),
     ],
