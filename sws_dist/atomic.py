@@ -18,6 +18,9 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder; expected the path of a file to write", str(path))
+    if path.exists() and not path.is_file():  # a pipe or /dev/null, which a file must not replace
+        write(path)
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -44,6 +44,12 @@ def main() -> None:
 
 def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     """Read, augment and mix the images of one micro-batch as a training step does, and write them with captions."""
+    augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
+    micro = args.batch or global_batch
+    if global_batch % micro or micro > MAX_BATCH:
+        raise ConfigError(
+            f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
+        )
     # torch and DALI take seconds to import; a wrong key should not wait for them.
     import torch
     from PIL import Image
@@ -55,12 +61,6 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     from sws_dist.data.mixup import Mixing, augment_batch, denormalise
     from sws_dist.logging.images import labelled_grid
 
-    augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
-    micro = args.batch or global_batch
-    if global_batch % micro or micro > MAX_BATCH:
-        raise ConfigError(
-            f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
-        )
     images, _ = list_images(config.data)
     order = build_order(config, images)
     positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro)

@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error, and so are NaN, infinity
-# and empty texts.
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
+# Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error; so are NaN and infinity.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 _T = TypeVar("_T")
 IS_PATH = "is a path"
@@ -33,6 +32,7 @@ MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
 MAX_LAYERS = 1000
+"""An image passes through at most so many layers."""
 
 
 class KeyConflictError(ValueError):
@@ -356,3 +356,9 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_output(self) -> RunConfig:
+        if not self.output.strip():
+            raise KeyConflictError("output", "output is empty; give the folder that the run is to write")
+        return self

@@ -16,6 +16,7 @@ import numpy as np
 from sws_dist.data.randaugment import OPERATORS, SKIP, RandAugmentDraws
 
 _OPERATOR_NAMES = ("BrightnessIncreasing", "ContrastIncreasing", "ColorIncreasing")
+_MAX_CHANGE = 100
 _ORDERS = np.array(list(itertools.permutations(range(3))))
 
 
@@ -34,14 +35,14 @@ class ColorJitter:
         """Read ``augment.color_jitter`` as timm does: one number for all three, or three numbers.
 
         Raises:
-            ValueError: another count of numbers, or a negative one.
+            ValueError: another count of numbers, or one out of range.
         """
         numbers = tuple(value) if isinstance(value, Sequence) else (value,) * 3
         if len(numbers) != 3:
             hue = " (hue is not supported)" if len(numbers) == 4 else ""
             raise ValueError(f"augment.color_jitter {list(numbers)}: expected one number or three{hue}")
-        if min(numbers) < 0:
-            raise ValueError(f"augment.color_jitter {list(numbers)}: must not be negative")
+        if not all(0 <= number <= _MAX_CHANGE for number in numbers):
+            raise ValueError(f"augment.color_jitter {list(numbers)}: each has to be from 0 to {_MAX_CHANGE}")
         return cls((numbers[0], numbers[1], numbers[2]))
 
     def draw(self, uniforms: np.ndarray, height: int, width: int) -> RandAugmentDraws:

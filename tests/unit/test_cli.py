@@ -51,6 +51,30 @@ def test_every_command_has_a_launch_script_whose_name_hides_no_standard_module()
     assert not scripts & sys.stdlib_module_names
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("expand --learngene x --out y --depth 0", "argument --depth: '0': expected a whole number from 1 to 1000"),
+        ("expand --learngene x --out y --depth 1.5", "argument --depth: '1.5': expected a whole number from 1 to 1000"),
+        (
+            "evaluate --checkpoint x --data y --batch 4097",
+            "argument --batch: '4097': expected a whole number from 1 to",
+        ),
+        ("evaluate --checkpoint x --data y --crop-pct nan", "--crop-pct: 'nan': expected a number from 0.1 to 1"),
+        ("scan --data x --num-threads -1", "argument --num-threads: '-1': expected a whole number from 1 to 1024"),
+        ("show-batch --config quickstart/auxiliary --step -1", "argument --step: '-1': expected a whole number from 0"),
+        ("quickstart --seed 4294967296", "argument --seed: '4294967296': expected a whole number from 0 to 4294967295"),
+    ],
+)
+def test_numbers_out_of_range(command: str, said: str) -> None:
+    assert said in sws(*command.split(), code=2).stderr
+
+
+def test_more_images_than_a_step_has_cannot_be_shown() -> None:
+    said = sws("show-batch", "--config", "auxiliary_small", "--batch", "1024", code=1).stderr
+    assert said == "error: --batch 1024: expected a divisor of train.global_batch 512, at most 4096\n"
+
+
 def test_help_and_version() -> None:
     assert sws("--help").stdout == sws().stdout == cli.usage() + "\n"
     assert sws("--version").stdout == f"sws-dist {sws_dist.__version__}\n"

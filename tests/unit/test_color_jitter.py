@@ -72,7 +72,7 @@ def test_a_change_of_zero_is_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [((0.4, 0.4, 0.4, 0.1), "hue"), ((0.4,), "one number or three"), (-1.0, "nega")]
+    ("value", "message"), [((0.4, 0.4, 0.4, 0.1), "hue"), ((0.4,), "one number or three"), (-1.0, "from 0 to")]
 )
 def test_other_values_are_refused(value: float | tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=rf"augment.color_jitter.*{message}"):

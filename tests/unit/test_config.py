@@ -127,7 +127,7 @@ def test_base_gives_keys_and_the_file_wins(file: Path, tmp_path: Path) -> None:
         ("augment.affine.fill=[0, 0, 256]", "augment.affine.fill [0, 0, 256]: each has to be from 0 to 255"),
         ("augment.ratio=[2.0, 1.0]", "augment.ratio [2.0, 1.0]: expected [smallest, largest], both from 0.01 to 100"),
         ("model.schedule=[3, 0]", "model.schedule [3, 0]: expected a count above 0 for each stage"),
-        ("output=''", "output = '': string should have at least 1 character"),
+        ("output=''", "output is empty; give the folder that the run is to write"),
     ],
 )
 def test_what_is_wrong_is_named(file: Path, override: str, said: str) -> None:

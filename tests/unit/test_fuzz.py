@@ -41,7 +41,7 @@ from sws_dist.data.mixup import Mixing
 from sws_dist.distributed.init import close_distributed
 from sws_dist.errors import RunError, Stopped
 from sws_dist.learngene.file import describe_model
-from sws_dist.models import SWSVisionTransformer
+from sws_dist.models import SWSVisionTransformer, create_model
 from sws_dist.optim import LRSchedule
 from sws_dist.zero import config as deepspeed_config
 from sws_dist.zero import schema as deepspeed_schema
@@ -66,6 +66,8 @@ TEXTS = st.one_of(
     ),
     st.text(max_size=8),
 )
+NAMES = TEXTS.filter(lambda text: not set(text) & set("/~$") and ".." not in text)
+"""Texts that name nothing outside the current folder: a command may write there."""
 SCALARS = st.one_of(NUMBERS, TEXTS, st.none(), st.booleans(), st.dates())
 VALUES = st.one_of(
     SCALARS,
@@ -132,14 +134,17 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 KEYS = sorted(valid_keys())
 
 
-def example_of(key: str) -> Any:
-    value: Any = config_to_dict(load_config(SMALL))
+BASE = load_config(SMALL)
+
+
+def value_of(key: str) -> Any:
+    value: Any = config_to_dict(BASE)
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-EXAMPLES = {key: example_of(key) for key in KEYS}
+EXAMPLES = {key: value_of(key) for key in KEYS}
 PIECES = ["m9", "m", "m99999", "mstd0.5", "mstd101", "mmax0", "n0", "n9", "n99999999999", "p.5", "w0", "inc0"]
 ARGUMENTS = ["patch_size", "embed_dim", "num_heads", "num_classes", "img_size", "schedule", "mlp_ratio", "depth"]
 MODELS = ["resnet18", "sws_vit", "sws_aux_tiny_patch16_224", "sws_des_tiny_patch16_224", "vit"]
@@ -178,9 +183,20 @@ def use(config: RunConfig) -> None:
         assert 0 <= mixing.draw(0)[1] <= 1
     schedule = LRSchedule(config.optim, config.train.global_batch, 10.5, 100)
     assert all(np.isfinite(schedule(step)) for step in (0, 1, 50, 99))
-    if config.model != load_config(SMALL).model:
+    if config.model != BASE.model:
         with torch.device("meta"):
             build_student(config, 10)
+
+
+@fuzz(100)
+@given(
+    name=st.sampled_from([*MODELS, "vit_tiny_patch16_224"]),
+    arguments=st.dictionaries(st.sampled_from(ARGUMENTS), st.one_of(INTEGERS, INTEGERS, SCALARS), min_size=1),
+)
+def test_model_arguments(name: str, arguments: dict[str, Any]) -> None:
+    if name.startswith("sws_") or arguments.get("depth") not in (1000, 4097, 2**31):  # timm would build all layers
+        with torch.device("meta"):
+            attempt(lambda: create_model(name, **arguments))
 
 
 def read_and_use(path: Path | str, overrides: list[str]) -> None:
@@ -240,7 +256,7 @@ def places(folder: Path, few_digits: Path) -> Iterator[list[str]]:
     shutil.copytree(few_digits, folder / "digits")
     before = Path.cwd()
     os.chdir(folder)
-    yield [*(path.name for path in folder.iterdir()), "one/train", "digits/val", "digits/val/0", "nowhere"]
+    yield [*sorted(path.name for path in folder.iterdir()), "one/train", "digits/val", "digits/val/0", "nowhere"]
     os.chdir(before)
 
 
@@ -286,7 +302,7 @@ FILE_KEYS += ["distill.teacher_weights", "model.initial_checkpoint", "model.init
 @given(data=st.data())
 def test_files_of_a_run(places: list[str], data: st.DataObject) -> None:
     """Name files and folders of all kinds as images, classes, teacher and initial weights."""
-    names = st.one_of(st.sampled_from(places), TEXTS)
+    names = st.one_of(st.sampled_from(places), NAMES)
     drawn = data.draw(st.dictionaries(st.sampled_from(FILE_KEYS), names, max_size=3))
     right = {"data.root": "digits", "distill.teacher": "null", "model.name": "sws_vit"}
     right["model.kwargs"] = "{schedule: [1, 1], patch_size: 16, embed_dim: 16, num_heads: 2}"
@@ -302,10 +318,15 @@ GROUPS = {
 DS_KEYS = sorted({*deepspeed_config.HONOURED, *(f"{group}.{key}" for group, keys in GROUPS.items() for key in keys)})
 DS_KEYS += ["zero_optimization.offload_param.device", "zero_optimization.offload_optimizer.ratio", "aio", "nonsense"]
 
+DS_ENTRIES = st.one_of(
+    st.tuples(st.sampled_from(sorted(deepspeed_config.HONOURED)), st.one_of(NUMBERS, VALUES)),
+    st.tuples(st.sampled_from(DS_KEYS), VALUES),
+)
+
 
 @fuzz(400)
 @given(
-    entries=st.lists(st.tuples(st.sampled_from(DS_KEYS), VALUES), min_size=1, max_size=3),
+    entries=st.lists(DS_ENTRIES, min_size=1, max_size=3),
     ranks=st.sampled_from([1, 1, 2, 7]),
 )
 def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: int) -> None:
@@ -321,8 +342,7 @@ def test_deepspeed_configs(folder: Path, entries: list[tuple[str, Any]], ranks: 
     file.write_text(json.dumps(content, default=str))
 
     def read() -> None:
-        config = load_config(SMALL)
-        ds = deepspeed_config.resolve_deepspeed_config(file, config, ranks)
+        ds = deepspeed_config.resolve_deepspeed_config(file, BASE, ranks)
         deepspeed_schema.check_against_deepspeed(ds, file, CPU)
         assert np.isfinite(ds["gradient_clipping"])
         assert ds["gradient_clipping"] >= 0
@@ -356,11 +376,11 @@ def words_for(option: argparse.Action, places: list[str]) -> st.SearchStrategy[l
     if option.nargs == 0:
         return st.just([name])
     if option.type in (int, float):
-        values = st.one_of(st.sampled_from(["1", "2", "3"]), INTEGERS.map(str), NUMBERS.map(str), TEXTS)
+        values = st.one_of(st.sampled_from(["1", "2", "3"]), INTEGERS.map(str), NUMBERS.map(str), NAMES)
     elif option.type is Path:
-        values = st.one_of(st.sampled_from(places), st.sampled_from(places), TEXTS)
+        values = st.one_of(st.sampled_from(places), st.sampled_from(places), NAMES)
     else:
-        values = st.one_of(TEXTS, st.sampled_from([*(option.choices or []), *SHORT_WORDS, *places]))
+        values = st.one_of(NAMES, st.sampled_from([*(option.choices or []), *SHORT_WORDS, *places]))
     return values.map(lambda value: [f"{name}={value}"])
 
 
