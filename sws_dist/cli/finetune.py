@@ -31,7 +31,9 @@ from sws_dist.cli.common import (
     parse_args,
     print_result,
 )
+from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
+from sws_dist.errors import ConfigError
 
 VAL_FOLDERS = ("val", "valid", "validation")
 OTHER_SPLITS = ("test", "testing", "training")
@@ -76,7 +78,11 @@ def main() -> None:
     from sws_dist.api import train
     from sws_dist.distributed.init import close_distributed
 
-    sets = [f"{key}={json.dumps(value)}" for key, value in choose_settings(args).items()] + args.overrides
+    try:
+        settings = choose_settings(args)
+    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
+        raise ConfigError(str(error)) from error
+    sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + args.overrides
     ds = str(args.deepspeed_config or choose_deepspeed_config())
     resume = ["--resume", args.resume] if args.resume else []
     words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
@@ -102,12 +108,13 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     sets = {"output": args.output or f"runs/finetune/{data.name}", "train.seed": args.seed}
     sets |= model_settings(args) | split_settings(data, args.val_share)
     num_images = count_images(sets)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    complete_environment(os.environ)
+    world, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_SIZE"])
     batch = choose_batch(num_images, world) if args.batch is None else args.batch
     epochs = choose_epochs(num_images, batch) if args.epochs is None else args.epochs
     sets |= {"train.global_batch": batch, "train.epochs": epochs}
     sets |= {"train.eval_every": max(1, epochs // 20), "checkpoint.every": max(1, epochs // 5)}
-    sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", world))))
+    sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // local_size))
     return sets | ({} if args.lr is None else {"optim.lr": args.lr})
 
 
