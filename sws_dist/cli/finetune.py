@@ -152,13 +152,9 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def timm_preprocessing(name: str) -> dict[str, Any]:
     """Return how a timm model wants its images, as keys of ``data``."""
-    import timm
+    from sws_dist.models.vit import timm_config
 
-    from sws_dist.models import create_model
-
-    if not timm.is_model(name):
-        create_model(name)  # says that there is no such model, and which are near
-    about = timm.get_pretrained_cfg(name)
+    about = timm_config(name)
     interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
     known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
     return known | {"crop_pct": about.crop_pct or 0.875, "interpolation": interpolation}
@@ -172,6 +168,8 @@ def split_settings(data: Path, val_share: float) -> dict[str, Any]:
     """
     if not data.exists():
         raise ValueError(f"--data {data}: there is no such folder")
+    if not 0 < val_share < 1:
+        raise ValueError(f"--val-share {val_share}: expected a share between 0 and 1, such as 0.1")
     inside = {entry.name for entry in data.iterdir() if entry.is_dir()} if data.is_dir() else set()
     if "train" not in inside:
         if splits := sorted(inside & {*VAL_FOLDERS, *OTHER_SPLITS}):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
+
+from sws_dist.models.vit import timm_config
 
 
 def image_size_arguments(name: str, image_size: int) -> dict[str, int]:
@@ -13,8 +14,11 @@ def image_size_arguments(name: str, image_size: int) -> dict[str, int]:
 
     Args:
         image_size: height and width in pixels.
+
+    Raises:
+        ValueError: timm does not know the model.
     """
-    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # create_model refuses unknown names
+    about = timm_config(name)
     return {"img_size": image_size} if about is not None and about.fixed_input_size else {}
 
 

@@ -49,4 +49,6 @@ def test_the_check_leaves_a_model_as_it_was() -> None:
     require_image_size(model, "it", 64)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert image_size_arguments("no_such_model", 64) == {}
+    for name in ("no_such_model", "test_vit.no_such_tag"):
+        with pytest.raises(ValueError, match="no_such"):
+            image_size_arguments(name, 64)
