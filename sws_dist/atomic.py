@@ -28,7 +28,8 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def atomic_write_text(path: str | Path, text: str) -> Path:
-    return atomic_write(path, lambda p: p.write_text(text))
+    """Write UTF-8, whatever the locale says; a path in the text that is none keeps its bytes."""
+    return atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def atomic_write_json(path: str | Path, value: Any) -> Path:

@@ -188,7 +188,7 @@ def job_folder(kind: str, output: Path) -> Path:
 
 def fill_template(job: Job, args: argparse.Namespace) -> str:
     """Return the batch script of the job's kind with resources, code and arguments filled in."""
-    lines = (source_tree.launcher_folder() / "slurm" / f"{job.kind}.sbatch").read_text().splitlines()
+    lines = read_text(source_tree.launcher_folder() / "slurm" / f"{job.kind}.sbatch").splitlines()
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     filled = [
         *(f"#SBATCH {option}" for option in sbatch_options(job, args)),

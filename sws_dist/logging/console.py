@@ -7,6 +7,7 @@ error with their level in front. Rank 0 shows all records; other ranks show thos
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -45,6 +46,8 @@ class ConsoleHandler(logging.Handler):
 
 def setup_console(level: int = logging.INFO) -> None:
     """Show this package's log from ``level`` on; a second call replaces the level. Library chatter is filtered."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the locale cannot write is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("sws_dist")
     logger.setLevel(level)
     logger.propagate = False
