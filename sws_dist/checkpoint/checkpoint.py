@@ -320,9 +320,9 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
 
 def _is_unfinished(folder: Path) -> bool:
     """Return True for a checkpoint that is not yet whole, or not any more, and for nothing else."""
-    if not folder.is_dir() or not all(_OURS.fullmatch(file.name) for file in folder.iterdir()):
+    if not folder.is_dir() or (not folder.name.startswith(".") and (folder / "state.json").exists()):
         return False
-    return folder.name.startswith(".") or (not (folder / "state.json").exists() and any(folder.iterdir()))
+    return all(_OURS.fullmatch(file.name) for file in folder.iterdir())
 
 
 def _delete(checkpoint: Path) -> None:
