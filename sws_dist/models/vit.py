@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.models.kernel_backend import fused_stage_forward
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
@@ -102,6 +103,8 @@ class SWSVisionTransformer(VisionTransformer):
         class_token: bool = False,
         **kwargs: Any,
     ) -> None:
+        if depth is not None and not 1 <= depth <= MAX_LAYERS:
+            raise ValueError(f"depth {depth}: expected from 1 to {MAX_LAYERS} layers")
         schedule = tuple(schedule) if schedule is not None else (1,) * (12 if depth is None else depth)
         if not schedule or min(schedule) < 1:
             raise ValueError(f"schedule {list(schedule)}: expected one number of 1 or more for each stage")
