@@ -225,6 +225,8 @@ def load_image_lists(
 ) -> tuple[Manifest, Manifest]:
     """List training and validation images on rank 0 alone, so that a folder is read once. A collective.
 
+    All ranks then map the two files that rank 0 wrote into the run's folder, and share their memory on each node.
+
     A run keeps its lists and goes on with them: a file that went bad or vanished meanwhile is then replaced by rule,
     as it would have been without the interruption, instead of changing the order of all others.
 
@@ -235,7 +237,7 @@ def load_image_lists(
     Raises:
         RunError: no images; or a resumed run finds others where ``config`` leads than it began with.
     """
-    found = None
+    files, notes = _list_files(output), None
     with raise_on_all_ranks("list the images"):
         if world.is_rank_zero:
             kept = _load_kept_lists(run_folder(checkpoint)) if checkpoint is not None else None
@@ -245,23 +247,27 @@ def load_image_lists(
                 found = kept
             else:
                 found = follow_move(kept, list_images(config.data))
-            if found is not kept or not all(file.is_file() for file in _list_files(output)):
-                for file, images in zip(_list_files(output), found, strict=True):
+            if found is not kept or not all(file.is_file() for file in files):
+                for file, images in zip(files, found, strict=True):
                     # A relative folder would be another one where the run is resumed from elsewhere.
                     replace(images, folder=Path(os.path.abspath(images.folder))).save(file)
-    return broadcast_from_rank0(found)
+            notes = [images.notes for images in found]
+    notes = broadcast_from_rank0(notes)
+    with raise_on_all_ranks("map the lists of images"):
+        train, val = (replace(Manifest.load(file), notes=said) for file, said in zip(files, notes, strict=True))
+    return train, val
 
 
-def _list_files(folder: Path) -> list[Path]:
-    return [folder / f"images-{split}.npz" for split in ("train", "val")]
+def _list_files(folder: Path, suffix: str = "safetensors") -> list[Path]:
+    return [folder / f"images-{split}.{suffix}" for split in ("train", "val")]
 
 
 def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
-    files = _list_files(folder)
-    if not all(file.is_file() for file in files):
-        return None
-    train, val = map(Manifest.load, files)
-    return train, val
+    for files in (_list_files(folder), _list_files(folder, "npz")):  # the second are of earlier versions
+        if all(file.is_file() for file in files):
+            train, val = map(Manifest.load, files)
+            return train, val
+    return None
 
 
 def count_steps(config: RunConfig, order: TrainOrder) -> int:

@@ -67,7 +67,7 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     recipe, mixing = Recipe(augment, config.data.image_size), Mixing(augment, len(images.classes), seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     (batch,) = pipeline.train_loader(images, order, [positions], recipe, seed, config.data, device)
-    draws = recipe.draw(seed, positions, images.sizes[batch.indices])
+    draws = recipe.draw(seed, positions, images.sizes_of(batch.indices))
     pixels, targets = augment_batch(batch, mixing, augment, seed)
 
     count = min(args.images, len(pixels))

@@ -165,6 +165,9 @@ class DataConfig:
     shuffle_shards: int | None = Field(default=None, ge=1)
     """For tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null
     shuffles among all, as timm does."""
+    trust_manifest: MayChange[bool] = False
+    """Take the list that ``sws scan`` has kept as it is. With many millions of files, listing them and asking for the
+    size of each takes minutes; files that were added, changed or removed since the scan are then not noticed."""
     max_bad_share: MayChange[float] = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
     image_size: int = Field(default=224, ge=8, le=8192)

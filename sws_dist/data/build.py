@@ -39,6 +39,8 @@ def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
     classes = read_classes(config.classes) if config.classes else None
     keys = SampleKeys(config.image_extensions, config.label_key)
     scan = partial(manifest.scan, config.root, max_bad_share=config.max_bad_share, keys=keys)
+    if config.trust_manifest:
+        scan = partial(manifest.load_scanned, config.root)
     train = scan(config.train_split, classes)
     if config.val_share is not None:
         return hold_out(train, config.val_share, config.val_seed)
@@ -54,7 +56,7 @@ def build_data(
     return DataParts(
         train=train,
         val=val,
-        order=build_order(config, train),
+        order=build_order(config, train, (rank, world_size)),
         recipe=Recipe(config.augment, config.data.image_size),
         mixing=Mixing(config.augment, len(train.classes), config.train.seed),
         bad_train=BadImages(train.bad),
@@ -63,8 +65,11 @@ def build_data(
     )
 
 
-def build_order(config: RunConfig, images: Manifest) -> TrainOrder:
+def build_order(config: RunConfig, images: Manifest, share: tuple[int, int] = (0, 1)) -> TrainOrder:
     """Return the order of the training images.
+
+    Args:
+        share: rank and world size: the positions that will be asked for.
 
     Raises:
         ValueError: a shard window over images that are not in shards.
@@ -73,4 +78,4 @@ def build_order(config: RunConfig, images: Manifest) -> TrainOrder:
     window = config.data.shuffle_shards
     if window is not None and shards is None:
         raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
-    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window)
+    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window, share)

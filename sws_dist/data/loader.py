@@ -138,7 +138,7 @@ class Loader:
                 if not self._in_flight:
                     raise
                 images, plan = self._recover_batch(self._in_flight.popleft(), error)
-            labels = torch.from_numpy(self.manifest.labels[plan.indices])
+            labels = torch.from_numpy(self.manifest.labels[plan.indices].astype(np.int64))
             yield Batch(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),

@@ -3,13 +3,16 @@
 The sizes are needed before anything is decoded, to draw the crop windows of a whole batch. ``sws scan`` decodes every
 file once and keeps what it found in ``<root>/<split>.manifest.jsonl``: one line for each image (path, label, height,
 width, bytes) or bad file (path, label, bytes, reason). ``scan`` uses these lines for the files that are unchanged, and
-reads the headers of all others.
+reads the headers of all others. ``<root>/<split>.images.safetensors`` beside it is the list of the good images as a run
+uses it, which ``load_scanned`` takes as it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +24,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sws_dist.atomic import atomic_write
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
+from sws_dist.data.labels import check_classes
+from sws_dist.data.mapped_arrays import map_arrays, save_arrays
+from sws_dist.data.packed_names import PackedNames
 from sws_dist.data.sources import Source
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.data.validate import BadImageError, check_image, check_image_header
 
+_PATIENCE_S = 3
+"""Seconds after which a progress bar appears."""
 _CHUNK = 4096
 """Number of files that are handed to the threads at once."""
 
@@ -50,47 +57,85 @@ class Manifest(Source):
     """The N usable images of a split, and the files that are left out."""
 
     sizes: np.ndarray
-    """[N, 2] int32: height and width in pixels."""
+    """[N, 2]: height and width in pixels; uint16 in a list that is mapped from its file."""
     bad: tuple[BadFile, ...] = ()
     """Files that are left out."""
     notes: tuple[str, ...] = ()
     """Log messages for the user, for example that the folder has changed."""
 
+    def sizes_of(self, images: np.ndarray) -> np.ndarray:
+        """Return height and width, [n, 2] int32, of ``images`` [n]."""
+        return self.sizes[images].astype(np.int32)
+
     def save(self, path: Path) -> Path:
-        """Write everything but the notes to one ``.npz`` file, whole or not at all."""
-        texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "paths": self.paths}
-        texts |= {"shards": self.shards, "bad": [[file.path, file.reason] for file in self.bad]}
-        arrays: dict[str, Any] = {"texts": np.frombuffer(json.dumps(texts).encode(), np.uint8), "labels": self.labels}
-        arrays |= {"sizes": self.sizes} | ({} if self.spans is None else {"spans": self.spans})
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-
-        return atomic_write(path, write)
+        """Write everything but the notes to one file, whole or not at all."""
+        texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "shards": self.shards}
+        texts |= {"bad": [[file.path, file.reason] for file in self.bad]}
+        arrays = {"names": self.paths.data, "name_ends": self.paths.ends}
+        arrays |= {"labels": _narrow(self.labels), "sizes": _narrow(self.sizes)}
+        return save_arrays(path, arrays | ({} if self.spans is None else {"spans": self.spans}), texts)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read a file that ``save`` wrote.
+        """Map a file that ``save`` wrote: the processes of a node share it, and read of it what they need.
+
+        The ``.npz`` files of earlier versions are read as well, whole.
 
         Raises:
             ValueError: any other file.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                texts = json.loads(arrays["texts"].tobytes())
-                return cls(
-                    folder=Path(texts["folder"]),
-                    classes=tuple(texts["classes"]),
-                    paths=tuple(texts["paths"]),
-                    shards=tuple(texts["shards"]),
-                    bad=tuple(BadFile(*entry) for entry in texts["bad"]),
-                    labels=arrays["labels"],
-                    sizes=arrays["sizes"],
-                    spans=arrays.get("spans"),
-                )
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            arrays, texts = _read_npz(path) if path.suffix == ".npz" else map_arrays(path)
+            return cls(
+                folder=Path(texts["folder"]),
+                classes=tuple(texts["classes"]),
+                paths=PackedNames(arrays["names"], arrays["name_ends"]),
+                shards=tuple(texts["shards"]),
+                bad=tuple(BadFile(*entry) for entry in texts["bad"]),
+                labels=arrays["labels"],
+                sizes=arrays["sizes"],
+                spans=arrays.get("spans"),
+            )
+        except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a list of images that this trainer wrote ({error})") from None
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    texts = json.loads(arrays.pop("texts").tobytes())
+    names = PackedNames.pack(texts["paths"])
+    return arrays | {"names": names.data, "name_ends": names.ends}, texts
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Use two bytes for each number where they suffice, else four."""
+    return array.astype(np.uint16 if not array.size or array.max() < 1 << 16 else np.int32)
+
+
+def load_scanned(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Manifest:
+    """Map the list that ``sws scan`` has kept of ``<root>/<split>``, without a look at the files themselves.
+
+    Args:
+        classes: see ``scan``.
+
+    Raises:
+        ValueError: there is none, or it has a class that ``classes`` does not have.
+    """
+    file = list_path(root, split)
+    if not file.is_file():
+        raise ValueError(f"data.trust_manifest: there is no {file}; sws scan --data {root} writes it")
+    found = Manifest.load(file)
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+    note = f"{file}: {len(found)} images as they were on {written}; what has changed since is not noticed"
+    # The data may have moved as a whole since it was scanned.
+    found = dataclasses.replace(found, folder=sources.folder_of(Path(root) / split), notes=(note,))
+    if classes is None or tuple(classes) == found.classes:
+        return found
+    check_classes(found.classes, classes, file)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[name] for name in found.classes])[found.labels]
+    return dataclasses.replace(found, classes=tuple(classes), labels=labels)
 
 
 def scan(
@@ -118,7 +163,9 @@ def scan(
     source, notes = sources.find_source(root, split, classes, num_threads, keys)
     file = manifest_path(root, split)
     known = {entry["path"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
-    entries = list(_map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads))
+    examined = _map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads)
+    # A bar and a rate where it takes longer than a moment.
+    entries = list(tqdm(examined, split, len(source), unit="file", delay=_PATIENCE_S, leave=False))
     found = _build_manifest(source, entries, [*notes, *_describe_changes(source, known, entries, file)])
     check_bad_share(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
     return found
@@ -143,17 +190,24 @@ def scan_and_decode(root: str | Path, split: str, num_threads: int, bar: tqdm[An
         entries.append(entry)
         bar.update()
     file: Path | None = manifest_path(root, split)
+    found = _build_manifest(source, entries, notes)
     try:
         write_json_lines(manifest_path(root, split), entries)
+        found.save(list_path(root, split))
     except OSError as error:
-        notes.append(f"{file}: cannot be written ({error.strerror})")
-        file = None
-    return _build_manifest(source, entries, notes), file
+        note = f"{file}: cannot be written ({error.strerror})"
+        found, file = dataclasses.replace(found, notes=(*found.notes, note)), None
+    return found, file
 
 
 def manifest_path(root: str | Path, split: str) -> Path:
     """Return the path of a split's manifest file."""
     return Path(root) / f"{split}.manifest.jsonl"
+
+
+def list_path(root: str | Path, split: str) -> Path:
+    """Return the path of the list of a split's good images, which ``data.trust_manifest`` takes."""
+    return Path(root) / f"{split}.images.safetensors"
 
 
 def check_bad_share(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:

@@ -56,7 +56,7 @@ def train_loader(
     """
 
     def plan(places: np.ndarray, indices: np.ndarray) -> BatchPlan:
-        draws = recipe.draw(seed, places, manifest.sizes[indices])
+        draws = recipe.draw(seed, places, manifest.sizes_of(indices))
         feeds: list[Any] = [draws.crop_start, draws.crop_shape, draws.flip]
         if draws.affine is not None:
             feeds.append(draws.affine)
@@ -98,7 +98,11 @@ def eval_loader(
 
     def plans() -> Iterator[BatchPlan]:
         for indices, valid in batches:
-            yield BatchPlan(indices, valid, _eval_geometry(manifest.sizes[indices], config.image_size, config.crop_pct))
+            yield BatchPlan(
+                indices,
+                valid,
+                _eval_geometry(manifest.sizes_of(indices), config.image_size, config.crop_pct),
+            )
 
     build_pipeline = _pipeline_builder(_eval_graph, manifest, config, device)
     bad = BadImages() if bad is None else bad

@@ -8,6 +8,8 @@ a run needs only the number of its step to go on, at any world size.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -31,6 +33,8 @@ class TrainOrder:
         shards: [num_images] int: the tar shard of each image.
         window: number of shards. The shards are shuffled, then the images of so many shards at a time, so that only
             these are read meanwhile. None: all images are shuffled.
+        share: (rank, world size): only positions of this rank will be asked for, which are those that leave ``rank``
+            when divided by the world size. Of millions of images a rank then keeps its own part of an epoch.
     """
 
     def __init__(
@@ -40,37 +44,58 @@ class TrainOrder:
         num_repeats: int = 1,
         shards: np.ndarray | None = None,
         window: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.num_images, self.seed, self.num_repeats = num_images, seed, num_repeats
         self.epoch_size = num_images
         if num_repeats > 1 and num_images >= _EPOCH_MULTIPLE:
             self.epoch_size = num_images // _EPOCH_MULTIPLE * _EPOCH_MULTIPLE
         self._shards, self._window = shards, window
-        self._cached: tuple[int, np.ndarray] | None = None
+        self._rank, self._world_size = share
+        self._epochs: dict[int, Future[np.ndarray]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
 
     def epoch_images(self, epoch: int) -> np.ndarray:
-        """Return the images of one epoch in order, [epoch_size] int64."""
-        if self._cached is None or self._cached[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = self._shuffle(generator).repeat_interleave(self.num_repeats)
-            self._cached = epoch, order[: self.epoch_size].numpy()
-        return self._cached[1]
+        """Return the images of one epoch in order, [epoch_size] int32 or int64."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        # Each image as often as it repeats, without a list that is so many times as long.
+        order, places = self._shuffle(generator).numpy(), np.arange(self.epoch_size)
+        return order if self.num_repeats == 1 else order[places // self.num_repeats]
+
+    def _own_images(self, epoch: int) -> np.ndarray:
+        """Return the images of this rank's positions of an epoch, in order."""
+        return self.epoch_images(epoch)[self._first_place(epoch) :: self._world_size].copy()
+
+    def _first_place(self, epoch: int) -> int:
+        return (self._rank - epoch * self.epoch_size) % self._world_size
+
+    def _own_part(self, epoch: int) -> np.ndarray:
+        """Return what ``_own_images`` returns; a thread shuffles the next epoch meanwhile."""
+        for ahead in (epoch, epoch + 1):
+            if ahead not in self._epochs:
+                self._epochs[ahead] = self._pool.submit(self._own_images, ahead)
+        for old in [known for known in self._epochs if not epoch <= known <= epoch + 1]:
+            del self._epochs[old]
+        return self._epochs[epoch].result()
 
     def _shuffle(self, generator: torch.Generator) -> torch.Tensor:
-        order = torch.randperm(self.num_images, generator=generator)
+        # The draws are the same for either type.
+        dtype = torch.int32 if self.num_images < 1 << 31 else torch.int64
+        order = torch.randperm(self.num_images, generator=generator, dtype=dtype)
         if self._shards is None or self._window is None:
             return order
         shard_order = torch.randperm(int(self._shards.max()) + 1, generator=generator)
-        windows = shard_order[torch.from_numpy(self._shards)][order] // self._window
+        windows = shard_order[torch.from_numpy(self._shards)][order.long()] // self._window
         return order[windows.argsort(stable=True)]
 
     def images(self, positions: np.ndarray) -> np.ndarray:
-        """Return the images [n] at positions [n] of the stream."""
+        """Return the images [n] at positions [n] of the stream, which have to be of this rank's share."""
+        assert (positions % self._world_size == self._rank).all(), "positions of another rank"
         epochs, places = np.divmod(positions, self.epoch_size)
         images = np.empty_like(positions)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            images[here] = self.epoch_images(int(epoch))[places[here]]
+            images[here] = self._own_part(epoch)[(places[here] - self._first_place(epoch)) // self._world_size]
         return images
 
     def substitute(self, position: int, attempt: int) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from sws_dist.data.class_folders import explain_no_images, label_class_folders, list_class_folders
 from sws_dist.data.image_list import read_image_list
 from sws_dist.data.labels import describe_empty_classes, join_names, number_labels
+from sws_dist.data.packed_names import PackedNames
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys, find_shards, list_samples
 
 
@@ -31,10 +32,10 @@ class Source:
     folder: Path
     classes: tuple[str, ...]
     """Names of the labels."""
-    paths: tuple[str, ...]
+    paths: PackedNames
     """Names of the N images, relative to ``folder``."""
     labels: np.ndarray
-    """[N] int64: indices into ``classes``."""
+    """[N]: indices into ``classes``; int64, or uint16 in a list that is mapped from its file."""
     shards: tuple[str, ...] = ()
     """Names of the tar files, relative to ``folder``."""
     spans: np.ndarray | None = None
@@ -89,13 +90,18 @@ class Source:
 
     def select_rows(self, rows: np.ndarray) -> dict[str, Any]:
         """Return the fields that hold one row for each image, with only ``rows`` of them."""
-        fields: dict[str, Any] = {"paths": tuple(self.paths[i] for i in rows), "labels": self.labels[rows]}
+        fields: dict[str, Any] = {"paths": self.paths.select_rows(rows), "labels": self.labels[rows]}
         return fields | {"spans": None if self.spans is None else self.spans[rows]}
 
 
 @lru_cache(maxsize=64)
 def _open_shard(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
+
+
+def folder_of(place: Path) -> Path:
+    """Return what a split's paths are relative to: the folder itself, or the one that a list lies in."""
+    return place.parent if place.is_file() else place
 
 
 def find_source(
@@ -133,7 +139,7 @@ def find_source(
 def _source_from_list(file: Path, classes: Sequence[str] | None) -> tuple[Source, list[str]]:
     paths, labels, notes = read_image_list(file)
     names, numbers = number_labels(labels, classes, file)
-    return Source(file.parent, names, tuple(paths), numbers), notes
+    return Source(file.parent, names, PackedNames.pack(paths), numbers), notes
 
 
 def _source_from_folder(
@@ -150,7 +156,7 @@ def _source_from_folder(
                 f"{folder}: the images of its {len(found.images)} class folders are taken; {len(unused)} tar file(s) "
                 f"beside them are not read: {join_names(unused)}"
             )
-        return Source(folder, names, tuple(paths), np.array(labels, dtype=np.int64)), notes
+        return Source(folder, names, PackedNames.pack(paths), np.array(labels, dtype=np.int64)), notes
     if not shards and compressed:
         raise ValueError(
             f"{folder}: its {len(compressed)} shard(s) are compressed ({join_names(compressed)}), and images are read "
@@ -163,4 +169,4 @@ def _source_from_folder(
     notes = list(samples.notes)
     if unused:
         notes.append(f"{folder}: {len(unused)} compressed shard(s) are not read: {join_names(unused)}")
-    return Source(folder, names, tuple(samples.paths), numbers, tuple(shards), samples.spans), notes
+    return Source(folder, names, PackedNames.pack(samples.paths), numbers, tuple(shards), samples.spans), notes

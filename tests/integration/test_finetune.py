@@ -53,13 +53,13 @@ def test_a_learngene_then_its_descendant_on_class_folders(tmp_path: Path, own: P
     info, weights = load_model_file(output / "model.safetensors")
     assert info.classes == ["a zero", "eight", "five", "three"]
     assert info.kwargs["schedule"] == [1] * 4
-    held = Manifest.load(output / "images-val.npz").paths
+    held = Manifest.load(output / "images-val.safetensors").paths
 
     more = ("--output", tmp_path / "second", "--lr", "1e-12", "--batch", "64", "--set", "optim.warmup_lr=0")
     done = finetune("--from", output / "model.safetensors", *options, *more)
     assert done.returncode == 0, done.stdout
     assert "the head is" not in done.stdout, "its classes are known"
-    assert Manifest.load(tmp_path / "second" / "images-val.npz").paths == held
+    assert Manifest.load(tmp_path / "second" / "images-val.safetensors").paths == held
     _, again = load_model_file(tmp_path / "second" / "model.safetensors")
     for name, tensor in weights.items():
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6)

@@ -107,3 +107,23 @@ def test_evaluation_counts_every_image_once(num_images: int, world_size: int, ba
     shapes = [[len(images) for images, _ in batches] for batches in ranks]
     assert all(shape == shapes[0] for shape in shapes), "ZeRO-3 needs as many equal batches on every rank"
     assert all(0 < n <= batch for n in shapes[0])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_a_rank_keeps_its_own_part_of_an_epoch(world: int, num_repeats: int) -> None:
+    whole = TrainOrder(301, seed=7, num_repeats=num_repeats)
+    positions = np.arange(24 * 40)
+    expected = whole.images(positions)
+    for rank in range(world):
+        own = TrainOrder(301, seed=7, num_repeats=num_repeats, share=(rank, world))
+        for step in range(40):  # over several epochs, whose lengths no world size divides
+            mine = micro_batch_positions(step, 24, rank, world)
+            np.testing.assert_array_equal(own.images(mine), expected[mine])
+        assert max(len(part.result()) for part in own._epochs.values()) <= -(-whole.epoch_size // world)
+
+
+@pytest.mark.parametrize("num_images", [1, 80, 100_003])
+def test_the_order_is_that_of_64_bit_numbers(num_images: int) -> None:
+    expected = torch.randperm(num_images, generator=torch.Generator().manual_seed(9))
+    assert TrainOrder(num_images, seed=9).epoch_images(0).tolist() == expected.tolist()

@@ -1,0 +1,50 @@
+"""Keep arrays and a few texts in one file, and map the arrays: the processes of a node then share them.
+
+The file is a safetensors file; the texts are one JSON document in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from sws_dist.atomic import atomic_write
+
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "I32": np.int32, "I64": np.int64}
+_TEXTS = "sws_dist"
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Path:
+    """Write arrays of whole numbers, and texts that JSON can hold; the file appears whole or not at all."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {_TEXTS: json.dumps(texts)}
+    return atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Map what ``save_arrays`` wrote, read-only. Nothing is read but the header.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: any other file, or one that was cut.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+    texts = json.loads(header.pop("__metadata__")[_TEXTS])
+    whole = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
+    arrays = {}
+    for name, about in header.items():
+        first, last = (8 + length + offset for offset in about["data_offsets"])
+        if last > len(whole):
+            raise ValueError("its end is missing")
+        # A plain array: indexing a memmap costs several times as much.
+        arrays[name] = np.asarray(whole[first:last]).view(_DTYPES[about["dtype"]]).reshape(about["shape"])
+    return arrays, texts
