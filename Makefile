@@ -12,14 +12,16 @@ DALI ?= dali
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
 	touch $@
 
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
 	$(BIN)/python launcher/quickstart.py
 
-# A file's tests stay in one process, where they share its fixtures; tests/conftest.py puts the longest files first.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes keep two cores busy: the cluster tests wait more than they compute. A file's tests stay in one process,
+# where they share its fixtures; tests/conftest.py puts the longest files first.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
 	$(PYTEST) --durations 15

@@ -28,7 +28,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from sws_dist.checkpoint.model_file import load_tensors, save_model_file
+from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.checkpoint.weight_file import load_tensors
 from sws_dist.config.schema import ModelConfig, OptimConfig
 from sws_dist.distributed.collectives import gather_on_rank0
 from sws_dist.distributed.init import World, close_distributed, init_distributed

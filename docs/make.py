@@ -20,7 +20,16 @@ HEAD = """# Run configs
 A run config is a YAML file with the keys below. `base: FILE` reads another file's keys first. Each key can also be set
 on the command line: `--set optim.lr=1e-3`. An unknown key, a key that appears twice and a value of the wrong type are
 errors. The DeepSpeed JSON decides how a run is sharded (see [sharding](sharding.md)).
+
+- **Paths.** In a value of the type `path`, a leading `~` or `~user` is that user's home folder, `$NAME` and `${NAME}`
+  are environment variables, and `$$` is a dollar sign. The options of all commands that take a path are read so too.
+- **Resuming.** A resumed run takes its keys from the command line again. A key marked † may differ from the run's own
+  value, and the log says so; any other is refused. `data.root` and its splits may name another place with the same
+  images ([sharding](sharding.md#checkpoints)).
+- **YAML.** Values are read by YAML 1.2: `true` and `false` are the only booleans, `010` is ten, `1e-3` is a number.
 """
+MAY_CHANGE = "MayChange"
+TYPE_NAMES = {"PathStr": "path"}
 
 
 def page() -> str:
@@ -45,10 +54,20 @@ def _section(classes: dict[str, ast.ClassDef], constants: dict[str, ast.expr], n
             if kind == group:  # a group that is always there needs no row
                 continue
         default = _escape(_default(node.value, constants))
-        rows.append(f"| `{key}` | {_escape(kind)} | {default} | {_meaning(following)} |\n")
+        dagger = " †" if kind.startswith(MAY_CHANGE) else ""
+        rows.append(f"| `{key}`{dagger} | {_escape(_type(kind))} | {default} | {_meaning(following)} |\n")
     about = ast.get_docstring(classes[name])
     title = f"\n## {prefix.rstrip('.') or 'The run'}\n\n" + (f"{about}\n\n" if about else "")
     return [title, "| key | type | default | meaning |\n|---|---|---|---|\n", *rows, *inner]
+
+
+def _type(annotation: str) -> str:
+    """Return an annotation as a user knows it."""
+    if annotation.startswith(MAY_CHANGE):
+        annotation = annotation[len(MAY_CHANGE) + 1 : -1]
+    for name, known in TYPE_NAMES.items():
+        annotation = annotation.replace(name, known)
+    return annotation
 
 
 def _default(value: ast.expr | None, constants: dict[str, ast.expr]) -> str:

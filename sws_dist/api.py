@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sws_dist.checkpoint.model_file import load_model, load_weights_strict, set_input_description
+from sws_dist.checkpoint.load_model import load_model, set_input_description
+from sws_dist.checkpoint.model_file import load_weights_strict
+from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
+from sws_dist.config.resume import finished_metrics
 from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
@@ -23,8 +27,8 @@ from sws_dist.learngene.expand import expand_learngene
 from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
+from sws_dist.models.image_size import require_image_size
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
-from sws_dist.text import read_json
 
 __all__ = ["evaluate", "expand", "train"]
 
@@ -49,7 +53,8 @@ def train(
         deepspeed_config: how the run is sharded: a DeepSpeed JSON file, the name of a shipped one (``zero2_bf16``), or
             its content.
         resume: ``auto`` goes on from the newest valid checkpoint of ``config.output``, if there is one, and trains no
-            run that is finished; a path goes on from that checkpoint. None starts anew.
+            run that is finished; a path goes on from that checkpoint. None starts anew. The config has to be that of
+            the run that goes on, but for keys that docs/config.md marks.
 
     Returns:
         What the run's ``metrics.json`` holds, on every rank: ``top1`` and ``top5`` (shares in [0, 1]), ``history`` (one
@@ -75,10 +80,8 @@ def train(
     from sws_dist.trainer import Trainer
 
     run = config if isinstance(config, RunConfig) else load_config(config)
-    finished = Path(run.output) / "metrics.json"
-    if resume and finished.is_file():
-        log.info("%s exists: this run is done", finished)
-        return read_json(finished)
+    if resume and (metrics := finished_metrics(run)) is not None:
+        return metrics
     atexit.register(close_distributed)
     return Trainer(build_run(run, deepspeed_config, resume)).run()
 
@@ -131,6 +134,9 @@ def evaluate(
     data: str | Path,
     *,
     model_name: str | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    numeric_classes: bool = False,
+    use_ema: bool = True,
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 128,
@@ -146,10 +152,14 @@ def evaluate(
         model: maps images [batch, 3, height, width] to logits [batch, classes]: a timm model (whose
             ``pretrained_cfg`` says how its images are normalised, resized and cropped) or a file of weights. A model is
             moved to this rank's device.
-        data: a folder of class folders. Their names are matched with the model's labels if it knows them; otherwise the
-            sorted folders are labels 0, 1, 2, ...
-        model_name: the timm model that a file's weights are of; not needed for the files that this package writes.
-        image_size: height and width in pixels, where the model takes another size than its own.
+        data: a folder of class folders, which may be fewer than the model's labels. Their names are matched with those
+            of the labels, if the model knows them or knows as many labels as ImageNet has; otherwise the sorted folders
+            are labels 0, 1, 2, ...
+        model_name: the timm model that a file's weights are of; not needed for files that say it, as ours do.
+        classes: what the model's labels are called, in order, or a file with one name a line.
+        numeric_classes: True if the folders are called by the numbers of their labels.
+        use_ema: take averaged weights where the file has them beside others.
+        image_size: height and width in pixels; a file's model is built for another size than its own.
         crop_pct: share of the resized image that is cropped; None: the model's own.
         batch_size: images at a time on one rank.
         num_threads: threads of one rank that decode images.
@@ -177,16 +187,15 @@ def evaluate(
     atexit.register(close_distributed)
     world = init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("load the model and list the images"):
+        place = Path(os.path.abspath(data))
+        scored: Any = model
+        if not isinstance(model, nn.Module):
+            scored = load_model(model, model_name, image_size=image_size, use_ema=use_ema)
         name = "the model" if isinstance(model, nn.Module) else str(model)
-        scored: Any = model if isinstance(model, nn.Module) else load_model(model, model_name)
-        config = _input_config(scored, name, Path(data), image_size, crop_pct, num_threads)
-        classes = scored.pretrained_cfg.get("label_names")
-        images = manifest.scan(Path(data).parent, Path(data).name, classes)
-        if len(images.classes) != scored.num_classes:
-            raise ValueError(
-                f"{data} has {len(images.classes)} class folders, {name} knows {scored.num_classes} labels and not "
-                "their names; which label is which folder cannot be told"
-            )
+        config = _input_config(scored, name, place, image_size, crop_pct, num_threads)
+        require_image_size(scored, name, config.image_size)
+        labels = name_labels(scored, name, place, classes=classes, numeric=numeric_classes)
+        images = manifest.scan(place.parent, place.name, labels)
     for line in (*images.notes, *describe_bad_files(images.bad)):
         log.warning(line)
     modes = {module: module.training for module in scored.modules()}
@@ -226,14 +235,9 @@ def _input_config(
     missing = [key for key in ("mean", "std", "input_size") if not about.get(key)]
     if missing:
         raise ValueError(f"{name}: does not say its {', '.join(missing)}; convert it again")
-    size = image_size or about["input_size"][-1]
-    embed = getattr(model, "patch_embed", None)
-    own = getattr(embed, "img_size", None)
-    if own is not None and getattr(embed, "strict_img_size", False) and tuple(own) != (size, size):
-        raise ValueError(f"{name} takes images of {own[0]} x {own[1]} pixels, not {size} x {size}")
     return DataConfig(
         root=str(data.parent),
-        image_size=size,
+        image_size=image_size or about["input_size"][-1],
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         crop_pct=crop_pct or about.get("crop_pct") or 0.875,

@@ -7,8 +7,9 @@ process group -> resolved configs -> output folder -> checkpoint to resume -> im
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from sws_dist.checkpoint.checkpoint import (
     set_aside_newer,
     verify,
 )
-from sws_dist.config.schema import DataConfig, RunConfig
+from sws_dist.config.resume import compare_with_own_config
+from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
+from sws_dist.data.moved import follow_move, is_data_moved
 from sws_dist.data.sampler import TrainOrder
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.heartbeat import Heartbeat
@@ -109,7 +112,8 @@ def build_run(
         heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
     provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
-    train, val = load_image_lists(config.data, output, resuming=checkpoint is not None, world=world)
+    own = load_own_config(checkpoint, config, ds)
+    train, val = load_image_lists(config, output, checkpoint, own, world)
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
         models = build_models(config, train.classes, world.device, dtype, provenance)
@@ -141,7 +145,7 @@ def build_run(
         engine=engine,
         ema=ema,
         resumed=resumed,
-        recorder=Recorder(output, world.is_rank_zero, total_steps, resumed.state.step if resumed else 0),
+        recorder=build_recorder(output, resumed, total_steps, world),
         nonfinite=NonFiniteGuard(
             config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
         ),
@@ -173,6 +177,21 @@ def find_checkpoint(output: Path, resume: str | None, world: World) -> Path | No
     return Path(resume)
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """Return the output folder of the run that wrote a checkpoint."""
+    return checkpoint.parent.parent
+
+
+def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, Any]) -> RunConfig | None:
+    """Return the config of the run that is resumed, after comparing it with this one. A collective.
+
+    Raises:
+        RunError: they differ in what a run may not change.
+    """
+    with raise_on_all_ranks("compare the config with the run's own"):
+        return compare_with_own_config(run_folder(checkpoint), config, ds) if checkpoint is not None else None
+
+
 def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:
     """Describe what decides which images and draws a step sees: a run goes on only with the same."""
     return {
@@ -201,23 +220,48 @@ def restore_run(
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def load_image_lists(config: DataConfig, output: Path, resuming: bool, world: World) -> tuple[Manifest, Manifest]:
+def load_image_lists(
+    config: RunConfig, output: Path, checkpoint: Path | None, own: RunConfig | None, world: World
+) -> tuple[Manifest, Manifest]:
     """List training and validation images on rank 0 alone, so that a folder is read once. A collective.
 
     A run keeps its lists and goes on with them: a file that went bad or vanished meanwhile is then replaced by rule,
     as it would have been without the interruption, instead of changing the order of all others.
+
+    Args:
+        checkpoint: the checkpoint that the run goes on from, if any.
+        own: the config of the run that wrote it.
+
+    Raises:
+        RunError: no images; or a resumed run finds others where ``config`` leads than it began with.
     """
-    kept = [output / f"images-{split}.npz" for split in ("train", "val")]
     found = None
     with raise_on_all_ranks("list the images"):
-        if world.is_rank_zero and resuming and all(path.is_file() for path in kept):
-            train, val = (Manifest.load(path) for path in kept)
-            found = train, val
-        elif world.is_rank_zero:
-            found = list_images(config)
-            for path, images in zip(kept, found, strict=True):
-                images.save(path)
+        if world.is_rank_zero:
+            kept = _load_kept_lists(run_folder(checkpoint)) if checkpoint is not None else None
+            if kept is None:
+                found = list_images(config.data)
+            elif own is not None and not is_data_moved(own, config, kept[0]):
+                found = kept
+            else:
+                found = follow_move(kept, list_images(config.data))
+            if found is not kept or not all(file.is_file() for file in _list_files(output)):
+                for file, images in zip(_list_files(output), found, strict=True):
+                    # A relative folder would be another one where the run is resumed from elsewhere.
+                    replace(images, folder=Path(os.path.abspath(images.folder))).save(file)
     return broadcast_from_rank0(found)
+
+
+def _list_files(folder: Path) -> list[Path]:
+    return [folder / f"images-{split}.npz" for split in ("train", "val")]
+
+
+def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
+    files = _list_files(folder)
+    if not all(file.is_file() for file in files):
+        return None
+    train, val = map(Manifest.load, files)
+    return train, val
 
 
 def count_steps(config: RunConfig, order: TrainOrder) -> int:
@@ -231,6 +275,15 @@ def count_steps(config: RunConfig, order: TrainOrder) -> int:
     if total_steps == 0:
         raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {num_images} images")
     return total_steps
+
+
+def build_recorder(output: Path, resumed: Resumed | None, total_steps: int, world: World) -> Recorder:
+    """Build what records the run's numbers, from where the checkpoint is."""
+    if resumed is None:
+        return Recorder(output, world.is_rank_zero, total_steps)
+    step, history = resumed.state.step, resumed.state.history
+    is_evaluated = bool(history) and history[-1]["step"] == step
+    return Recorder(output, world.is_rank_zero, total_steps, step, is_evaluated)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------

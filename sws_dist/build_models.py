@@ -12,19 +12,13 @@ import torch
 from timm.layers import use_reentrant_ckpt
 from torch import nn
 
-from sws_dist.checkpoint.model_file import (
-    ModelInfo,
-    apply_timm_filter,
-    infer_num_labels,
-    load_model_file,
-    load_state_dict_file,
-    load_weights_strict,
-    read_model_info,
-)
+from sws_dist.checkpoint.load_model import load_initial_weights, load_model
+from sws_dist.checkpoint.model_file import ModelInfo, is_described, read_model_info
 from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import forward_flops
+from sws_dist.models.image_size import image_size_arguments, require_image_size
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
 from sws_dist.models.teacher import Teacher
 
@@ -68,7 +62,9 @@ def build_models(
     with torch.device("meta") if config.model.initial_learngene else nullcontext():
         student = build_student(config, len(classes))
     if config.model.initial_checkpoint:
-        _load_initial_checkpoint(student, config.model.initial_checkpoint)
+        _load_initial_checkpoint(student, config, classes)
+    if not config.model.initial_learngene:  # on the meta device nothing can run; our models are built for their images
+        require_image_size(student, f"model.name {config.model.name}", config.data.image_size)
     if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
@@ -102,9 +98,7 @@ def _configure_execution(config: ModelConfig, student: Any, device: torch.device
 
 def build_student(config: RunConfig, num_classes: int) -> Any:
     """Build the configured model with random weights."""
-    kwargs: dict[str, Any] = {"num_classes": num_classes, **config.model.kwargs}
-    if config.model.name.startswith("sws_"):
-        kwargs["img_size"] = config.data.image_size
+    kwargs: dict[str, Any] = {"num_classes": num_classes, **_model_arguments(config)}
     for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
         if value is not None:
             kwargs[key] = value
@@ -113,21 +107,25 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
     return create_model(config.model.name, **kwargs)
 
 
-def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
+def _model_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments that say what the model computes: the config's, and the size of its images."""
+    return image_size_arguments(config.model.name, config.data.image_size) | config.model.kwargs
+
+
+def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Sequence[str]) -> None:
     """Load ``model.initial_checkpoint``, and compare the geometries, which equal shapes could hide."""
-    if Path(path).suffix == ".safetensors" and isinstance(model, SWSVisionTransformer):
-        info, weights = load_model_file(path)
-        ours = geometry(model)
+    path = config.model.initial_checkpoint
+    assert path is not None
+    if isinstance(model, SWSVisionTransformer) and is_described(path):
+        info, ours = read_model_info(path), geometry(model)
         differ = [
             f"{key}: {info.kwargs[key]} in the file, {ours[key]} in the config"
-            for key in ("schedule", "img_size", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
+            for key in ("schedule", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
             if key in info.kwargs and info.kwargs[key] != ours[key]
         ]
         if differ:
             raise ValueError(f"model.initial_checkpoint {path} is of another model: {'; '.join(differ)}")
-    else:
-        weights = load_state_dict_file(path)
-    load_weights_strict(model, weights, path)
+    load_initial_weights(model, path, classes, config.data.image_size, use_ema=config.model.initial_ema)
 
 
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
@@ -137,9 +135,11 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
     if config.distill.teacher is None:
         return Flops(student, 0)
     name = config.distill.teacher
-    info = read_model_info(name) if name.endswith(".safetensors") else None
+    info = read_model_info(name) if _is_file(name) else None
+    model = info.name if info else name
+    sized = image_size_arguments(model, size)
     try:
-        return Flops(student, forward_flops(info.build if info else lambda: create_model(name), size))
+        return Flops(student, forward_flops(lambda: info.build(**sized) if info else create_model(name, **sized), size))
     except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
         return Flops(student, None)
 
@@ -170,7 +170,7 @@ def _describe_student(
     }
     if isinstance(model, SWSVisionTransformer):
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
-    return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), **about)
+    return ModelInfo("model", config.model.name, _model_arguments(config), len(classes), **about)
 
 
 def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig) -> Teacher | None:
@@ -185,14 +185,14 @@ def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig
     """
     if config.teacher is None:
         return None
-    num_classes, image_size = len(classes), data.image_size
-    if Path(config.teacher).suffix == ".safetensors":
-        info, weights = load_model_file(config.teacher)
+    num_classes, size = len(classes), data.image_size
+    if _is_file(config.teacher):
+        info = read_model_info(config.teacher)
         if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
             raise ValueError(
                 f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
             )
-        model, source = info.build(), config.teacher
+        model = load_model(config.teacher, image_size=size)
         own = info.preprocessing or {"mean": data.mean, "std": data.std}
     else:
         if config.teacher_weights is None:
@@ -200,21 +200,17 @@ def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig
                 f"distill.teacher {config.teacher}: set distill.teacher_weights to a local file of its weights; "
                 "nothing is fetched from a hub"
             )
-        weights = load_state_dict_file(config.teacher_weights)
-        labels = infer_num_labels(config.teacher, weights, num_classes)
-        model, source = create_model(config.teacher, num_classes=labels), config.teacher_weights
-        weights = apply_timm_filter(model, weights)
+        model = load_model(config.teacher_weights, config.teacher, image_size=size, use_ema=config.teacher_ema)
         own = model.pretrained_cfg
-    found = getattr(model, "num_classes", num_classes)
-    if found != num_classes:
+    if model.num_classes != num_classes:
         raise ValueError(
-            f"distill.teacher {config.teacher} knows {found} labels, the data has {num_classes}; "
-            "fit a teacher to these data first (a run config with a timm model.name does it)"
+            f"distill.teacher {config.teacher} knows {model.num_classes} labels, the data has {num_classes}; "
+            "fit a teacher to these data first (sws finetune does it)"
         )
-    load_weights_strict(model, weights, source)
-    expected = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if expected is not None and tuple(expected) != (image_size, image_size):
-        raise ValueError(
-            f"distill.teacher {config.teacher} takes {expected[0]} pixels, data.image_size is {image_size}"
-        )
+    require_image_size(model, f"distill.teacher {config.teacher}", size)
     return Teacher(model, (data.mean, data.std), (own["mean"], own["std"]))
+
+
+def _is_file(teacher: str) -> bool:
+    """Return True if ``distill.teacher`` is a file of this trainer, and no timm name."""
+    return Path(teacher).suffix == ".safetensors"

@@ -168,7 +168,7 @@ class Trainer:
             stop = "during the evaluation" if top1 is None else None
         epoch, config = self._num_epochs(self.step), self.parts.config
         is_last = self.step in (self.parts.total_steps, config.train.max_steps)
-        if stop or is_last or (self._ends_epoch() and epoch % config.checkpoint.every == 0):
+        if stop or is_last or self._ends_epoch(config.checkpoint.every):
             self._save(epoch, top1)
         if stop:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
@@ -371,12 +371,15 @@ class Trainer:
             data.train, data.order, positions, data.recipe, seed, config.data, parts.world.device, data.bad_train
         )
 
-    def _ends_epoch(self) -> bool:
-        return self.step > 0 and self._num_epochs(self.step) > self._num_epochs(self.step - 1)
+    def _ends_epoch(self, every: int = 1) -> bool:
+        """Return True if the step that was just taken completed a number of epochs that ``every`` divides.
+
+        A step may complete more than one epoch, where the batch is larger.
+        """
+        return self.step > 0 and self._num_epochs(self.step) // every > self._num_epochs(self.step - 1) // every
 
     def _evaluation_due(self) -> bool:
-        every = self.parts.config.train.eval_every
-        return self.step == self.parts.total_steps or (self._ends_epoch() and self._num_epochs(self.step) % every == 0)
+        return self.step == self.parts.total_steps or self._ends_epoch(self.parts.config.train.eval_every)
 
     def _num_epochs(self, step: int) -> int:
         """Return how many epochs are complete after ``step``."""

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 _HEADROOM = 1.05
-_CHECKPOINT_GLOB = "step-" + 8 * "[0-9]"  # our folders; others are left alone
+_GLOB = "step-" + 8 * "[0-9]"
+_SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
+_OURS = re.compile(rf"{_SHARD.pattern}|state\.json|\.state\.json\.\d+\.tmp")
 _HOW_TO_RESTART = (
     "To begin anew from its weights, write them with sws convert, set model.initial_checkpoint to that file, "
     "and another output"
@@ -99,9 +102,8 @@ def save_checkpoint(
     """
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}"
-    if broadcast_from_rank0(
-        final.exists()
-    ):  # what a step leaves is always the same, but for scores that a stop put off
+    # What a step leaves is always the same, but for scores that a stop put off.
+    if broadcast_from_rank0(is_checkpoint(final)):
         with raise_on_all_ranks("complete a checkpoint"):
             if world.is_rank_zero and state["top1"] is not None:
                 scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
@@ -110,9 +112,11 @@ def save_checkpoint(
         return final
     with raise_on_all_ranks("prepare a checkpoint"):
         if world.is_rank_zero:
+            if final.exists():
+                raise ValueError(f"{final}: in the way of a checkpoint, and not one of this run; move it elsewhere")
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            _delete(partial)
+            partial.mkdir(exist_ok=True)
             _require_space(folder, engine, ema, world.size)
     with raise_on_all_ranks("write a checkpoint"):
         name = shard_name(world.rank, world.size)
@@ -141,8 +145,26 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints under ``folder``, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"{_CHECKPOINT_GLOB}/state.json"))
+    """List the checkpoints under ``folder``, oldest first; whatever else is there is not ours."""
+    return sorted(filter(is_checkpoint, folder.glob(_GLOB)))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return True for a checkpoint that this trainer wrote under this name, damaged or not.
+
+    A copy under another step's number, and a folder of the user's own that is named like ours, are not.
+    """
+    if (
+        not folder.is_dir()
+        or not (folder / "state.json").is_file()
+        or not any(_SHARD.fullmatch(file.name) for file in folder.iterdir())
+    ):
+        return False
+    try:
+        step = json.loads((folder / "state.json").read_bytes()).get("step")
+    except (OSError, ValueError, AttributeError):
+        return True  # damaged
+    return not isinstance(step, int) or folder.name == f"step-{step:08d}"
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -267,14 +289,13 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
-            for unfinished in folder.glob(f".{_CHECKPOINT_GLOB}"):  # a kill in the middle of saving leaves one
-                shutil.rmtree(unfinished, ignore_errors=True)
-            for later in sorted(
-                path for path in folder.glob(_CHECKPOINT_GLOB) if int(path.name[len("step-") :]) > step
-            ):
-                aside = later.with_name(f"abandoned-{later.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                renamed.append(later.rename(aside).name)
+            for unfinished in folder.glob(f".{_GLOB}"):  # a kill in the middle of saving leaves one
+                _delete(unfinished)
+            for later in list_checkpoints(folder):
+                if int(later.name.removeprefix("step-")) > step:
+                    aside = later.with_name(f"abandoned-{later.name}")
+                    _delete(aside)
+                    renamed.append(later.rename(aside).name)
     return renamed
 
 
@@ -287,19 +308,33 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
         if scored:
             keep.add(max(scored)[1])
     for checkpoint in checkpoints:
-        if checkpoint not in keep:
-            # Under its hidden name a half-deleted checkpoint is never taken for a damaged one.
-            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}")))
-    for leftover in (*folder.glob(_CHECKPOINT_GLOB), *folder.glob(f".{_CHECKPOINT_GLOB}")):
-        if leftover.name.startswith(".") or _is_half_deleted(leftover):
+        if checkpoint not in keep and not checkpoint.is_symlink():
+            _delete(checkpoint)
+    for leftover in (*folder.glob(_GLOB), *folder.glob(f".{_GLOB}")):
+        if _is_unfinished(leftover):
             log.info("%s: deleted; a kill had left it unfinished", leftover)
-            shutil.rmtree(leftover)
+            _delete(leftover)
 
 
-def _is_half_deleted(folder: Path) -> bool:
-    """Return True for a checkpoint without its description. A folder with anything but our files is not ours."""
-    names = [path.name for path in folder.iterdir()]
-    return "state.json" not in names and all(re.fullmatch(r"shard-\d+-of-\d+\.safetensors", name) for name in names)
+def _is_unfinished(folder: Path) -> bool:
+    """Return True for a checkpoint that is not yet whole, or not any more, and for nothing else."""
+    if not folder.is_dir() or not all(_OURS.fullmatch(file.name) for file in folder.iterdir()):
+        return False
+    return folder.name.startswith(".") or (not (folder / "state.json").exists() and any(folder.iterdir()))
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, whole or not, and nothing else that a user may have put into its folder.
+
+    Its description goes first: what a kill leaves then is no damaged checkpoint, but none.
+    """
+    if not checkpoint.is_dir() or checkpoint.is_symlink():
+        return
+    ours = [file for file in checkpoint.iterdir() if _OURS.fullmatch(file.name)]
+    for file in sorted(ours, key=lambda file: file.name != "state.json"):
+        file.unlink()
+    with suppress(OSError):  # something of the user's is in it
+        checkpoint.rmdir()
 
 
 def _read_top1(checkpoint: Path) -> float | None:

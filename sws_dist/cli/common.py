@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from sws_dist.distributed.launch_env import ANY_RANK, local_rank, rank
+from sws_dist.config.paths import expand_path
+from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, rank
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
 
@@ -23,8 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return an argument parser whose help is the command's docstring, with ``--quiet`` and ``--debug``."""
+    """Return an argument parser whose help is the command's docstring, with ``--quiet`` and ``--debug``.
+
+    Every option of ``type=Path`` is expanded as the paths in a config are.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("type", Path, lambda text: Path(expanded(text)))
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
     level.add_argument("--debug", action="store_true", help="print details, and tracebacks of errors")
@@ -89,11 +95,26 @@ def add_local_rank_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, and show the log as it asks for."""
+def parse_args(parser: argparse.ArgumentParser, one_process: bool = False) -> argparse.Namespace:
+    """Parse the command line, and show the log as it asks for.
+
+    Args:
+        one_process: the command is never one rank among several. A RANK in its environment is not its own, and would
+            hide what it has to say.
+    """
     args = parser.parse_args()
+    if one_process:
+        forget_ranks(os.environ)
     setup_console(logging.WARNING if args.quiet else logging.DEBUG if args.debug else logging.INFO)
     return args
+
+
+def expanded(text: str) -> str:
+    """Expand ``~`` and ``$VARIABLE`` in the value of an option that takes a path."""
+    try:
+        return expand_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def print_result(text: str) -> None:

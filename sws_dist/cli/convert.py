@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     if args.released:
         convert_released_file(args)
     elif args.learngene:
@@ -49,7 +49,9 @@ def main() -> None:
 
 def convert_released_file(args: argparse.Namespace) -> None:
     """Write a learngene from a checkpoint of the paper's released code."""
-    from sws_dist.checkpoint.model_file import load_state_dict_file, save_model_file
+    from sws_dist.checkpoint.model_file import save_model_file
+    from sws_dist.checkpoint.weight_file import read_weight_file
+    from sws_dist.checkpoint.weight_names import select_weights
     from sws_dist.learngene.released import convert_released
 
     if not args.schedule or not args.heads:
@@ -58,7 +60,7 @@ def convert_released_file(args: argparse.Namespace) -> None:
         schedule = tuple(int(part) for part in args.schedule.split(","))
     except ValueError:
         raise ValueError(f"--schedule {args.schedule!r}: expected numbers such as 3,3,4,3,3") from None
-    info, weights = convert_released(load_state_dict_file(args.released), schedule, args.heads)
+    info, weights = convert_released(select_weights(read_weight_file(args.released)), schedule, args.heads)
     save_model_file(args.out, info, weights)
     log.info(f"{args.out}: a learngene of {len(schedule)} stages, schedule {args.schedule}, {args.heads} heads")
 

@@ -4,7 +4,7 @@ examples:
   # a file that this trainer wrote knows its model and how its images are normalised
   sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val
 
-  # any timm model with local weights
+  # any timm model with local weights; an ImageNet model on a few of its classes (folders n01440764, ...) too
   sws evaluate --model resnet50 --checkpoint resnet50.safetensors --data /data/imagenet/val
 
   # on the GPUs of this machine, with every image's logits kept
@@ -27,6 +27,16 @@ def main() -> None:
     parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights: .safetensors or a PyTorch file")
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument(
+        "--classes", type=Path, help="what the model's labels are called, one a line in their order (default: it knows)"
+    )
+    order.add_argument(
+        "--numeric-classes", action="store_true", help="the folders are called by their labels' numbers: 0, 1, 2, ..."
+    )
+    parser.add_argument(
+        "--no-ema", action="store_true", help="not the averaged weights, where the file has them beside others"
+    )
     parser.add_argument(
         "--image-size", type=whole_number(8, 8192), help="pixels (default: the checkpoint's, or the model's own)"
     )
@@ -51,6 +61,9 @@ def main() -> None:
         args.checkpoint,
         args.data,
         model_name=args.model,
+        classes=args.classes,
+        numeric_classes=args.numeric_classes,
+        use_ema=not args.no_ema,
         image_size=args.image_size,
         crop_pct=args.crop_pct,
         batch_size=args.batch,

@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of a fresh head (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     # torch takes seconds to import; --help and a wrong option should not wait for it.
     from sws_dist.checkpoint.model_file import save_model_file
     from sws_dist.learngene.expand import expand_learngene

@@ -49,7 +49,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of every run (default 0)")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     missing = [name for name in ("sklearn", "matplotlib", "nvidia") if find_spec(name) is None]
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}; pip install 'sws-dist[dali,quickstart]' brings them")

@@ -26,7 +26,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     seeds = [read_metrics(folder) for folder in args.runs]
     out = args.out or args.runs[0] / "report.md"
     picture = out.with_suffix(".png")

@@ -35,7 +35,7 @@ def main() -> None:
         default=2 * (os.cpu_count() or 1),
         help="files at a time (default: 2 a core)",
     )
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
         good, found = scan_split(root, split, prefix, args.num_threads, show_bar=not args.quiet)
@@ -49,7 +49,9 @@ def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
     """Return the root of each split, its name, and what its paths begin with in ``--json``."""
     data = Path(os.path.abspath(data))  # a split needs a name: --data . is the folder one stands in
     found = [name for name in names if holds_split(data / name)]
-    return [(data, name, f"{name}/") for name in found] if found else [(data.parent, data.name, "")]
+    if found:
+        return [(data, name, f"{name}/") for name in found]
+    return [(data.parent, data.name, "")]
 
 
 def holds_split(place: Path) -> bool:

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=whole_number(1, MAX_BATCH), help="images in a micro-batch (default: the global batch)"
     )
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     write_picture(load_config(args.config, args.overrides), args)
 
 

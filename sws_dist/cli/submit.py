@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="command on the nodes (default: this one)")
     parser.add_argument("--parsable", action="store_true", help="print the job's number and nothing else, as --quiet")
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
-    args = parse_args(parser)
+    args = parse_args(parser, one_process=True)
     needed = {
         "auxiliary": ("config", "deepspeed_config"),
         "descendants": ("config", "deepspeed_config", "learngene", "depths"),

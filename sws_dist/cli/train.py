@@ -27,24 +27,21 @@ start again with --resume auto. A second Ctrl-C stops at once.
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 from sws_dist.cli.common import (
     add_config_options,
     add_deepspeed_option,
     add_local_rank_option,
+    expanded,
     make_parser,
     parse_args,
 )
 from sws_dist.distributed.signals import install_handlers
 
-log = logging.getLogger(__name__)
-
 
 def main() -> None:
     install_handlers()  # before the imports that take time
     from sws_dist.config.loader import load_config
+    from sws_dist.config.resume import finished_metrics
     from sws_dist.zero.config import load_deepspeed_config
 
     parser = make_parser(__doc__)
@@ -52,14 +49,14 @@ def main() -> None:
     add_deepspeed_option(parser)
     parser.add_argument(
         "--resume",
+        type=expanded,
         metavar="auto|PATH",
         help="auto: go on from the run's newest valid checkpoint, if any; or the path of a checkpoint",
     )
     add_local_rank_option(parser)
     args = parse_args(parser)
     config = load_config(args.config, args.overrides)
-    if args.resume and (finished := Path(config.output) / "metrics.json").is_file():
-        log.info("%s exists: this run is done", finished)
+    if args.resume and finished_metrics(config) is not None:
         return
     load_deepspeed_config(args.deepspeed_config)
     # torch and DeepSpeed take seconds to import; a wrong key should not wait for them.

@@ -10,18 +10,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from sws_dist.config.schema import KeyConflictError, RunConfig
+from sws_dist.config.paths import escape_path, expand_path
+from sws_dist.config.schema import IS_PATH, KeyConflictError, RunConfig
 from sws_dist.config.shipped import find_run_config, find_shipped_run_config
+from sws_dist.config.yaml_text import Mapping, parse_yaml
 from sws_dist.errors import ConfigError
 from sws_dist.text import read_text
+
+_TYPE_HINTS = {"bool_type": ", true or false", "string_type": "; put a name that looks like a number in quotes"}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -31,10 +35,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: a YAML file, or the name of a config that ships with this package: ``auxiliary_small``.
-        overrides: ``key=value`` strings with dotted keys and YAML values.
+        overrides: ``key=value`` strings with dotted keys and YAML values. The value of a path is taken as it is
+            written, unless it is in quotes or null.
 
     Raises:
-        ConfigError: with every unknown, missing, duplicate or ill-typed key, the file it stands in and the
+        ConfigError: with every unknown, missing, duplicate or ill-typed key, the file and line where it stands and the
             nearest valid key.
 
     >>> import sws_dist
@@ -49,10 +54,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if not equals or not key:
             raise ConfigError(f"--set {override!r}: expected key=value, for example --set train.epochs=3")
         source = f"--set {override}"
-        value = _parse(text, source)
+        value = _parse_override(key, text, source)
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value, sources, source)
+    _expand_paths(values, sources)
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses and lists for tuples only from there.
         return TypeAdapter(RunConfig).validate_json(json.dumps(values, default=str))
@@ -73,52 +79,51 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_to_yaml(config: RunConfig) -> str:
     """Return the config as a YAML file that ``load_config`` reads."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    values = config_to_dict(config)
+    for group, name, _ in _path_values(values):
+        group[name] = escape_path(group[name])
+    return yaml.safe_dump(values, sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with unique keys, and with 5e-4 as a number (YAML 1.1 takes it for a string)."""
+def _parse_override(key: str, text: str, source: str) -> Any:
+    """Return the value of one ``--set``. A path is not read as YAML, which would cut it at `` #``."""
+    text = text.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key in marked_keys(IS_PATH) and text not in ("", "null") and not is_quoted:
+        return text
+    return parse_yaml(text, source, is_file=False)
 
 
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    pairs = [(loader.construct_object(k, deep=True), v, k) for k, v in node.value]
-    seen: set[str] = set()
-    for key, _, key_node in pairs:
-        if not isinstance(key, str):
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no text; write it in quotes")
-        if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; remove one")
-        seen.add(key)
-    return {key: loader.construct_object(value, deep=True) for key, value, _ in pairs}
+def _expand_paths(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Expand ``~`` and ``$VARIABLE`` in the values of paths."""
+    for group, name, dotted in _path_values(values):
+        try:
+            group[name] = expand_path(group[name])
+        except ConfigError as error:
+            raise ConfigError(f"{sources[dotted]}: {dotted}: {error}") from None
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be one
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
+def _path_values(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield the group, the name in it and the dotted key of each path that is given."""
+    for dotted in marked_keys(IS_PATH):
+        *parents, name = dotted.split(".")
+        group: Any = values
+        for parent in parents:
+            group = group.get(parent) if isinstance(group, dict) else None
+        if isinstance(group, dict) and isinstance(group.get(name), str):
+            yield group, name, dotted
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: names itself as its base, by way of {', '.join(map(str, seen))}")
     try:
-        text = read_text(path)
+        own = parse_yaml(read_text(path), str(path), is_file=True)
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
-    own = _parse(text, str(path))
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys (output, model, data, ...), found {type(own).__name__}")
+    if not isinstance(own, Mapping):
+        found = "an empty file" if own is None else type(own).__name__
+        raise ConfigError(f"{path}: expected a mapping of keys (output, model, data, ...), found {found}")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     base = own.pop("base", None)
@@ -137,14 +142,15 @@ def _merge(into: dict[str, Any], new: dict[str, Any], sources: dict[str, str], s
     """Merge ``new`` into ``into``, mappings key by key, and remember where each key came from."""
     for key, value in new.items():
         dotted = f"{prefix}{key}"
+        here = new.sources[key] if isinstance(new, Mapping) else source
         if isinstance(value, dict):
             if not isinstance(into.get(key), dict):
                 into[key] = {}
             _merge(into[key], value, sources, source, dotted + ".")
-            sources.setdefault(dotted, source)
+            sources.setdefault(dotted, here)
         else:
             into[key] = value
-            sources[dotted] = source
+            sources[dotted] = here
 
 
 def _explain(error: Any, sources: dict[str, str], path: str) -> str:
@@ -161,7 +167,8 @@ def _explain(error: Any, sources: dict[str, str], path: str) -> str:
         return f"{source}: unknown key {dotted}{_suggest(keys)}"
     if kind in ("missing", "missing_argument"):
         return f"{source}: the key {dotted} is missing"
-    return f"{source}: {dotted} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    hint = _TYPE_HINTS.get(kind, "")
+    return f"{source}: {dotted} = {error['input']!r}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _suggest(keys: list[str]) -> str:
@@ -180,11 +187,29 @@ def _suggest(keys: list[str]) -> str:
     return f"; valid here: {', '.join(here)}" if here else ""
 
 
-def valid_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key that a run config may hold."""
-    hints = get_type_hints(cls)
+def valid_keys() -> list[str]:
+    """Return every dotted key that a run config may hold."""
+    return list(_annotations())
+
+
+def marked_keys(mark: str) -> list[str]:
+    """Return the dotted keys whose annotation bears a mark of ``schema.py``."""
+    return [key for key, annotation in _annotations().items() if _has_mark(annotation, mark)]
+
+
+def _has_mark(annotation: Any, mark: str) -> bool:
+    marks = getattr(annotation, "__metadata__", ())
+    return mark in marks or any(_has_mark(inner, mark) for inner in get_args(annotation))
+
+
+@cache
+def _annotations(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Return the annotation of every dotted key, those of groups before those of the keys in them."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        yield prefix + field.name
-        for inner in (hints[field.name], *get_args(hints[field.name])):
+        annotation = found[prefix + field.name] = hints[field.name]
+        for inner in (annotation, *get_args(annotation)):
             if dataclasses.is_dataclass(inner):
-                yield from valid_keys(cast(type, inner), f"{prefix}{field.name}.")
+                found |= _annotations(cast(type, inner), f"{prefix}{field.name}.")
+    return found

@@ -3,12 +3,15 @@
 A run config owns the model, the data, the recipe, the global batch and the output folder. How the run is
 sharded (ZeRO stage, precision, micro batch, accumulation, clipping) belongs to the DeepSpeed JSON, see
 ``zero/config.py``. Every key is listed here with its default; ``loader.py`` reads the YAML files.
+
+A key's annotation says two things beside its type: a ``PathStr`` is expanded (``paths.py``), and a ``MayChange`` may
+have another value when the run is resumed (``resume.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -16,8 +19,15 @@ from pydantic.dataclasses import dataclass
 # Strict: "3" is not a number and 1 is not a boolean. A value of the wrong type is an error; so are NaN and infinity.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+_T = TypeVar("_T")
+IS_PATH = "is a path"
+MAY_CHANGE = "may change"
+PathStr = Annotated[str, IS_PATH]
+MayChange = Annotated[_T, MAY_CHANGE]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm")
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
@@ -62,26 +72,30 @@ class ModelConfig:
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Drop-path rate (stochastic depth) at the last position; it grows linearly from 0 at the first."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: MayChange[bool] = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
-    kernels: Literal["auto", "triton", "reference"] = "reference"
+    kernels: MayChange[Literal["auto", "triton", "reference"]] = "reference"
     """The code that runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes
     Triton on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton``
     where it cannot run is an error. The kernels have not run on a GPU yet, so they are off by default."""
-    cuda_graphs: bool = False
+    cuda_graphs: MayChange[bool] = False
     """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
     nor with ``compile``): for small models, whose kernels are shorter than their launches. This has not run on a GPU
     yet."""
-    compile: bool = False
+    compile: MayChange[bool] = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
-    initial_checkpoint: str | None = None
-    """A ``.safetensors`` file of weights to start from: a descendant written by ``sws expand``."""
-    initial_learngene: str | None = None
+    initial_checkpoint: PathStr | None = None
+    """A file of weights to start from: a descendant written by ``sws expand``, any other file of this trainer, or a
+    ``.safetensors`` or PyTorch file of a timm model. A head of other labels is drawn anew, position embeddings of
+    another size are resampled, and all else has to fit."""
+    initial_ema: bool = True
+    """With ``initial_checkpoint``: take the averaged weights where the file has them beside others."""
+    initial_learngene: PathStr | None = None
     """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
     for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
     plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
     """With ``initial_learngene``: the layers of each stage, as ``sws expand --plan`` takes them."""
-    expand: Literal["auto", "read", "broadcast"] = "auto"
+    expand: MayChange[Literal["auto", "read", "broadcast"]] = "auto"
     """The way in which the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it
     (``broadcast``); ``auto`` reads if all of them see the same file."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -129,19 +143,29 @@ class ModelConfig:
 class DataConfig:
     """The images, how they are read, and how they are normalised."""
 
-    root: str
+    root: MayChange[PathStr]
     """The folder of the data set; see ``train_split``."""
-    train_split: str = "train"
+    train_split: MayChange[PathStr] = "train"
     """Inside ``root``: a folder of class folders, a folder of WebDataset ``*.tar`` shards, or a text file of
     ``<path> <label>`` lines."""
-    val_split: str = "val"
-    """The same as ``train_split``, for the validation images."""
-    classes: str | None = None
+    val_split: MayChange[PathStr] = "val"
+    """The same as ``train_split``, for the validation images. It is not read where ``val_share`` is set."""
+    val_share: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of each class's training images for validation. ``val_seed`` and an image's path decide
+    which, so that each start takes the same."""
+    val_seed: int = Field(default=0, ge=0)
+    """Seed of the images that ``val_share`` holds out."""
+    classes: MayChange[PathStr | None] = None
     """A file of class names, one on each line; the labels take their order instead of that of the sorted folders."""
+    image_extensions: tuple[str, ...] = DEFAULT_IMAGE_EXTENSIONS
+    """For tar shards: extensions of a sample's image, without the leading dot. The first that a sample has is taken, so
+    that it is one training image: ``[jpg, png]`` takes ``1.jpg`` of ``1.jpg`` and ``1.seg.png``."""
+    label_key: str = "label"
+    """For tar shards: the key of the label in a sample's ``.json``, where there is no ``.cls``."""
     shuffle_shards: int | None = Field(default=None, ge=1)
     """For tar shards: shuffle images among this many shards at a time, which are then read nearly in sequence; null
     shuffles among all, as timm does."""
-    max_bad_share: float = Field(default=MAX_BAD_SHARE, ge=0, le=1)
+    max_bad_share: MayChange[float] = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
     image_size: int = Field(default=224, ge=8, le=8192)
     """Height and width of the model's input."""
@@ -153,13 +177,13 @@ class DataConfig:
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
-    num_threads: int = Field(default=4, ge=1, le=1024)
+    num_threads: MayChange[int] = Field(default=4, ge=1, le=1024)
     """Number of DALI threads of one rank."""
-    prefetch: int = Field(default=2, ge=1, le=64)
+    prefetch: MayChange[int] = Field(default=2, ge=1, le=64)
     """Number of batches that DALI prepares ahead."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: MayChange[Literal["auto", "cpu", "gpu"]] = "auto"
     """The device on which DALI decodes; ``auto`` takes the GPU that the rank trains on, if there is one."""
-    hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
+    hw_decoder_load: MayChange[float | None] = Field(default=None, ge=0, le=1)
     """Share of the JPEG files that the GPU's hardware decoder takes (A100, H100, ...); null leaves it to DALI."""
 
     @model_validator(mode="after")
@@ -232,10 +256,12 @@ class AugmentConfig:
 class DistillConfig:
     """The teacher, and its part in the loss."""
 
-    teacher: str | None = None
+    teacher: PathStr | None = None
     """A timm model name, or a ``.safetensors`` file that this trainer wrote (it names its own model)."""
-    teacher_weights: str | None = None
+    teacher_weights: PathStr | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
+    teacher_ema: bool = True
+    """Take the averaged weights where ``teacher_weights`` has them beside others."""
     kind: Literal["soft", "hard"] = "soft"
     """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)
@@ -250,7 +276,7 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer, its learning rate, and the moving average of the weights."""
 
-    name: Literal["adamw", "fused_adam", "cpu_adam"] = "adamw"
+    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam"]] = "adamw"
     """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
     lr: float = Field(default=5e-4, gt=0, le=1000)
     """The highest learning rate; see ``lr_batch``."""
@@ -288,19 +314,19 @@ class TrainConfig:
     """Images in one optimizer step, over all ranks and accumulation steps."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of weights, order, augmentation, mixing and drop-path."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: MayChange[int | None] = Field(default=None, ge=1)
     """Stop (and save) after this many steps, and leave the schedule as it is: for trials and tests."""
-    eval_batch: int = Field(default=128, ge=1, le=MAX_BATCH)
+    eval_batch: MayChange[int] = Field(default=128, ge=1, le=MAX_BATCH)
     """Number of images in one evaluation batch of one rank."""
-    eval_every: int = Field(default=1, ge=1)
-    """Number of epochs between evaluations; the last epoch is always evaluated."""
-    eval_at_start: bool = False
+    eval_every: MayChange[int] = Field(default=1, ge=1)
+    """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
+    eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
-    log_every: int = Field(default=50, ge=1)
+    log_every: MayChange[int] = Field(default=50, ge=1)
     """Number of steps between two lines of the log."""
-    timeout_s: int = Field(default=1800, ge=1, le=10_000_000)
+    timeout_s: MayChange[int] = Field(default=1800, ge=1, le=10_000_000)
     """Seconds without progress after which every rank ends, with a message that names who is missing."""
-    skip_nonfinite: int = Field(default=0, ge=0)
+    skip_nonfinite: MayChange[int] = Field(default=0, ge=0)
     """Number of steps in a row that may be skipped, with weights and averages untouched, because their loss or
     gradient is infinite or NaN; one more stops the run."""
 
@@ -309,11 +335,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When the run is saved, and which checkpoints are kept."""
 
-    every: int = Field(default=1, ge=1)
-    """Number of epochs between checkpoints; the last epoch is always saved."""
-    keep_last: int = Field(default=2, ge=1)
+    every: MayChange[int] = Field(default=1, ge=1)
+    """Save at least each so many epochs, at the end of a step; after the last epoch always."""
+    keep_last: MayChange[int] = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
-    keep_best: bool = True
+    keep_best: MayChange[bool] = True
     """Keep the checkpoint with the best validation top-1 as well."""
 
 
@@ -321,7 +347,7 @@ class CheckpointConfig:
 class RunConfig:
     """A whole run config, with all its groups."""
 
-    output: str
+    output: MayChange[PathStr]
     """The run's folder: configs, log, TensorBoard events, checkpoints, metrics, final weights."""
     model: ModelConfig
     data: DataConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,11 +11,13 @@ from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.draws import Recipe
+from sws_dist.data.holdout import hold_out
+from sws_dist.data.labels import read_classes
 from sws_dist.data.loader import Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.mixup import Mixing
 from sws_dist.data.sampler import TrainOrder
-from sws_dist.data.sources import read_classes
+from sws_dist.data.tar_shards import SampleKeys
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,14 @@ class DataParts:
 
 
 def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
-    """List training and validation images."""
+    """List training and validation images; with ``val_share`` both are of the training split."""
     classes = read_classes(config.classes) if config.classes else None
-    train = manifest.scan(config.root, config.train_split, classes, max_bad_share=config.max_bad_share)
-    val = manifest.scan(config.root, config.val_split, train.classes, max_bad_share=config.max_bad_share)
-    return train, val
+    keys = SampleKeys(config.image_extensions, config.label_key)
+    scan = partial(manifest.scan, config.root, max_bad_share=config.max_bad_share, keys=keys)
+    train = scan(config.train_split, classes)
+    if config.val_share is not None:
+        return hold_out(train, config.val_share, config.val_seed)
+    return train, scan(config.val_split, train.classes)
 
 
 def build_data(

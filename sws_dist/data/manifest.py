@@ -24,7 +24,9 @@ from tqdm import tqdm
 from sws_dist.atomic import atomic_write
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
+from sws_dist.data.json_lines import read_json_lines, write_json_lines
 from sws_dist.data.sources import Source
+from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.data.validate import BadImageError, check_image, check_image_header
 
 _CHUNK = 4096
@@ -97,6 +99,7 @@ def scan(
     classes: Sequence[str] | None = None,
     num_threads: int = 16,
     max_bad_share: float = MAX_BAD_SHARE,
+    keys: SampleKeys = DEFAULT_KEYS,
 ) -> Manifest:
     """List the images of ``<root>/<split>`` (see ``sources.py``), without those that are bad.
 
@@ -107,13 +110,14 @@ def scan(
             own.
         num_threads: number of files that are read at once.
         max_bad_share: largest share of bad files.
+        keys: where a sample of a tar shard has its image and its label.
 
     Raises:
         ValueError: no images, a class that ``classes`` does not have, or more than ``max_bad_share`` bad files.
     """
-    source, notes = sources.find_source(root, split, classes, num_threads)
+    source, notes = sources.find_source(root, split, classes, num_threads, keys)
     file = manifest_path(root, split)
-    known = {entry["path"]: entry for entry in sources.read_json_lines(file)} if file.is_file() else {}
+    known = {entry["path"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     entries = list(_map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads))
     found = _build_manifest(source, entries, [*notes, *_describe_changes(source, known, entries, file)])
     check_bad_share(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
@@ -140,7 +144,7 @@ def scan_and_decode(root: str | Path, split: str, num_threads: int, bar: tqdm[An
         bar.update()
     file: Path | None = manifest_path(root, split)
     try:
-        sources.write_json_lines(manifest_path(root, split), entries)
+        write_json_lines(manifest_path(root, split), entries)
     except OSError as error:
         notes.append(f"{file}: cannot be written ({error.strerror})")
         file = None
@@ -215,9 +219,10 @@ def _describe_changes(source: Source, known: dict[str, Any], entries: list[dict[
     """Return one log message about what differs between the folder and the manifest's file; none if nothing does."""
     if not known:
         return []
-    new = sum(path not in known for path in source.paths)
+    listed = set(source.paths)  # a list may repeat an image
+    new = len(listed - known.keys())
     changed = sum(known.get(entry["path"], entry) != entry for entry in entries)
-    gone = len(known) - (len(source) - new)
+    gone = len(known.keys() - listed)
     if not (new or changed or gone):
         return []
     return [

@@ -18,8 +18,10 @@ from sws_dist.distributed.launch_env import (
     ANY_RANK,
     choose_gloo_interface,
     complete_environment,
+    describe_unused_tasks,
     expected_worlds,
     node_name,
+    require_free_port,
 )
 from sws_dist.errors import RunError
 
@@ -62,6 +64,7 @@ def init_distributed(timeout_s: int) -> World:
     Raises:
         ConfigError: on every rank; the hostfile that DeepSpeed was given is not there.
         RunError: on every rank; they are fewer than hostfile or SLURM asked for, or on another number of nodes.
+        OSError: the port where the ranks are to meet is in use, or they did not find each other there.
         ValueError: this rank has no GPU.
     """
     env = os.environ
@@ -75,13 +78,8 @@ def init_distributed(timeout_s: int) -> World:
         if "OMP_NUM_THREADS" not in env:  # ranks that share a node share its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            # Longer than the heartbeat's own limit (heartbeat.py), which has more to say than the backend.
-            timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
-            # Binding the device lets NCCL connect at once; a single rank has no peer to connect to.
-            device_id=device if device.type == "cuda" and env["WORLD_SIZE"] != "1" else None,
-        )
+        require_free_port(env)
+        _join_process_group(device, timeout_s)
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, _count_nodes())
     with raise_on_all_ranks("count the ranks"):
         for each in expected:
@@ -90,7 +88,27 @@ def init_distributed(timeout_s: int) -> World:
                     f"this run has {world.nodes} node(s) and {world.size} rank(s), but {each.nodes} and "
                     f"{each.ranks} were promised by {each.by}"
                 )
+    if (note := describe_unused_tasks(env, world.nodes, world.size)) is not None:
+        log.warning(note)
     return world
+
+
+def _join_process_group(device: torch.device, timeout_s: int) -> None:
+    env = os.environ
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # Longer than the heartbeat's own limit (heartbeat.py), which has more to say than the backend.
+            timeout=datetime.timedelta(seconds=timeout_s + _GRACE_S),
+            # Binding the device lets NCCL connect at once; a single rank has no peer to connect to.
+            device_id=device if device.type == "cuda" and env["WORLD_SIZE"] != "1" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} did not meet the others at {env['MASTER_ADDR']}, port "
+            f"{env['MASTER_PORT']} ({reason})"
+        ) from None
 
 
 def close_distributed() -> None:

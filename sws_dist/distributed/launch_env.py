@@ -14,7 +14,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from sws_dist.errors import ConfigError
 
 ANY_RANK = {"any_rank": True}
 """``extra=ANY_RANK`` lets a log record be shown by whichever rank writes it; others are shown by rank 0 alone."""
+_INTERACTIVE_STEPS = ("interactive", str(2**32 - 6))
+"""What SLURM calls the step that ``salloc`` opens a shell in."""
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -35,6 +38,12 @@ def rank() -> int:
 def local_rank() -> int:
     """Return this process's rank on its node."""
     return int(os.environ.get("LOCAL_RANK", os.environ["SLURM_LOCALID"] if _is_task(os.environ) else 0))
+
+
+def forget_ranks(env: MutableMapping[str, str]) -> None:
+    """Remove what a launcher, or a line in a shell's profile, says of ranks: for commands that are one process."""
+    for name in _RANK_VARIABLES:
+        env.pop(name, None)
 
 
 def complete_environment(env: MutableMapping[str, str]) -> None:
@@ -54,7 +63,7 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
         env.setdefault(name, value)
     env.setdefault("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
     if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_free_port()) if env["WORLD_SIZE"] == "1" else "29500"
+        env["MASTER_PORT"] = str(free_port()) if env["WORLD_SIZE"] == "1" else "29500"
 
 
 @dataclass(frozen=True)
@@ -96,10 +105,15 @@ def node_name() -> str:
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
-    assert found is not None, nodelist
-    return f"{found[1]}{found[2] or ''}{found[3]}"
+    """Return the first host of a SLURM node list, which is node 0: ``rack[1-2]n[03-05,9]-ib,login`` -> ``rack1n03-ib``.
+
+    Raises:
+        ConfigError: no node list.
+    """
+    found = re.match(r"[,\s]*((?:[^,\s\[\]]|\[\d[\d,/:-]*\])+)(?:[,\s]|$)", nodelist)
+    if found is None:
+        raise ConfigError(f"{nodelist!r}: not a SLURM node list; expected names such as gpu[03-05],login")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[1])
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -109,6 +123,36 @@ def tasks_per_node(text: str) -> list[int]:
         for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
         for _ in range(int(times or 1))
     ]  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing uses at the moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def require_free_port(env: Mapping[str, str]) -> None:
+    """Check, on rank 0, that the ranks can meet at MASTER_PORT. torch would print warnings and a traceback.
+
+    Raises:
+        OSError: another program listens there, or nothing may.
+        ConfigError: no port number.
+    """
+    if env["RANK"] != "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
+        return
+    text, host = env["MASTER_PORT"], socket.gethostname()
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ConfigError(f"MASTER_PORT={text}: expected a port number from 1 to 65535")
+    is_dual = socket.has_dualstack_ipv6()
+    family, address = (socket.AF_INET6, "::") if is_dual else (socket.AF_INET, "")
+    try:
+        socket.create_server((address, int(text)), family=family, dualstack_ipv6=is_dual).close()
+    except OSError as error:
+        raise OSError(
+            f"port {text} of {host}, where the ranks are to meet: {os.strerror(error.errno or 0)}; choose another with "
+            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N (a single process needs none)"
+        ) from None
 
 
 def choose_gloo_interface(env: MutableMapping[str, str]) -> str | None:
@@ -165,23 +209,45 @@ def _own_address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _is_task(env: MutableMapping[str, str]) -> bool:
+def _is_task(env: Mapping[str, str]) -> bool:
     """Return True if ``srun`` started this process.
 
     A batch script's own commands see SLURM_PROCID too, but no node list.
     """
-    return "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env
+    return "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and not _is_interactive(env)
 
 
-def _slurm(env: MutableMapping[str, str]) -> Iterator[ExpectedWorld]:
+def _is_interactive(env: Mapping[str, str]) -> bool:
+    """Return True in the shell of ``salloc``, on the node where it was called or on the allocation's first node."""
+    return "SLURM_PROCID" not in env or env.get("SLURM_STEP_ID") in _INTERACTIVE_STEPS
+
+
+def _slurm(env: Mapping[str, str]) -> Iterator[ExpectedWorld]:
     if _is_task(env):
         nodes, tasks = int(env["SLURM_STEP_NUM_NODES"]), int(env["SLURM_STEP_NUM_TASKS"])
         yield ExpectedWorld(nodes, tasks, "srun (is RANK set in its environment? a rank reads it as its own)")
-    elif "SLURM_JOB_NUM_NODES" in env:
+    elif "SLURM_JOB_NUM_NODES" in env and not _is_interactive(env):
         nodes = int(env["SLURM_JOB_NUM_NODES"])
         # Below a launcher with one task a node, SLURM's number of tasks says nothing about ranks.
         tasks = int(env.get("SLURM_NTASKS", nodes)) if env["WORLD_SIZE"] == "1" else nodes
         yield ExpectedWorld(nodes, tasks, f"SLURM, to job {env['SLURM_JOB_ID']} (put srun before the command)")
+
+
+def describe_unused_tasks(env: Mapping[str, str], nodes: int, ranks: int) -> str | None:
+    """Return a message if a run in an interactive allocation uses less of it than there is, else None.
+
+    A batch script that does so is refused (``expected_worlds``); here trying a command on one rank is what people do.
+    """
+    if "SLURM_JOB_ID" not in env or not _is_interactive(env):
+        return None
+    given_nodes = int(env.get("SLURM_JOB_NUM_NODES", 1))
+    tasks = int(env.get("SLURM_NTASKS", given_nodes))
+    if nodes >= given_nodes and ranks >= tasks:
+        return None
+    return (
+        f"job {env['SLURM_JOB_ID']} has {given_nodes} node(s) and {tasks} task(s), this run uses {nodes} and {ranks}; "
+        "srun before the command starts a rank for every task"
+    )
 
 
 def _ancestors() -> Iterator[list[str]]:
@@ -212,9 +278,3 @@ def _world_info(command: list[str]) -> dict[str, list[int]] | None:
             except (binascii.Error, ValueError):
                 return None
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

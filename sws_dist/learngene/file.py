@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sws_dist.checkpoint.model_file import ModelInfo, load_tensors, read_model_info
+from sws_dist.checkpoint.model_file import ModelInfo, read_model_info
+from sws_dist.checkpoint.weight_file import load_tensors
 from sws_dist.models import SWSVisionTransformer, geometry
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them

@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from sws_dist.atomic import atomic_write_text
+
 log = logging.getLogger(__name__)
 
 
@@ -28,15 +30,20 @@ class Recorder:
 
     Args:
         active: True on rank 0.
+        first_step: the step after which the run goes on. What an earlier start has recorded of later steps is removed.
+        is_evaluated: whether the evaluation after that step is done.
     """
 
-    def __init__(self, output: Path, active: bool, total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self, output: Path, active: bool, total_steps: int, first_step: int = 0, is_evaluated: bool = False
+    ) -> None:
         self.active = active
         self.failure: OSError | None = None
         if not active:
             return
         self._output = output
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+        _forget_later_steps(output / "log.jsonl", first_step, is_evaluated)
         self._log = (output / "log.jsonl").open("a")
         show_bar = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # not under --quiet
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not show_bar, leave=False)
@@ -94,3 +101,22 @@ class Recorder:
             yield self.active and self.failure is None
         except OSError as error:
             self.failure = OSError(f"{self._output}: the log cannot be written ({error.strerror or error})")
+
+
+def _forget_later_steps(file: Path, step: int, is_evaluated: bool) -> None:
+    """Remove from ``log.jsonl`` what will be written again, and the half of a line that a kill may have left."""
+    if not file.is_file():
+        return
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _is_kept(line, step, is_evaluated)]
+    if kept != lines:
+        atomic_write_text(file, "".join(kept))
+
+
+def _is_kept(line: str, step: int, is_evaluated: bool) -> bool:
+    try:
+        entry = json.loads(line)
+        is_due = "val/top1" in entry and not is_evaluated  # an evaluation that the checkpoint does not know of
+        return line.endswith("\n") and (entry["step"] < step or (entry["step"] == step > 0 and not is_due))
+    except (ValueError, TypeError, KeyError):
+        return False

@@ -35,26 +35,23 @@ class RunHeader:
 def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:
     """Log length, model, data and layout of a run, a line each."""
     start = f"from step {header.first_step}, " if header.first_step else ""
-    about_data, *more = describe_dataset(train, val)
     lines = [
         ("run", f"{header.output}: {start}{header.total_steps} steps of {header.global_batch} images"),
         ("model", f"{header.model}, {header.num_parameters / 1e6:.2f} M parameters"),
         *([("teacher", header.teacher)] if header.teacher else []),
-        ("data", about_data),
-        *(("", line) for line in more),
+        ("data", f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"),
         ("ranks", f"{header.world}, {header.device}, ZeRO-{header.zero_stage}, {header.precision}"),
         ("kernels", header.kernels.removeprefix("kernels: ")),
     ]
     for label, text in lines:
         log.info(f"{label:8} {text}")
+    for line in (*describe_left_out("training", train), *describe_left_out("validation", val)):
+        log.warning(line)
 
 
-def describe_dataset(train: Manifest, val: Manifest) -> list[str]:
-    """Return lines about a run's images: how many there are, and which are left out."""
-    lines = [f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"]
-    for kind, images in (("training", train), ("validation", val)):
-        lines += images.notes
-        if images.bad:
-            lines.append(f"{len(images.bad)} bad {kind} image(s) in {images.folder} are left out")
-            lines += describe_bad_files(images.bad)
-    return lines
+def describe_left_out(kind: str, images: Manifest) -> list[str]:
+    """Return log messages about what the list of images has noticed, and about each file that it leaves out."""
+    lines = list(images.notes)
+    if images.bad:
+        lines.append(f"{len(images.bad)} bad {kind} image(s) in {images.folder} are left out")
+    return lines + describe_bad_files(images.bad)

@@ -128,8 +128,13 @@ def load_deepspeed_config(source: str | Path | Mapping[str, Any]) -> dict[str, A
     text = json.dumps(dict(source)) if isinstance(source, Mapping) else _read(path)
     try:
         ds = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        is_comma_too_many = text[: error.pos].rstrip().endswith(",") and text[error.pos :][:1] in ("}", "]")
+        problem = "a comma before the closing bracket" if is_comma_too_many else error.msg
+        problem = problem if text.strip() else "the file is empty"
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(ds, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(ds).__name__}")
     for key in ds:

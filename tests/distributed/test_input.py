@@ -71,7 +71,7 @@ def memory_of_fifty_epochs(root: Path) -> list[int]:
     """Return this process's resident memory in KiB after every epoch, with its evaluation."""
     augment = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, mixup=0.8, cutmix=1.0)
     listed = manifest.scan(root, "train")
-    data, cpu = DataConfig(root="", image_size=64, num_threads=2), torch.device("cpu")
+    data, cpu = DataConfig(root="unused", image_size=64, num_threads=2), torch.device("cpu")
     positions = (np.arange(start, start + 16) for start in range(0, 50 * len(listed), 16))
     order, mixing = sampler.TrainOrder(len(listed), 0), Mixing(augment, 10, 0)
     loader = pipeline.train_loader(listed, order, positions, Recipe(augment, 64), 0, data, cpu)

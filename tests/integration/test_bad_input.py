@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sws_dist.checkpoint.model_file import ModelInfo, load_tensors, save_model_file
+from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
+from sws_dist.checkpoint.weight_file import load_tensors
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import create_model
 from tests import ranks, runs

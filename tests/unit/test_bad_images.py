@@ -19,7 +19,7 @@ from sws_dist.data.pipeline import eval_loader, train_loader
 from tests.unit import bad_files
 
 CPU = torch.device("cpu")
-CONFIG = DataConfig(root="", image_size=32, num_threads=1)
+CONFIG = DataConfig(root="unused", image_size=32, num_threads=1)
 RECIPE = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", scale=(1.0, 1.0), re_prob=0.5), 32)
 
 

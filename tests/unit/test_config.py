@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sws_dist.config.loader import config_to_yaml, load_config, valid_keys
+from sws_dist.config.paths import escape_path
 from sws_dist.errors import ConfigError
 from sws_dist.zero.config import resolve_deepspeed_config
 
@@ -138,23 +141,159 @@ def test_errors_name_the_file_that_holds_the_key(file: Path, tmp_path: Path) -> 
     child = tmp_path / "child.yaml"
     child.write_text("base: run.yaml\noptim: {lr: fast}\n")
     lines = refused(child).splitlines()
-    assert f"{file}: unknown key train.epocs; did you mean train.epochs?" in lines
-    assert any(line.startswith(f"{child}: optim.lr = 'fast'") for line in lines)
+    assert f"{file}:5: unknown key train.epocs; did you mean train.epochs?" in lines
+    assert any(line.startswith(f"{child}:2: optim.lr = 'fast'") for line in lines)
 
 
 def test_missing_and_duplicate_keys(file: Path) -> None:
     file.write_text("model: {name: sws_vit}\ndata: {root: x}\n")
     assert "the key output is missing" in refused(file)
     file.write_text(MINIMAL + "train: {epochs: 3}\ntrain: {seed: 1}\n")
-    assert re.search(r"line 6: the key 'train' appears twice", refused(file))
+    assert refused(file) == f"{file}:6: the key 'train' appears twice; remove one"
 
 
 def test_unreadable_files(tmp_path: Path, file: Path) -> None:
     assert "No such file" in refused(tmp_path / "nowhere.yaml")
-    file.write_text("output: [")
-    assert "not valid YAML" in refused(file)
-    file.write_text("- a list")
-    assert "expected a mapping" in refused(file)
+    assert "it is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (b"output: [", 1, "not valid YAML: expected the node content"),
+        (b"output: x\n\tmodel: {}\n", 2, "there is a tab; indent with spaces"),
+        (b"output: x\nmodel:\n\tname: x\n", 3, "there is a tab; indent with spaces"),
+        (b"output: x\noutput: y\n", 2, "the key 'output' appears twice; remove one"),
+        (b"model: {name: a, depth: 3, name: b}\n", 1, "the key 'name' appears twice; remove one"),
+        (b"output: x\n3: y\n", 2, "the key 3 is not a name; put it in quotes"),
+        (b"[a, b]: y\n", 1, "the key ['a', 'b'] is not a name"),
+        (b"output: a: b\n", 1, "not valid YAML: mapping values are not allowed here"),
+        (b"output: x\n---\noutput: y\n", 2, "expected a single document in the stream"),
+        (b"output: !!int x\n", None, "not valid YAML: invalid literal for int"),
+        (b"- a list\n", None, "expected a mapping of keys (output, model, data, ...), found list"),
+        (b"", None, "expected a mapping of keys (output, model, data, ...), found an empty file"),
+        (b"# nothing\n", None, "found an empty file"),
+        (b"output: \xff\n", None, "not UTF-8 text (byte 8 is 0xff); save it as UTF-8"),
+        (b"\xff\xfeo\x00", None, "not UTF-8 text (byte 0 is 0xff); save it as UTF-8"),
+        (b"output: \x00\n", None, "not valid YAML: unacceptable character"),
+        (b"[" * 5000, None, "not valid YAML: nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(file: Path, text: bytes, line: int | None, said: str) -> None:
+    file.write_bytes(text)
+    message = refused(file)
+    assert message.startswith(f"{file}:{line}: " if line else f"{file}: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_byte_order_mark_is_skipped(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("runs/x", "runs/Bär").encode())
+    assert load_config(file).output == "runs/Bär"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-3", 1e-3), ("1E3", 1000.0), ("+.5", 0.5), ("1_0", 10), ("5.", 5.0), ("010", 10), ("2.5e+1", 25.0)],
+)
+def test_numbers_are_those_that_a_reader_sees(file: Path, written: str, value: float) -> None:
+    assert load_config(file, [f"optim.lr={written}"]).optim.lr == value
+
+
+@pytest.mark.parametrize("written", ["yes", "no", "on", "off", "y", "1"])
+def test_only_true_and_false_are_booleans(file: Path, written: str) -> None:
+    """YAML 1.1 would take ``no`` for false, also where a name stands."""
+    assert "model.compile = " in refused(file, f"model.compile={written}")
+    assert load_config(file, ["model.compile=true"]).model.compile
+    name = written if written.isalpha() else f"'{written}'"
+    assert load_config(file, [f"model.name={name}"]).model.name == written
+
+
+@pytest.mark.parametrize("override", ["train.timeout_s=1:30", "train.epochs=0x10", "optim.lr=.inf", "optim.lr=.nan"])
+def test_values_of_yaml_that_surprise_are_refused(file: Path, override: str) -> None:
+    assert f"--set {override}: {override.split('=')[0]} = " in refused(file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train=null", "train = None"),
+        ("train.epochs.x=3", "train.epochs = {'x': 3}"),
+        ("model.schedule.0=3", "model.schedule = {'0': 3}"),
+        ("optim.betas=[0.9, [1]]", "optim.betas.1 = [1]"),
+        ("augment.affine={degres: 3}", "unknown key augment.affine.degres; did you mean augment.affine.degrees?"),
+        ("output=", "output = None"),
+        ("train..epochs=3", "unknown key train."),
+        ("train={epochs: 1, epochs: 2}", "the key 'epochs' appears twice"),
+        ("train.epochs=[", "not valid YAML"),
+    ],
+)
+def test_overrides_of_lists_groups_and_null(file: Path, override: str, said: str) -> None:
+    message = refused(file, override)
+    assert message.startswith(f"--set {override}: ")
+    assert said in message
+
+
+def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    file.write_text("output: ~/runs\nmodel: {name: sws_vit}\ndata: {root: '${DATA}/x', classes: $DATA/names.txt}\n")
+    run = load_config(file, ["distill.teacher=~/t.safetensors", "distill.teacher_weights=$DATA/w.pth"])
+    assert (run.output, run.data.root, run.data.classes) == ("/home/me/runs", "/data/x", "/data/names.txt")
+    assert (run.distill.teacher, run.distill.teacher_weights) == ("/home/me/t.safetensors", "/data/w.pth")
+    assert load_config(file, ["output=~", "data.root=."]).output == "/home/me"
+    said = refused(file, "data.root=$NOWHERE/x")
+    assert said.startswith("--set data.root=$NOWHERE/x: data.root: $NOWHERE/x: the environment variable NOWHERE is not")
+    file.write_text(file.read_text().replace("~/runs", "$NOWHERE"))
+    assert refused(file).startswith(f"{file}:1: output: $NOWHERE: the environment variable NOWHERE is not set")
+    assert load_config(file, ["output=x"]).output == "x"  # the value that counts
+    assert "there is no home folder of ~nobody-here" in refused(file, "output=~nobody-here/x")
+    name = load_config(file, ["output=x", "model.name=$DATA~"]).model.name
+    assert name == "$DATA~"  # not a path
+
+
+STRANGE = [
+    "a b",
+    "a #b",
+    "a: b",
+    "50%",
+    "a$b",
+    "$HOME",
+    "~",
+    "~x",
+    "'a'",
+    '"',
+    "Bär 图",
+    "[a",
+    "{a}",
+    "a\\b",
+    "2026",
+    "yes",
+]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_paths_survive(file: Path, tmp_path: Path, name: str) -> None:
+    """In an override, and in the config that a run writes beside its checkpoints and a job reads again."""
+    path = f"{tmp_path}/{name}"
+    run = load_config(file, [f"data.root={escape_path(path)}"])
+    assert run.data.root == path
+    (tmp_path / "again.yaml").write_text(config_to_yaml(run))
+    assert load_config(tmp_path / "again.yaml") == run
+    relative = load_config(file, [f"data.root={escape_path(name)}"]) if "'" not in name else run
+    assert Path(relative.data.root).name == name
+
+
+def test_a_path_that_is_not_unicode_is_refused(file: Path) -> None:
+    assert "output" in refused(file, "output=caf\udce9")  # what Python makes of a byte in Latin-1
+
+
+def test_shipped_configs_are_read_in_any_locale() -> None:
+    program = "from sws_dist import load_config; print(load_config('auxiliary_small').model.name)"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "sws_aux_small_patch16_224\n", done.stderr
 
 
 def test_configs_are_frozen(file: Path) -> None:

@@ -38,14 +38,14 @@ def list_folder(folder: Path) -> Manifest:
 
 def trained(listed: Manifest, size: int, augment: AugmentConfig = WHOLE) -> dict[str, np.ndarray]:
     """Load every image once for training. Returns file name -> pixels [S, S, 3] uint8."""
-    data, order = DataConfig(root="", image_size=size, num_threads=1), sampler.TrainOrder(len(listed), 0)
+    data, order = DataConfig(root="unused", image_size=size, num_threads=1), sampler.TrainOrder(len(listed), 0)
     loader = train_loader(listed, order, [np.arange(len(listed))], Recipe(augment, size), 0, data, CPU)
     return _pixels(listed, loader, data)
 
 
 def evaluated(listed: Manifest, size: int, crop_pct: float, **keys: Any) -> dict[str, np.ndarray]:
     """Load every image once for evaluation. Returns file name -> pixels [S, S, 3] uint8."""
-    data = DataConfig(root="", image_size=size, crop_pct=crop_pct, num_threads=1, **keys)
+    data = DataConfig(root="unused", image_size=size, crop_pct=crop_pct, num_threads=1, **keys)
     return _pixels(listed, eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 8), data, CPU), data)
 
 
@@ -152,7 +152,7 @@ def test_a_scan_and_training_agree_about_damaged_files(folder: Path) -> None:
         data[at : at + 8] = rng.bytes(8) if rng.random() < 0.5 else b""
         file.write_bytes(data if rng.random() < 0.7 else data[:at])
     scanned = [isinstance(verdict(listed.file(index))[0], tuple) for index in range(len(listed))]
-    data_config = DataConfig(root="", image_size=SIDE, crop_pct=1.0, num_threads=1)
+    data_config = DataConfig(root="unused", image_size=SIDE, crop_pct=1.0, num_threads=1)
     batches = eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 16), data_config, CPU)
     decoded = np.concatenate([batch.valid for batch in batches])[: len(listed)].tolist()
     assert scanned == decoded

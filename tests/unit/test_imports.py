@@ -21,13 +21,14 @@ LAYERS = (
     ("sws_dist.trainer",),
     ("sws_dist.build",),
     ("sws_dist.build_models",),
-    ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring"),
+    ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring", "sws_dist.class_names"),
     ("sws_dist.checkpoint",),
     ("sws_dist.logging", "sws_dist.zero"),
     ("sws_dist.models", "sws_dist.data", "sws_dist.optim", "sws_dist.provenance"),
     ("sws_dist.distributed", "sws_dist.config"),
     ("sws_dist.text",),
-    ("sws_dist.atomic", "sws_dist.seed", "sws_dist.units", "sws_dist.errors", "sws_dist.source_tree", "sws_kernels"),
+    ("sws_dist.atomic", "sws_dist.seed", "sws_dist.units", "sws_dist.source_tree", "sws_kernels"),
+    ("sws_dist.errors",),
 )
 HOMES = {  # heavy packages, and the only places that may import them
     "deepspeed": {"sws_dist.zero"},

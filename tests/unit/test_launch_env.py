@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from sws_dist.distributed.launch_env import (
     ExpectedWorld,
     choose_gloo_interface,
     complete_environment,
-    first_host,
-    tasks_per_node,
+    describe_unused_tasks,
+    require_free_port,
 )
 from sws_dist.errors import ConfigError
 
@@ -27,26 +28,6 @@ STEP = {
     "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
 }  # fmt: skip
 BATCH = {key: value for key, value in STEP.items() if "STEP" not in key} | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("gpu[03-05,9],login", "gpu03"),
-        ("gpu[7]", "gpu7"),
-        ("rack[1-2]-ib,x", "rack1-ib"),
-        ("a-b-[001-128]", "a-b-001"),
-    ],
-)
-def test_first_host(nodelist: str, host: str) -> None:
-    assert first_host(nodelist) == host
-
-
-def test_tasks_per_node() -> None:
-    assert tasks_per_node("8") == [8]
-    assert tasks_per_node("8(x2),4") == [8, 8, 4]
 
 
 def test_srun() -> None:
@@ -137,6 +118,48 @@ def test_the_world_that_deepspeed_was_asked_for(tmp_path: Path) -> None:
     said = below(["launch.py", f"--world_info={world}", "--node_rank=0"], tmp_path)
     assert "ExpectedWorld(nodes=2, ranks=3" in said
     assert "a with 2, b with 1" in said
+
+
+SALLOC = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "gpu[03-04]"}
+"""The shell of ``salloc``, where it was called."""
+INTERACTIVE = SALLOC | {
+    "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "gpu03", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+}  # fmt: skip
+"""The shell of ``salloc`` on the allocation's first node (``LaunchParameters=use_interactive_step``)."""
+
+
+@pytest.mark.parametrize("env", [SALLOC, INTERACTIVE, INTERACTIVE | {"SLURM_STEP_ID": "interactive"}])
+def test_a_shell_of_salloc_is_no_task(env: dict[str, str]) -> None:
+    """A single process runs there, and is told of what it leaves idle; a launcher's ranks may be all there are."""
+    env = dict(env)
+    complete_environment(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "1", "127.0.0.1")
+    assert list(launch_env._slurm(env)) == []
+    note = describe_unused_tasks(env, nodes=1, ranks=1)
+    assert note is not None
+    assert note.startswith("job 77 has 2 node(s) and 4 task(s), this run uses 1 and 1; srun before the command")
+    assert describe_unused_tasks(env, nodes=2, ranks=4) is None
+
+
+@pytest.mark.parametrize("env", [{}, STEP, BATCH])
+def test_only_a_shell_of_salloc_leaves_tasks_idle(env: dict[str, str]) -> None:
+    assert describe_unused_tasks(env, nodes=1, ranks=1) is None
+
+
+def test_a_port_that_is_in_use() -> None:
+    for address, family in (("127.0.0.1", socket.AF_INET), ("0.0.0.0", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with socket.create_server((address, 0), family=family) as listener:
+            port = listener.getsockname()[1]
+            env = {"RANK": "0", "MASTER_PORT": str(port)}
+            with pytest.raises(OSError, match=rf"^port {port} of .*: Address already in use; choose another with deep"):
+                require_free_port(env)
+            require_free_port(env | {"RANK": "1"})
+            require_free_port(env | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+        require_free_port(env)
+    for wrong in ("0", "65536", "-1", "http", ""):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={wrong}: expected a port number"):
+            require_free_port({"RANK": "0", "MASTER_PORT": wrong})
 
 
 def test_gloo_needs_no_help_on_one_node_nor_where_it_is_told() -> None:

@@ -96,7 +96,9 @@ def test_a_timm_teacher_from_local_weights_of_either_kind(tmp_path: Path) -> Non
     images = torch.randn(2, 3, 32, 32)
     for name in ("t.pth", "t.safetensors"):
         config = DistillConfig(teacher="resnet10t", teacher_weights=str(tmp_path / name))
-        teacher = load_teacher(config, DIGITS, DataConfig(root="", image_size=32, mean=cfg["mean"], std=cfg["std"]))
+        teacher = load_teacher(
+            config, DIGITS, DataConfig(root="unused", image_size=32, mean=cfg["mean"], std=cfg["std"])
+        )
         assert teacher is not None
         torch.testing.assert_close(teacher(images), model(images))
 
@@ -107,7 +109,7 @@ def test_what_timm_drops_from_old_files_is_dropped(tmp_path: Path) -> None:
     stale = {name.replace("attention_biases", "attention_bias_idxs"): t for name, t in model.state_dict().items()}
     torch.save({"model": stale | model.state_dict()}, tmp_path / "levit.pth")
     config = DistillConfig(teacher="levit_128s", teacher_weights=str(tmp_path / "levit.pth"))
-    assert load_teacher(config, DIGITS, DataConfig(root="", image_size=224, mean=HALF, std=HALF)) is not None
+    assert load_teacher(config, DIGITS, DataConfig(root="unused", image_size=224, mean=HALF, std=HALF)) is not None
 
 
 def described(path: Path, num_classes: int = 10, classes: list[str] | None = None) -> str:
@@ -119,17 +121,27 @@ def described(path: Path, num_classes: int = 10, classes: list[str] | None = Non
 def test_refusals(tmp_path: Path) -> None:
     def refused(said: str, **config: Any) -> None:
         with pytest.raises(ValueError, match=said):
-            load_teacher(DistillConfig(**config), DIGITS, DataConfig(root="", image_size=32, mean=HALF, std=HALF))
+            load_teacher(DistillConfig(**config), DIGITS, DataConfig(root="unused", image_size=32, mean=HALF, std=HALF))
 
     refused("knows 7 labels, the data has 10", teacher=described(tmp_path / "a.safetensors", 7))
     refused("named otherwise", teacher=described(tmp_path / "b.safetensors", 10, list("abcdefghij")))
     refused("set distill.teacher_weights", teacher="levit_384")
     refused("no model 'resnot50'", teacher="resnot50", teacher_weights=described(tmp_path / "c.safetensors"))
     refused("does not fit the model", teacher="resnet18", teacher_weights=described(tmp_path / "d.safetensors"))
-    vit = create_model("vit_tiny_patch16_224", num_classes=10)
+    levit = create_model("levit_128s", num_classes=10)
+    torch.save(levit.state_dict(), tmp_path / "levit.pth")
+    with pytest.raises(ValueError, match=r"need data\.image_size \(--image-size\) 224"):
+        load_teacher(
+            DistillConfig(teacher="levit_128s", teacher_weights=str(tmp_path / "levit.pth")),
+            DIGITS,
+            DataConfig(root="unused", image_size=96, mean=HALF, std=HALF),
+        )
+
+
+def test_a_teacher_is_built_for_the_students_images(tmp_path: Path) -> None:
+    vit = create_model("test_vit", num_classes=10)  # for 160 pixels
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    refused(
-        "takes 224 pixels, data.image_size is 32",
-        teacher="vit_tiny_patch16_224",
-        teacher_weights=str(tmp_path / "vit.pth"),
-    )
+    config = DistillConfig(teacher="test_vit", teacher_weights=str(tmp_path / "vit.pth"))
+    teacher = load_teacher(config, DIGITS, DataConfig(root="unused", image_size=32, mean=HALF, std=HALF))
+    assert teacher is not None
+    assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

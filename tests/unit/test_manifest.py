@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from sws_dist.config.schema import AugmentConfig, DataConfig
-from sws_dist.data import manifest, sampler, sources
+from sws_dist.data import labels, manifest, sampler, sources, tar_shards
 from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
@@ -167,7 +167,7 @@ def same_images(a: Manifest, b: Manifest) -> None:
     assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
     np.testing.assert_array_equal(a.sizes, b.sizes)
     np.testing.assert_array_equal(a.labels, b.labels)
-    data = DataConfig(root="", image_size=32, num_threads=1)
+    data = DataConfig(root="unused", image_size=32, num_threads=1)
     recipe = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1"), 32)
     pixels = []
     for listed in (a, b):
@@ -192,8 +192,8 @@ def test_the_shards_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPa
     write_shards(root, folders, "shards", names=False)
     first = manifest.scan(root, "shards")
     opened: list[Path] = []
-    list_shard = sources._list_shard
-    monkeypatch.setattr(sources, "_list_shard", lambda path: opened.append(path) or list_shard(path))
+    index_shard = tar_shards._index_shard
+    monkeypatch.setattr(tar_shards, "_index_shard", lambda path, keys: opened.append(path) or index_shard(path, keys))
     again = manifest.scan(root, "shards")
     assert not opened
     assert again.paths == first.paths
@@ -247,9 +247,9 @@ def test_lists_that_cannot_be_used(root: Path) -> None:
 
 def test_a_classes_file_gives_the_order(root: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("".join(f"{digit}\n" for digit in reversed(range(10))))
-    listed = manifest.scan(root, "train", sources.read_classes(tmp_path / "classes.txt"))
+    listed = manifest.scan(root, "train", labels.read_classes(tmp_path / "classes.txt"))
     for path, label in zip(listed.paths, listed.labels, strict=True):
         assert int(path[0]) == 9 - label
     (tmp_path / "classes.txt").write_text("1\n2\n1\n")
     with pytest.raises(ValueError, match="named twice: 1"):
-        sources.read_classes(tmp_path / "classes.txt")
+        labels.read_classes(tmp_path / "classes.txt")

@@ -1,0 +1,235 @@
+"""Fine-tune a learngene, a descendant or any timm checkpoint on a folder of one's own labelled images.
+
+examples:
+  # class folders (photos/cats, photos/dogs, ...): a tenth of each class is held out for validation
+  sws finetune --from runs/auxiliary_small/learngene.safetensors --data photos --depth 9
+
+  # a file of another program, and a folder with train/ and val/
+  sws finetune --from deit_small.pth --model deit_small_patch16_224 --data /data/pets --epochs 20
+
+  # on all GPUs of this machine
+  deepspeed --quiet --module sws_dist.cli.finetune --from model.safetensors --data photos
+
+This is `sws train --config finetune` with model, data, batch and epochs set by the file and the number of images;
+--debug prints that command. Without --epochs a run takes about 1,000 steps, in 10 to 100 epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sws_dist.cli.common import (
+    add_deepspeed_option,
+    add_local_rank_option,
+    make_parser,
+    number,
+    parse_args,
+    print_result,
+    whole_number,
+)
+from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.distributed.signals import install_handlers
+
+VAL_FOLDERS = ("val", "valid", "validation")
+OTHER_SPLITS = ("test", "testing", "training")
+BATCH = 64
+"""Images in a step; fewer where that would leave an epoch fewer than ``STEPS_PER_EPOCH`` steps."""
+STEPS_PER_EPOCH = 8
+STEPS = 1000
+EPOCHS = (10, 100)
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    install_handlers()  # before the imports that take time
+    from sws_dist.config.loader import load_config
+
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--from", dest="weights", type=Path, required=True, help="weights to start from: .safetensors or a PyTorch file"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of class folders, or of train/ and val/")
+    parser.add_argument("--model", help="the timm model that the weights are of (default: what the file says)")
+    parser.add_argument(
+        "--depth",
+        type=whole_number(1, MAX_LAYERS),
+        help="layers that a learngene is expanded to (default: as it was trained)",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=number(0.001, 0.999),
+        default=0.1,
+        help="share of each class that is held out without val/ (default 0.1)",
+    )
+    parser.add_argument("--output", help="the run's folder (default: runs/finetune/NAME, called as the data)")
+    parser.add_argument("--epochs", type=whole_number(1, 1_000_000), help="passes over the training images")
+    parser.add_argument("--lr", type=number(1e-12, 1000), help="highest learning rate (default 2e-4)")
+    parser.add_argument(
+        "--batch", type=whole_number(), help=f"images in a step, over all ranks (default: {BATCH}, or fewer)"
+    )
+    parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the weights')")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the run (default 0)")
+    parser.add_argument("--no-ema", action="store_true", help="not the averaged weights, where the file has others too")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="a config key"
+    )
+    add_deepspeed_option(parser, required=False)
+    add_local_rank_option(parser)
+    args = parse_args(parser)
+    load_config("finetune", args.overrides)  # a wrong key is reported before torch is imported, which takes seconds
+    from sws_dist.api import train
+    from sws_dist.distributed.init import close_distributed
+
+    sets = [f"{key}={json.dumps(value)}" for key, value in choose_settings(args).items()] + args.overrides
+    ds = str(args.deepspeed_config or choose_deepspeed_config())
+    resume = ["--resume", args.resume] if args.resume else []
+    words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
+    log.debug("$ " + shlex.join([*words, *(word for each in sets for word in ("--set", each)), *resume]))
+    config = load_config("finetune", sets)
+    metrics = train(config, ds, resume=args.resume)
+    close_distributed()
+    if metrics is not None:
+        print_result(
+            f"the model     {config.output}/model.safetensors\n"
+            f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
+            f"to use it     sws evaluate --checkpoint {shlex.quote(config.output)}/model.safetensors --data FOLDER"
+        )
+
+
+def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the config keys that the command line, the weights and the number of images decide.
+
+    Raises:
+        ValueError: weights that say of no model, or a folder that cannot be trained on.
+    """
+    data = Path(os.path.abspath(args.data.expanduser()))
+    sets = {"output": args.output or f"runs/finetune/{data.name}", "train.seed": args.seed}
+    sets |= model_settings(args) | split_settings(data, args.val_share)
+    num_images = count_images(sets)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch = choose_batch(num_images, world) if args.batch is None else args.batch
+    epochs = choose_epochs(num_images, batch) if args.epochs is None else args.epochs
+    sets |= {"train.global_batch": batch, "train.epochs": epochs}
+    sets |= {"train.eval_every": max(1, epochs // 20), "checkpoint.every": max(1, epochs // 5)}
+    sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", world))))
+    return sets | ({} if args.lr is None else {"optim.lr": args.lr})
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of the model, and how it wants its images."""
+    from sws_dist.checkpoint.model_file import is_described, read_model_info
+    from sws_dist.checkpoint.weight_file import read_weight_file
+
+    path = str(args.weights)
+    info = read_model_info(path) if is_described(path) else None
+    is_learngene = info is not None and info.kind == "learngene"
+    if args.depth is not None and not is_learngene:
+        raise ValueError(f"--depth {args.depth}: only a learngene can be expanded, and {path} is none")
+    if info is None:
+        name = args.model or read_weight_file(path).model_name
+        if name is None:
+            raise ValueError(f"{path} does not say which model it is of; name it with --model")
+        sets, about = {"model.name": name}, timm_preprocessing(name)
+    else:
+        if args.model not in (None, info.name):
+            raise ValueError(f"--model {args.model}: {path} says that it is of {info.name}")
+        kwargs = {key: value for key, value in info.kwargs.items() if key not in ("schedule", "img_size")}
+        sets, about = {"model.name": info.name, "model.kwargs": kwargs}, info.preprocessing
+        if info.name == "sws_vit":
+            schedule = info.kwargs["schedule"]
+            sets["model.depth"] = len(schedule) if not is_learngene else sum(schedule)
+            if args.depth is not None:
+                sets["model.depth"] = args.depth
+    sets |= {"model.initial_learngene": path} if is_learngene else {"model.initial_checkpoint": path}
+    if args.no_ema:
+        sets["model.initial_ema"] = False
+    sets |= {f"data.{key}": value for key, value in about.items()}
+    return sets | ({} if args.image_size is None else {"data.image_size": args.image_size})
+
+
+def timm_preprocessing(name: str) -> dict[str, Any]:
+    """Return how a timm model wants its images, as keys of ``data``."""
+    import timm
+
+    from sws_dist.models import create_model
+
+    if not timm.is_model(name):
+        create_model(name)  # says that there is no such model, and which are near
+    about = timm.get_pretrained_cfg(name)
+    interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
+    known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
+    return known | {"crop_pct": about.crop_pct or 0.875, "interpolation": interpolation}
+
+
+def split_settings(data: Path, val_share: float) -> dict[str, Any]:
+    """Return where training and validation images are.
+
+    ``data`` holds ``train`` and a validation folder, or ``train`` alone, or is itself a folder of class folders (or of
+    shards, or a list). Without validation images a share of the training images is held out.
+    """
+    if not data.exists():
+        raise ValueError(f"--data {data}: there is no such folder")
+    inside = {entry.name for entry in data.iterdir() if entry.is_dir()} if data.is_dir() else set()
+    if "train" not in inside:
+        if splits := sorted(inside & {*VAL_FOLDERS, *OTHER_SPLITS}):
+            raise ValueError(
+                f"--data {data}: holds {', '.join(splits)}, but no train; name the training images' folder train, or "
+                "give the folder of the class folders itself"
+            )
+        return {"data.root": str(data.parent), "data.train_split": data.name, "data.val_share": val_share}
+    val = next((name for name in VAL_FOLDERS if name in inside), None)
+    if unused := sorted(inside - {"train", val}):
+        log.info(f"{data}: not used: {', '.join(unused)}")
+    return {"data.root": str(data)} | ({"data.val_split": val} if val else {"data.val_share": val_share})
+
+
+def count_images(sets: dict[str, Any]) -> int:
+    """Return the number of training images.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    from sws_dist.data.sources import find_source
+
+    source, _ = find_source(sets["data.root"], sets.get("data.train_split", "train"))
+    if len(source.classes) < 2:
+        raise ValueError(f"{source.folder}: holds one class ({source.classes[0]}); at least two are needed")
+    return max(1, int(len(source) * (1 - sets.get("data.val_share", 0))))
+
+
+def choose_batch(num_images: int, world: int) -> int:
+    """Return a power of two, as far as the ranks allow it, that leaves an epoch some steps."""
+    batch = BATCH
+    while batch > 1 and batch * STEPS_PER_EPOCH > num_images:
+        batch //= 2
+    return max(1, batch // world) * world
+
+
+def choose_epochs(num_images: int, batch: int) -> int:
+    """Return the epochs that make about ``STEPS`` steps, within ``EPOCHS``."""
+    return min(max(STEPS * batch // num_images, EPOCHS[0]), EPOCHS[1])
+
+
+def choose_deepspeed_config() -> str:
+    """Return the shipped DeepSpeed config for this machine: bf16 where its GPU has it."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return "zero0"
+    return "zero2_bf16" if torch.cuda.is_bf16_supported() else "zero2"
+
+
+if __name__ == "__main__":  # deepspeed --module sws_dist.cli.finetune
+    import sys
+
+    from sws_dist.cli.main import run
+
+    run("finetune", sys.argv[1:])

@@ -1,0 +1,116 @@
+"""Compare a config with that of the run that it resumes: a run goes on only as it began. Imports no torch.
+
+The keys that may change, since they do not decide what is learned, are marked ``MayChange`` in ``schema.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sws_dist.config.loader import load_config, marked_keys, valid_keys
+from sws_dist.config.schema import IS_PATH, MAY_CHANGE, RunConfig
+from sws_dist.errors import ConfigError
+from sws_dist.text import read_text
+
+CLIPPING = "gradient_clipping"
+"""The one key of the DeepSpeed config that is part of the recipe; the others may change."""
+
+log = logging.getLogger(__name__)
+
+
+def compare_with_own_config(
+    folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None, weights: str | Path = "FILE"
+) -> RunConfig | None:
+    """Compare ``config`` with that of the run in ``folder``, and log the keys that are allowed to differ and do.
+
+    Args:
+        folder: the run's output folder, as it stands now.
+        ds: the resolved DeepSpeed config; None: it is not compared.
+        weights: the file of the run's weights, for the message.
+
+    Returns:
+        The run's own config; None, with a warning, if the folder holds none.
+
+    Raises:
+        ConfigError: another key differs.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        log.warning("%s is not there: nothing says whether this config is the run's own", file)
+        return None
+    own = load_config(file)
+    harmless: list[str] = []
+    refused: list[str] = []
+    may_change = set(marked_keys(MAY_CHANGE))
+    for key, (before, now) in changed_keys(own, config).items():
+        (harmless if key in may_change else refused).append(f"{key} {_text(now)} (it was {_text(before)})")
+    if ds is not None and (folder / "deepspeed.json").is_file():
+        before, now = json.loads(read_text(folder / "deepspeed.json")).get(CLIPPING), ds.get(CLIPPING)
+        if before != now:
+            refused.append(f"{CLIPPING} {_text(now)} in the DeepSpeed config (it was {_text(before)})")
+    if refused:
+        raise ConfigError(
+            f"{folder}: a run goes on only as it began, and this config has {', '.join(refused)}. Set that back, or "
+            f"begin a new run from its weights: --set model.initial_checkpoint={weights} --set output=ANOTHER"
+        )
+    if harmless:
+        log.info("going on with %s", ", ".join(harmless))
+    return own
+
+
+def changed_keys(own: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values differ, with both values. Paths to one place are equal, however they are written."""
+    before, after = _flat(own), _flat(now)
+    paths = set(marked_keys(IS_PATH))
+    return {
+        key: (before[key], after[key])
+        for key in before
+        if key in after  # a group that is null on the other side; its keys are there
+        and before[key] != after[key]
+        and not (key in paths and before[key] and after[key] and _same_place(before[key], after[key]))
+    }
+
+
+def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
+    """Return what ``metrics.json`` holds if the run in ``config.output`` is done, else None.
+
+    Raises:
+        ConfigError: it is done, and ``config`` is that of another run.
+    """
+    output = Path(config.output)
+    finished = output / "metrics.json"
+    if not finished.is_file():
+        return None
+    weights = next((file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), "FILE")
+    try:
+        compare_with_own_config(output, config, weights=weights)
+    except ConfigError as error:
+        raise ConfigError(f"{finished} exists: this run is done. {error}") from None
+    log.info("%s exists: this run is done", finished)
+    return json.loads(read_text(finished))
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Return the value of every key that is no group; None where its group is null."""
+    flat = {}
+    for dotted in valid_keys():
+        value: Any = config
+        for part in dotted.split("."):
+            value = getattr(value, part, None)
+        if not is_dataclass(value):
+            flat[dotted] = value
+    return flat
+
+
+def _same_place(one: str, other: str) -> bool:
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,44 @@
+"""Fit models to the size of their images: build them for it where timm can, and say so where it cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+
+
+def image_size_arguments(name: str, image_size: int) -> dict[str, int]:
+    """Return the argument that builds the timm model ``name`` for square images; none if it takes images of any size.
+
+    Args:
+        image_size: height and width in pixels.
+    """
+    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # create_model refuses unknown names
+    return {"img_size": image_size} if about is not None and about.fixed_input_size else {}
+
+
+@torch.no_grad()
+def require_image_size(model: Any, what: str, image_size: int) -> None:
+    """Run one black image through ``model``, in evaluation mode.
+
+    Args:
+        what: names the model in the message.
+        image_size: height and width in pixels.
+
+    Raises:
+        ValueError: the model takes no images of this size; the message says which it is made for.
+    """
+    parameter, was_training = next(model.parameters()), model.training
+    channels = getattr(model, "in_chans", None) or 3
+    image = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+    try:
+        model.eval()(image)
+    except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
+        usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
+        hint = f"; it is made for {usual}: set data.image_size (--image-size) to that" if usual else ""
+        raise ValueError(
+            f"{what} takes no images of {image_size} x {image_size} pixels ({error or type(error).__name__}){hint}"
+        ) from None
+    finally:
+        model.train(was_training)

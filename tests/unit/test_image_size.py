@@ -1,0 +1,52 @@
+"""Models and images of different size: the model is built for the images, or one message says what to set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sws_dist.build_models import build_models
+from sws_dist.config.schema import DataConfig, ModelConfig, RunConfig
+from sws_dist.models import create_model
+from sws_dist.models.image_size import image_size_arguments, require_image_size
+
+CLASSES = ("a", "b", "c")
+
+
+def run(name: str, image_size: int, **kwargs: object) -> RunConfig:
+    return RunConfig("unused", ModelConfig(name, kwargs=kwargs), DataConfig(root="unused", image_size=image_size))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "levit_128s", "swin_tiny_patch4_window7_224"])
+def test_a_student_is_built_for_its_images_and_its_file_says_so(name: str) -> None:
+    parts = build_models(run(name, 96), CLASSES, torch.device("cpu"), torch.float32, {})
+    images = torch.zeros(2, 3, 96, 96)
+    assert parts.student.eval()(images).shape == (2, 3)
+    assert parts.student.training is False
+    again = parts.info.build().eval()
+    again.load_state_dict(parts.student.state_dict(), strict=True)
+    torch.testing.assert_close(again(images), parts.student(images), rtol=0, atol=0)
+    assert parts.info.kwargs == ({} if name == "test_resnet" else {"img_size": 96})
+
+
+def test_a_student_that_takes_no_such_images() -> None:
+    config = run("vit_tiny_patch16_224", 96, img_size=160)
+    with pytest.raises(
+        ValueError, match=r"model\.name vit_tiny\S+ takes no images of 96 x 96 pixels .* made for 224: set"
+    ):
+        build_models(config, CLASSES, torch.device("cpu"), torch.float32, {})
+    dynamic = replace(config, model=ModelConfig("vit_tiny_patch16_224", kwargs={"dynamic_img_size": True}))
+    assert build_models(dynamic, CLASSES, torch.device("cpu"), torch.float32, {}).flops.student > 0
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224"):  # not one patch of 16
+        build_models(run("vit_tiny_patch16_224", 8), CLASSES, torch.device("cpu"), torch.float32, {})
+
+
+def test_the_check_leaves_a_model_as_it_was() -> None:
+    model = create_model("test_resnet").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    require_image_size(model, "it", 64)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert image_size_arguments("no_such_model", 64) == {}
