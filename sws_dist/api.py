@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from sws_dist.checkpoint.load_model import load_model, set_input_description
@@ -187,6 +188,8 @@ def evaluate(
     atexit.register(close_distributed)
     world = init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("load the model and list the images"):
+        if batch_size < 1:
+            raise ValueError(f"a batch of {batch_size} images: expected 1 or more")
         place = Path(os.path.abspath(data))
         scored: Any = model
         if not isinstance(model, nn.Module):
@@ -235,12 +238,16 @@ def _input_config(
     missing = [key for key in ("mean", "std", "input_size") if not about.get(key)]
     if missing:
         raise ValueError(f"{name}: does not say its {', '.join(missing)}; convert it again")
-    return DataConfig(
-        root=str(data.parent),
-        image_size=image_size or about["input_size"][-1],
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
-        crop_pct=crop_pct or about.get("crop_pct") or 0.875,
-        interpolation=about.get("interpolation") or "bicubic",
-        num_threads=num_threads,
-    )
+    try:
+        return DataConfig(
+            root=str(data.parent),
+            image_size=about["input_size"][-1] if image_size is None else image_size,
+            mean=tuple(about["mean"]),
+            std=tuple(about["std"]),
+            crop_pct=(about.get("crop_pct") or 0.875) if crop_pct is None else crop_pct,
+            interpolation=about.get("interpolation") or "bicubic",
+            num_threads=num_threads,
+        )
+    except ValidationError as error:
+        wrong = [f"{e['loc'][-1]} {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        raise ValueError("; ".join(wrong)) from None

@@ -117,7 +117,7 @@ def build_run(
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
         models = build_models(config, train.classes, world.device, dtype, provenance)
-    expansion = None if checkpoint else prepare_expansion(config.model, models.student)
+    expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
     total_steps = count_steps(config, data.order)

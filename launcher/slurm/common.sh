@@ -2,11 +2,12 @@
 # Sourced by the batch scripts beside it: how the ranks of a job are started, told to save, and started again.
 #
 #   CODE      whose launcher/ is run: a checkout or a snapshot of one (default: the folder where sbatch was called)
-#   PYTHON    what runs Python there (default: python); in a container "apptainer exec --nv sws-dist.sif python"
+#   PYTHON    what runs Python there, in the shell's words (default: python): "apptainer exec --nv sws-dist.sif python",
+#             or "'/my venv/bin/python'"
 #   RESTARTS  how often a job that lost a rank is started again (default: 3); one that was told to stop always is
 
 CODE=$(realpath "${CODE:-.}")
-PYTHON=${PYTHON:-python}
+eval "PYTHON=(${PYTHON:-python})"
 RESTARTS=${RESTARTS:-3}
 AGAIN=75 LOST=69 # sws_dist/errors.py: saved, start again with --resume auto; other ranks are gone
 export PYTHONPATH=$CODE${PYTHONPATH:+:$PYTHONPATH}
@@ -21,7 +22,7 @@ trap 'woken=yes' TERM # srun and the ranks get their own; wait for what they do 
 # on_every_rank NAME ARGUMENTS...: run launcher/NAME once for every task of the job. Does not return.
 on_every_rank() {
     local code
-    srun --kill-on-bad-exit=1 $PYTHON -u "$CODE/launcher/$1" "${@:2}" &
+    srun --kill-on-bad-exit=1 "${PYTHON[@]}" -u "$CODE/launcher/$1" "${@:2}" &
     step=$!
     while true; do # a signal ends wait, but not srun
         woken='' code=0

@@ -115,7 +115,8 @@ def save_checkpoint(
             if final.exists():
                 raise ValueError(f"{final}: in the way of a checkpoint, and not one of this run; move it elsewhere")
             folder.mkdir(parents=True, exist_ok=True)
-            _delete(partial)
+            if _is_unfinished(partial):
+                _delete(partial)
             partial.mkdir(exist_ok=True)
             _require_space(folder, engine, ema, world.size)
     with raise_on_all_ranks("write a checkpoint"):
@@ -289,8 +290,9 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
-            for unfinished in folder.glob(f".{_GLOB}"):  # a kill in the middle of saving leaves one
-                _delete(unfinished)
+            for hidden in folder.glob(f".{_GLOB}"):
+                if _is_unfinished(hidden):  # a kill in the middle of saving leaves one
+                    _delete(hidden)
             for later in list_checkpoints(folder):
                 if int(later.name.removeprefix("step-")) > step:
                     aside = later.with_name(f"abandoned-{later.name}")
@@ -318,9 +320,9 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
 
 def _is_unfinished(folder: Path) -> bool:
     """Return True for a checkpoint that is not yet whole, or not any more, and for nothing else."""
-    if not folder.is_dir() or not all(_OURS.fullmatch(file.name) for file in folder.iterdir()):
+    if not folder.is_dir() or (not folder.name.startswith(".") and (folder / "state.json").exists()):
         return False
-    return folder.name.startswith(".") or (not (folder / "state.json").exists() and any(folder.iterdir()))
+    return all(_OURS.fullmatch(file.name) for file in folder.iterdir())
 
 
 def _delete(checkpoint: Path) -> None:

@@ -52,8 +52,8 @@ def load_model(
     num_classes = _labels_of(skeleton, weights)
     if num_classes is None:
         raise ValueError(
-            f"{path}: has no classifier ({', '.join(classifier_layers(skeleton)) or 'none'}.weight): it is a backbone, "
-            "to be fine-tuned first (sws finetune)"
+            f"{path}: has no classifier ({', '.join(classifier_layers(skeleton))}): it is a backbone, to be fine-tuned "
+            "first (sws finetune)"
         )
     model = create_model(name, **kwargs, num_classes=num_classes)
     if info:
@@ -124,12 +124,11 @@ def _load(model: Any, weights: Mapping[str, Tensor], path: str | Path, image_siz
         ) from None
 
 
-def _labels_of(model: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
+def _labels_of(model: Any, weights: Mapping[str, Tensor]) -> int | None:
     """Return how many labels the classifier among ``weights`` knows; None if there is none."""
-    for layer in classifier_layers(model):
-        if f"{layer}.weight" in weights:
-            return weights[f"{layer}.weight"].shape[0]
-    return None
+    layers = classifier_layers(model)
+    known = [weights[f"{layer}.weight"].shape[0] for layer in layers if f"{layer}.weight" in weights]
+    return next(iter(known), None) if layers else model.num_classes
 
 
 def _head_tensors(model: nn.Module) -> list[str]:

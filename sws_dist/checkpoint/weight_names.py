@@ -79,7 +79,7 @@ def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True)
     except Exception as error:  # each architecture's filter fails in its own way on what it does not know
         raise ValueError(
             f"{file.path}: timm cannot convert these weights for {type(model).__name__} "
-            f"({error or type(error).__name__}); are they of another model?"
+            f"({error or type(error).__name__}); are they of another model, or the images too small?"
         ) from None
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():

@@ -34,7 +34,9 @@ from sws_dist.cli.common import (
     whole_number,
 )
 from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
+from sws_dist.errors import ConfigError
 
 VAL_FOLDERS = ("val", "valid", "validation")
 OTHER_SPLITS = ("test", "testing", "training")
@@ -88,7 +90,11 @@ def main() -> None:
     from sws_dist.api import train
     from sws_dist.distributed.init import close_distributed
 
-    sets = [f"{key}={json.dumps(value)}" for key, value in choose_settings(args).items()] + args.overrides
+    try:
+        settings = choose_settings(args)
+    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
+        raise ConfigError(str(error)) from error
+    sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + args.overrides
     ds = str(args.deepspeed_config or choose_deepspeed_config())
     resume = ["--resume", args.resume] if args.resume else []
     words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
@@ -114,12 +120,13 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     sets = {"output": args.output or f"runs/finetune/{data.name}", "train.seed": args.seed}
     sets |= model_settings(args) | split_settings(data, args.val_share)
     num_images = count_images(sets)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    complete_environment(os.environ)
+    world, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_SIZE"])
     batch = choose_batch(num_images, world) if args.batch is None else args.batch
     epochs = choose_epochs(num_images, batch) if args.epochs is None else args.epochs
     sets |= {"train.global_batch": batch, "train.epochs": epochs}
     sets |= {"train.eval_every": max(1, epochs // 20), "checkpoint.every": max(1, epochs // 5)}
-    sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", world))))
+    sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // local_size))
     return sets | ({} if args.lr is None else {"optim.lr": args.lr})
 
 
@@ -157,13 +164,9 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def timm_preprocessing(name: str) -> dict[str, Any]:
     """Return how a timm model wants its images, as keys of ``data``."""
-    import timm
+    from sws_dist.models.vit import timm_config
 
-    from sws_dist.models import create_model
-
-    if not timm.is_model(name):
-        create_model(name)  # says that there is no such model, and which are near
-    about = timm.get_pretrained_cfg(name)
+    about = timm_config(name)
     interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
     known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
     return known | {"crop_pct": about.crop_pct or 0.875, "interpolation": interpolation}
@@ -177,6 +180,8 @@ def split_settings(data: Path, val_share: float) -> dict[str, Any]:
     """
     if not data.exists():
         raise ValueError(f"--data {data}: there is no such folder")
+    if not 0 < val_share < 1:
+        raise ValueError(f"--val-share {val_share}: expected a share between 0 and 1, such as 0.1")
     inside = {entry.name for entry in data.iterdir() if entry.is_dir()} if data.is_dir() else set()
     if "train" not in inside:
         if splits := sorted(inside & {*VAL_FOLDERS, *OTHER_SPLITS}):

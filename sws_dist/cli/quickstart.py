@@ -10,7 +10,6 @@ examples:
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import shlex
@@ -25,9 +24,13 @@ from pathlib import Path
 
 from sws_dist import source_tree
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+from sws_dist.config.paths import escape_path
+from sws_dist.distributed.launch_env import free_port
 from sws_dist.errors import RunError
 
 DATA = Path("data/quickstart")
+FREE_PORT = "FREE_PORT"
+"""Stands for a port that is chosen when the command starts; DeepSpeed's own, 29500, may be in use."""
 DEPTHS = (5, 8, 10, 12)  # the auxiliary model has 5 stages and 10 layers
 
 log = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ def main() -> None:
     quiet = ("--quiet",) if args.quiet else ()
     out, begun = args.output, time.monotonic()
     teacher, auxiliary = out / "teacher", out / "auxiliary"
-    taught = f"distill.teacher={teacher}/model.safetensors"
+    taught = f"distill.teacher={escape_path(teacher)}/model.safetensors"
     num_gpus = count_gpus()
     ranks = min(2, num_gpus) or 2  # without a GPU two ranks share the CPU
     if not num_gpus:
@@ -71,15 +74,17 @@ def main() -> None:
     log.info("\n# 3. the learngene, expanded to four depths")
     for depth in DEPTHS:
         file = out / f"depth{depth}" / "expanded.safetensors"
-        options = ("--learngene", f"{auxiliary}/learngene.safetensors", "--depth", str(depth), "--out", str(file))
+        learngene = f"{escape_path(auxiliary)}/learngene.safetensors"
+        options = ("--learngene", learngene, "--depth", str(depth), "--out", escape_path(file))
         perform(Command("", (*sws("expand"), *options, *quiet), file))
     log.info("\n# 4. descendants, each beside the same model from random weights; two runs at a time")
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(perform, descendant_commands(out, args.seed)))
-    perform(Command("5. the report", (*sws("report"), "--runs", str(out), *quiet), done=None))
+    perform(Command("5. the report", (*sws("report"), "--runs", escape_path(out), *quiet), done=None))
     log.info(f"\nfinished in {time.monotonic() - begun:.0f} s")
     tensorboard = "tensorboard" if shutil.which("tensorboard") else f"{Path(sys.executable).parent}/tensorboard"
-    print_result(f"the report   {out}/report.md, {out}/report.png\nevery curve  {tensorboard} --logdir {out}")
+    folder = shlex.quote(str(out))
+    print_result(f"the report   {out}/report.md, {out}/report.png\nevery curve  {tensorboard} --logdir {folder}")
 
 
 def count_gpus() -> int:
@@ -107,40 +112,40 @@ def train_command(
     *options: str,
     sets: list[str] | tuple[str, ...] = (),
     ranks: int = 1,
-    port: int = 0,
+    beside_others: bool = False,
 ) -> Command:
     """Return a training run through DeepSpeed's launcher.
 
     Args:
         config: the name of one of the quickstart's configs.
         sets: config overrides.
-        port: with a port of its own, the run may take place beside others; its output goes into a file.
+        beside_others: other runs take place at the same time; the output goes into a file.
     """
     if in_checkout():
         program = ["launcher/train.py", "--config", f"configs/runs/quickstart/{config}.yaml"]
         program += ["--deepspeed_config", "configs/deepspeed/zero2.json"]
     else:
         program = ["--module", "sws_dist.cli.train", "--config", f"quickstart/{config}", "--deepspeed_config", "zero2"]
-    command = ["deepspeed", "--quiet", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(port)] if port else []
-    command += program
-    for override in (f"output={output}", f"train.seed={seed}", *sets):
+    # As a module: the first line of the script deepspeed cannot name an interpreter whose path has a space.
+    command = [Path(sys.executable).name, "-m", "deepspeed.launcher.runner", "--quiet"]
+    command += ["--num_accelerators", str(ranks), "--master_port", FREE_PORT, *program]
+    for override in (f"output={escape_path(output)}", f"train.seed={seed}", *sets):
         command += ["--set", override]
     command += ["--resume", "auto", *options]
-    return Command(title, tuple(command), output / "metrics.json", output.with_suffix(".log") if port else None)
+    log_file = output.with_suffix(".log") if beside_others else None
+    return Command(title, tuple(command), output / "metrics.json", log_file)
 
 
 def descendant_commands(out: Path, seed: int) -> list[Command]:
     """Return three runs a depth: expanded and fine-tuned, from scratch with the same recipe or with the full budget."""
-    ports = itertools.count(29501)
     commands = []
     for depth in sorted(DEPTHS, reverse=True):  # the long ones first, so that both workers end together
         folder, layers = out / f"depth{depth}", f"model.depth={depth}"
-        expanded = f"model.initial_checkpoint={folder}/expanded.safetensors"
+        expanded = f"model.initial_checkpoint={escape_path(folder)}/expanded.safetensors"
         commands += [
-            train_command("", "scratch_full", folder / "scratch_full", seed, sets=[layers], port=next(ports)),
-            train_command("", "scratch", folder / "scratch", seed, sets=[layers], port=next(ports)),
-            train_command("", "descendant", folder / "tuned", seed, sets=[layers, expanded], port=next(ports)),
+            train_command("", "scratch_full", folder / "scratch_full", seed, sets=[layers], beside_others=True),
+            train_command("", "scratch", folder / "scratch", seed, sets=[layers], beside_others=True),
+            train_command("", "descendant", folder / "tuned", seed, sets=[layers, expanded], beside_others=True),
         ]
     return commands
 
@@ -156,15 +161,16 @@ def perform(command: Command) -> None:
     if command.done is not None and command.done.exists():
         log.info(f"# {command.done} is there")
         return
-    log.info(f"$ {shlex.join(command.words)}" + (f" > {command.log_file}" if command.log_file else ""))
+    words = [str(free_port()) if word == FREE_PORT else word for word in command.words]
+    log.info(f"$ {shlex.join(words)}" + (f" > {command.log_file}" if command.log_file else ""))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if command.log_file is None:
-        code = subprocess.run(command.words, env=environment).returncode
+        code = subprocess.run(words, env=environment).returncode
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")  # runs side by side must not fight for the cores
         command.log_file.parent.mkdir(parents=True, exist_ok=True)
         with command.log_file.open("a") as file:
-            code = subprocess.run(command.words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         seen = f"; see {command.log_file}" if command.log_file else ""
-        raise RunError(f"this command ended with exit code {code}{seen}:\n  {shlex.join(command.words)}")
+        raise RunError(f"this command ended with exit code {code}{seen}:\n  {shlex.join(words)}")

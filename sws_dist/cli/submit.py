@@ -43,8 +43,10 @@ from sws_dist.cli.common import (
     whole_number,
 )
 from sws_dist.config.loader import config_to_yaml, load_config
+from sws_dist.config.paths import escape_path
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError, RunError
+from sws_dist.text import read_text
 from sws_dist.zero.config import resolve_deepspeed_config
 
 EVALUATE_THREADS = 4  # the default of sws evaluate
@@ -72,6 +74,10 @@ class Job:
 def main() -> None:
     args = parse()
     job = plan_evaluation(args) if args.job == "evaluate" else plan_training(args)
+    if set(str(job.folder)) & set("\\\n"):
+        raise ConfigError(
+            f"output {job.output}: SLURM cannot write a log below a path with a backslash or a line break"
+        )
     text = fill_template(job, args)
     if args.dry_run:
         print_result(text.rstrip("\n"))
@@ -85,10 +91,10 @@ def main() -> None:
     output = f"{number}_*.out" if args.depths else f"{number}.out"
     print_result(
         f"job {number}: {job.kind}, {args.nodes} node(s) x {ranks_per_node(args)} rank(s)\n"
-        f"  script  {script}\n"
+        f"  script  {shlex.quote(str(script))}\n"
         f"  state   squeue --jobs={number}\n"
-        f"  log     tail -F {job.folder}/{output}\n"
-        f"  curves  tensorboard --logdir {job.output}"
+        f"  log     tail -F {shlex.quote(str(job.folder))}/{output}\n"
+        f"  curves  tensorboard --logdir {shlex.quote(str(job.output))}"
     )
 
 
@@ -119,7 +125,9 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{option}", help="SLURM's")
     parser.add_argument("--after", metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help="any other: --sbatch=--mem=64G")
-    parser.add_argument("--python", default=sys.executable, help="command on the nodes (default: this one)")
+    parser.add_argument(
+        "--python", default=sys.executable, help="what runs Python on the nodes, as in a shell (default: this one)"
+    )
     parser.add_argument("--parsable", action="store_true", help="print the job's number and nothing else, as --quiet")
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     args = parse_args(parser, one_process=True)
@@ -151,18 +159,19 @@ def plan_training(args: argparse.Namespace) -> Job:
     Raises:
         ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
     """
-    learngene = [f"model.initial_learngene={args.learngene}"] if args.learngene else []
+    learngene = [f"model.initial_learngene={escape_path(args.learngene)}"] if args.learngene else []
     config = load_config(args.config, [*args.overrides, *learngene])
     resolve_deepspeed_config(args.deepspeed_config, config, args.nodes * ranks_per_node(args))
     output = Path(config.output)
     folder = job_folder(args.job, output)
-    arguments = ["--config", f"{folder}/config.yaml", "--deepspeed_config", f"{folder}/deepspeed.json"]
+    configs = escape_path(folder)
+    arguments = ["--config", f"{configs}/config.yaml", "--deepspeed_config", f"{configs}/deepspeed.json"]
     if args.job == "descendants":
         if not all(depth.isdigit() and int(depth) for depth in args.depths.split(",")):
             raise ConfigError(f"--depths {args.depths}: expected numbers of layers, for example 6,9,12")
         require_file("--learngene", args.learngene, args.after)
-        arguments = [str(output), *arguments]
-    deepspeed_json = find_deepspeed_config(args.deepspeed_config).read_text()
+        arguments = [escape_path(output), *arguments]
+    deepspeed_json = read_text(find_deepspeed_config(args.deepspeed_config))
     texts = {"config.yaml": config_to_yaml(config), "deepspeed.json": deepspeed_json}
     return Job(args.job, output, folder, arguments, config.data.num_threads, texts)
 
@@ -172,7 +181,8 @@ def plan_evaluation(args: argparse.Namespace) -> Job:
     require_file("--checkpoint", args.checkpoint, args.after)
     output = args.checkpoint.parent
     scores = f"{args.checkpoint.with_suffix('')}.scores.json"
-    arguments = ["--checkpoint", str(args.checkpoint), "--data", str(args.data), "--json", scores]
+    options = {"--checkpoint": args.checkpoint, "--data": args.data, "--json": scores}
+    arguments = [word for option, path in options.items() for word in (option, escape_path(path))]
     return Job(args.job, output, job_folder(args.job, output), arguments, EVALUATE_THREADS, {})
 
 
@@ -189,18 +199,23 @@ def job_folder(kind: str, output: Path) -> Path:
 
 def fill_template(job: Job, args: argparse.Namespace) -> str:
     """Return the batch script of the job's kind with resources, code and arguments filled in."""
-    lines = (source_tree.launcher_folder() / "slurm" / f"{job.kind}.sbatch").read_text().splitlines()
+    lines = read_text(source_tree.launcher_folder() / "slurm" / f"{job.kind}.sbatch").splitlines()
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     filled = [
         *(f"#SBATCH {option}" for option in sbatch_options(job, args)),
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"CODE={shlex.quote(str((job.folder / 'code').absolute()))}",
-        f"PYTHON={shlex.quote(args.python)}",
+        f"PYTHON={shlex.quote(quote_program(args.python))}",
         f"set -- {shlex.join(job.arguments)}",
     ]
     # The comment of the template is for those who submit it by hand.
     header = [line for line in lines[:first] if line.startswith(("#!", "#SBATCH"))]
     return "\n".join([*header, *filled, *lines[first:]]) + "\n"
+
+
+def quote_program(python: str) -> str:
+    """Return a command line of the shell. A path that leads to a file, spaces and all, is one word of it."""
+    return shlex.quote(python) if Path(python).is_file() else python
 
 
 def sbatch_options(job: Job, args: argparse.Namespace) -> Iterator[str]:
@@ -219,7 +234,9 @@ def sbatch_options(job: Job, args: argparse.Namespace) -> Iterator[str]:
         yield "--kill-on-invalid-dep=yes"  # without it, a job whose dependency can no longer be met waits for ever
     if args.depths:
         yield f"--array={args.depths}"
-    yield f"--output={job.folder.absolute()}/{'%A_%a' if args.depths else '%j'}.out"
+    # sbatch knows quotes in #SBATCH lines, and %% for a percent sign.
+    folder = str(job.folder.absolute()).replace("%", "%%").replace('"', '\\"')
+    yield f'--output="{folder}/{"%A_%a" if args.depths else "%j"}.out"'
     yield from args.sbatch
 
 

@@ -15,13 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from sws_dist.config.paths import escape_path, expand_path
 from sws_dist.config.schema import IS_PATH, KeyConflictError, RunConfig
 from sws_dist.config.shipped import find_run_config, find_shipped_run_config
-from sws_dist.config.yaml_text import Mapping, parse_yaml
+from sws_dist.config.yaml_text import Mapping, dump_yaml, parse_yaml
 from sws_dist.errors import ConfigError
 from sws_dist.text import read_text
 
@@ -82,12 +81,11 @@ def config_to_yaml(config: RunConfig) -> str:
     values = config_to_dict(config)
     for group, name, _ in _path_values(values):
         group[name] = escape_path(group[name])
-    return yaml.safe_dump(values, sort_keys=False)
+    return dump_yaml(values)
 
 
 def _parse_override(key: str, text: str, source: str) -> Any:
     """Return the value of one ``--set``. A path is not read as YAML, which would cut it at `` #``."""
-    text = text.strip()
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if key in marked_keys(IS_PATH) and text not in ("", "null") and not is_quoted:
         return text

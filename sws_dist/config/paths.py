@@ -38,9 +38,9 @@ def expand_path(text: str) -> str:
 
 
 def escape_path(path: str | Path) -> str:
-    """Return the text that ``expand_path`` turns into this path."""
+    """Return the text that ``expand_path``, and ``--set KEY=`` before it, turns into this path."""
     text = str(path).replace("$", "$$")
-    return f"./{text}" if text.startswith("~") else text
+    return f"./{text}" if text.startswith(("~", "'", '"')) or text == "null" else text
 
 
 def _expand(part: str, text: str) -> str:

@@ -21,11 +21,13 @@ from sws_dist.text import read_text
 CLIPPING = "gradient_clipping"
 """The one key of the DeepSpeed config that is part of the recipe; the others may change."""
 
+_NO_WEIGHTS = "FILE (sws convert writes one from a checkpoint)"
+
 log = logging.getLogger(__name__)
 
 
 def compare_with_own_config(
-    folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None, weights: str | Path = "FILE"
+    folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None, weights: str | Path = _NO_WEIGHTS
 ) -> RunConfig | None:
     """Compare ``config`` with that of the run in ``folder``, and log the keys that are allowed to differ and do.
 
@@ -87,7 +89,7 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     finished = output / "metrics.json"
     if not finished.is_file():
         return None
-    weights = next((file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), "FILE")
+    weights = next((file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), _NO_WEIGHTS)
     try:
         compare_with_own_config(output, config, weights=weights)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Parse YAML without its traps: unique keys, and values that mean what they look like.
+"""Read and write YAML without its traps: unique keys, no tags, and values that mean what they look like.
 
 Plain values are read by YAML 1.2's core schema. The older YAML 1.1, PyYAML's own, takes ``1e-3`` for a string, ``no``
 for false, ``010`` for 8, ``1:30`` for 90 and ``2026-01-01`` for a date.
@@ -45,9 +45,14 @@ def parse_yaml(text: str, source: str, *, is_file: bool) -> Any:
         raise ConfigError(f"{where(error.problem_mark or error.context_mark)}: {_explain(error)}") from None
     except RecursionError:
         raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # a tag and a value that cannot be of its type
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source}: not valid YAML: {reason}") from None
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return a YAML text that ``parse_yaml`` reads, and other readers of YAML 1.1 and 1.2 too."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 class _BadKeyError(yaml.MarkedYAMLError):
@@ -56,7 +61,19 @@ class _BadKeyError(yaml.MarkedYAMLError):
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 (those of YAML 1.1 are left out)
+    yaml_constructors = {  # noqa: RUF012 (so are sets, dates and binary values)
+        f"{_TAG}null": yaml.SafeLoader.construct_yaml_null,
+        f"{_TAG}bool": yaml.SafeLoader.construct_yaml_bool,
+        f"{_TAG}float": yaml.SafeLoader.construct_yaml_float,
+        f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
+        f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+        None: yaml.SafeLoader.construct_undefined,
+    }
     where: Callable[[yaml.Mark | None], str]
+
+
+class _Dumper(yaml.SafeDumper):
+    """It puts a text in quotes that one of both versions would take for something else."""
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
@@ -74,7 +91,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(node.value.replace("_", ""))
+    return int(loader.construct_scalar(node).replace("_", ""))
 
 
 _Loader.add_constructor(f"{_TAG}map", _construct_mapping)
@@ -89,7 +106,8 @@ for _kind, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _explain(error: yaml.MarkedYAMLError) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import errno
 import json
 import os
 import re
@@ -149,8 +150,10 @@ def require_free_port(env: Mapping[str, str]) -> None:
     try:
         socket.create_server((address, int(text)), family=family, dualstack_ipv6=is_dual).close()
     except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return  # no IPv6, for example; torch knows more ways
         raise OSError(
-            f"port {text} of {host}, where the ranks are to meet: {os.strerror(error.errno or 0)}; choose another with "
+            f"port {text} of {host}, where the ranks are to meet: {os.strerror(error.errno)}; choose another with "
             "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N (a single process needs none)"
         ) from None
 

@@ -58,7 +58,11 @@ class WeightMapping:
 
 
 def map_weights(
-    info: ModelInfo, shapes: Mapping[str, Sequence[int]], model: SWSVisionTransformer, layers: Sequence[int]
+    info: ModelInfo,
+    shapes: Mapping[str, Sequence[int]],
+    model: SWSVisionTransformer,
+    layers: Sequence[int],
+    classes: Sequence[str] | None = None,
 ) -> WeightMapping:
     """Map the weights of a learngene to those of ``model``; nothing is read or copied yet.
 
@@ -66,6 +70,7 @@ def map_weights(
         info, shapes: the learngene's metadata, and the shape of each of its tensors.
         model: the descendant, on any device: only names and shapes are looked at (``meta`` will do).
         layers: the expansion plan.
+        classes: names of the descendant's labels, if they may be others than the learngene's.
 
     Raises:
         ValueError: a geometry that would not compute what the learngene does, or tensors that do not fit.
@@ -82,7 +87,8 @@ def map_weights(
     if differ:
         raise ValueError(f"the learngene is of another model: {'; '.join(differ)}")
     targets: dict[str, list[str]] = {name: [] for name in shapes}
-    fresh = HEAD if info.num_classes != model.num_classes else ()
+    renamed = classes is not None and bool(info.classes) and list(classes) != info.classes
+    fresh = HEAD if renamed or info.num_classes != model.num_classes else ()
     resampled = ours["img_size"] != theirs["img_size"]
     problems = []
     for name, parameter in model.named_parameters():

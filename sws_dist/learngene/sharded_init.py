@@ -13,7 +13,7 @@ each rank cuts its own slices from it. Both hold no more than the largest tensor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,8 +57,11 @@ class InitReport:
     gathered: list[str]
 
 
-def prepare_expansion(config: ModelConfig, model: Any) -> Expansion | None:
+def prepare_expansion(config: ModelConfig, model: Any, classes: Sequence[str] | None = None) -> Expansion | None:
     """Plan what ``model.initial_learngene`` asks for, and check it against ``model``. A collective.
+
+    Args:
+        classes: names of the model's labels; others than the learngene's, or in another order, give a fresh head.
 
     Returns:
         None where the run starts from no learngene.
@@ -75,7 +78,7 @@ def prepare_expansion(config: ModelConfig, model: Any) -> Expansion | None:
             raise ValueError(f"model.initial_learngene: {config.name} is not one of our models (sws_...)")
         layers = expansion_plan(header.info.kwargs["schedule"], len(model.blocks), config.plan)
         try:
-            mapping = map_weights(header.info, header.shapes, model, layers)
+            mapping = map_weights(header.info, header.shapes, model, layers, classes)
         except ValueError as error:
             raise ValueError(f"model.initial_learngene {path}: {error}") from None
     return Expansion(path, header, mode, mapping)
@@ -135,7 +138,8 @@ def log_expansion(expansion: Expansion, report: InitReport, num_classes: int) ->
     if mapping.dropped:
         log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
     if mapping.fresh:
-        log.info("the head is new: %d classes, the learngene knows %d", num_classes, known)
+        other = "" if num_classes != known else " of other names, or in another order"
+        log.info("the head is new: %d classes, the learngene knows %d%s", num_classes, known, other)
     how = "read by this rank" if expansion.mode == "read" else "broadcast by rank 0"
     log.info("%s of the learngene %s", format_bytes(report.num_bytes), how)
     if report.gathered:

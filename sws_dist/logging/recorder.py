@@ -44,7 +44,7 @@ class Recorder:
         self._output = output
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         _forget_later_steps(output / "log.jsonl", first_step, is_evaluated)
-        self._log = (output / "log.jsonl").open("a")
+        self._log = (output / "log.jsonl").open("a", encoding="utf-8")
         show_bar = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # not under --quiet
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not show_bar, leave=False)
 
@@ -107,7 +107,7 @@ def _forget_later_steps(file: Path, step: int, is_evaluated: bool) -> None:
     """Remove from ``log.jsonl`` what will be written again, and the half of a line that a kill may have left."""
     if not file.is_file():
         return
-    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _is_kept(line, step, is_evaluated)]
     if kept != lines:
         atomic_write_text(file, "".join(kept))

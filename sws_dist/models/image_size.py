@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
+
+from sws_dist.models.vit import timm_config
 
 
 def image_size_arguments(name: str, image_size: int) -> dict[str, int]:
@@ -13,8 +14,11 @@ def image_size_arguments(name: str, image_size: int) -> dict[str, int]:
 
     Args:
         image_size: height and width in pixels.
+
+    Raises:
+        ValueError: timm does not know the model.
     """
-    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None  # create_model refuses unknown names
+    about = timm_config(name)
     return {"img_size": image_size} if about is not None and about.fixed_input_size else {}
 
 
@@ -29,7 +33,7 @@ def require_image_size(model: Any, what: str, image_size: int) -> None:
     Raises:
         ValueError: the model takes no images of this size; the message says which it is made for.
     """
-    parameter, was_training = next(model.parameters()), model.training
+    parameter, modes = next(model.parameters()), {module: module.training for module in model.modules()}
     channels = getattr(model, "in_chans", None) or 3
     image = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
     try:
@@ -41,4 +45,6 @@ def require_image_size(model: Any, what: str, image_size: int) -> None:
             f"{what} takes no images of {image_size} x {image_size} pixels ({error or type(error).__name__}){hint}"
         ) from None
     finally:
-        model.train(was_training)
+        model.train(modes[model])  # some models drop here what they have computed for evaluation
+        for module, mode in modes.items():
+            module.training = mode

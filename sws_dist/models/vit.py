@@ -225,13 +225,26 @@ def create_model(name: str, **kwargs: Any) -> Any:
     >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
     (3, torch.Size([2, 10]))
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:8]}*")[:5]
-        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    timm_config(name)  # an unknown name is an error
     try:
         return timm.create_model(name, pretrained=False, **kwargs)
     except Exception as error:  # constructors raise a dozen types at an argument that they cannot use
         raise ValueError(f"model {name}: {str(error) or type(error).__name__} ({kwargs})") from None
+
+
+def timm_config(name: str) -> Any:
+    """Return what timm knows of a model (its ``PretrainedCfg``): input size, normalisation, names of its classifiers.
+
+    Raises:
+        ValueError: naming the model that timm does not know, and near ones.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:8]}*")[:5]
+        raise ValueError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag after the name's dot
+        raise ValueError(f"model {name}: {error}") from None
 
 
 def _build_variant(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:

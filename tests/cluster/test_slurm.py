@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sws_dist.config.paths import escape_path, expand_path
 from tests.cluster.hosts import require, tail, wait_until
 from tests.cluster.slurm import PROGRAMS, Slurm
 from tests.launching import BIN, Job, log
@@ -222,3 +223,41 @@ def test_every_launcher_leads_to_the_same_world(slurm: Slurm, tmp_path: Path) ->
     for name in ("deepspeed slurm", "deepspeed", "torchrun"):
         assert "2 nodes x 1 rank(s): [(0, 0), (1, 0)]" in said[name], f"{name}: {said[name]}"
     assert "error: this run has 1 node(s) and 1 rank(s), but 2 and 4 were promised by SLURM" in said["python"]
+
+
+def test_strange_paths_survive(slurm: Slurm, tmp_path: Path) -> None:
+    """In the script, in the log's name, and in what the ranks are given; the program's path has a space too."""
+    folder = tmp_path / ("a b  #1 50% %j $HOME 'q' \"d\" Bär;&()")
+    program = folder / "my venv" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\nprintf "[%s]\\n" "$@"\n')
+    program.chmod(0o755)
+    checkpoint = folder / "model.safetensors"
+    checkpoint.touch()
+    options = ["--data", escape_path(folder / "val"), "--python", program, "--cpus-per-task", "1", "--time", "5"]
+    command = [
+        sys.executable,
+        "launcher/submit.py",
+        "evaluate",
+        "--checkpoint",
+        escape_path(checkpoint),
+        "--parsable",
+        *options,
+    ]
+    number = slurm.run(*command).strip()
+    wait_until(lambda: slurm.state(number) == "COMPLETED", 60, lambda: str(slurm.show(number)))
+    (kept,) = folder.glob("jobs/*-evaluate")
+    words = (kept / f"{number}.out").read_text().splitlines()
+    assert words[:2] == ["[-u]", f"[{kept}/code/launcher/evaluate.py]"]
+    assert [expand_path(word[1:-1]) for word in words[2::2]] == ["--checkpoint", "--data", "--json"]
+    scores = folder / "model.scores.json"
+    assert [expand_path(word[1:-1]) for word in words[3::2]] == [str(checkpoint), str(folder / "val"), str(scores)]
+
+
+def test_a_shell_of_salloc_runs_single_processes(slurm: Slurm) -> None:
+    """Of two nodes, and in a step that srun opens there with both tasks."""
+    say = f"{sys.executable} tests/cluster/print_world.py"
+    said = slurm.run("salloc", "--nodes=2", "--ntasks=2", "bash", "-c", f"{say} 2>&1; srun {say} 2>&1", timeout_s=200)
+    assert "1 rank: [(0, 0)]" in said
+    assert "has 2 node(s) and 2 task(s), this run uses 1 and 1; srun before the command" in said
+    assert "2 nodes x 1 rank(s): [(0, 0), (1, 0)]" in said

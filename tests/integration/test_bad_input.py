@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -208,3 +209,12 @@ def test_write_error_in_the_middle_leaves_the_last_checkpoint(job: Job, tmp_path
     assert [path.name for path in job.output.glob("checkpoints/step-*")] == ["step-00000005"]
     again = runs.train(Job(job.config, job.output, PLAIN, {"train.max_steps": 10}, resume="auto"), ranks=1)
     assert "from step 5" in again.stdout, again.stdout
+
+
+def test_a_port_that_another_program_has(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        assert message(train_alone(job)).startswith(
+            f"error: port {port} of {socket.gethostname()}, where the ranks are"
+        )

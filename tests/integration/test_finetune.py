@@ -117,7 +117,7 @@ def test_mistakes_end_in_one_message(tmp_path: Path, own: Path) -> None:
         ("--from", vit, *model, "--data", tmp_path / "one"): "holds one class (only); at least two are needed",
         ("--from", vit, *model, "--data", tmp_path / "splits"): "holds training, valid, but no train",
         ("--from", file, "--data", own, "--set", "optim.lrr=1"): "did you mean optim.lr?",
-        ("--from", file, "--data", own, "--val-share", "1.5"): "data.val_share = 1.5",
+        ("--from", file, "--data", own, "--val-share", "nan"): "--val-share nan: expected a share between 0 and 1",
         ("--from", file, "--data", own, "--epochs", "0"): "train.epochs = 0",
     }
     for arguments, message in cases.items():

@@ -152,6 +152,51 @@ def test_a_deepspeed_config_may_be_given_as_its_content() -> None:
         load_deepspeed_config({"zero_optimisation": {"stage": 1}})
 
 
+def test_options_that_are_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell expands ``--config ~/x``, and not ``--config=~/x`` nor what is in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("epochs: 1")
+    for written in ("~/mine.yaml", "$RUNS/mine.yaml", "${RUNS}/mine.yaml"):
+        said = sws("train", f"--config={written}", "--deepspeed_config", "zero2", code=1).stderr
+        assert f"{tmp_path}/mine.yaml:1: unknown key epochs; did you mean train.epochs?\n" in said
+    said = sws("report", "--runs", "$NOWHERE/x", code=2).stderr
+    assert "argument --runs: $NOWHERE/x: the environment variable NOWHERE is not set" in said
+    said = sws("train", "--resume", "~nobody-here", "--config=x", "--deepspeed_config=zero2", code=2).stderr
+    assert "argument --resume: ~nobody-here: there is no home folder of ~nobody-here" in said
+
+
+@pytest.mark.parametrize("stray", [{"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}])
+def test_a_stray_rank_does_not_silence_a_command_of_one_process(
+    digits_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stray: dict[str, str]
+) -> None:
+    for name, value in stray.items():
+        monkeypatch.setenv(name, value)
+    found = tmp_path / "found.json"
+    scan = [sys.executable, "launcher/scan.py", "--data", str(digits_root / "val"), "--json", str(found)]
+    done = subprocess.run(scan, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert "355" in done.stdout
+    said = sws("submit", "auxiliary", "--config=auxiliary_small", "--deepspeed_config=zero2", "--time=1", "--dry-run")
+    assert said.stdout.startswith("#!/bin/bash\n")
+    assert "error: " in sws("report", "--runs", str(tmp_path), code=1).stderr
+
+
+def test_the_current_folder_may_be_scanned(digits_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = [sys.executable, str(REPOSITORY / "launcher" / "scan.py"), "--data", ".", "--json", str(tmp_path / "f.json")]
+    for folder, prefix in ((digits_root, 1797), (digits_root / "val", 355)):
+        done = subprocess.run(scan, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f'"images": {prefix}' in (tmp_path / "f.json").read_text()
+    assert (digits_root / "val.manifest.jsonl").is_file()
+
+
+def test_a_name_that_the_locale_cannot_write_is_shown_escaped(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    program = "from sws_dist.cli.common import *; setup_console(); log.info('Bär'); print_result('\\u56fe')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "B\\xe4r\n\\u56fe\n", done.stderr
+
+
 def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert in_checkout()
@@ -159,6 +204,7 @@ def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monke
     assert Path(here[here.index("--config") + 1]).is_file()
     assert Path(here[here.index("--deepspeed_config") + 1]).is_file()
     assert "launcher/train.py" in here
+    assert here[:3] == ("python", "-m", "deepspeed.launcher.runner")  # its script fails where a path has a space
     monkeypatch.chdir(tmp_path)
     away = train_command("", "teacher", Path("runs/teacher"), 0).words
     assert away[away.index("--module") + 1] == "sws_dist.cli.train"

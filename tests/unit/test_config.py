@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sws_dist.config.loader import config_to_yaml, load_config, valid_keys
 from sws_dist.config.paths import escape_path
@@ -170,6 +171,9 @@ def test_unreadable_files(tmp_path: Path, file: Path) -> None:
         (b"output: a: b\n", 1, "not valid YAML: mapping values are not allowed here"),
         (b"output: x\n---\noutput: y\n", 2, "expected a single document in the stream"),
         (b"output: !!int x\n", None, "not valid YAML: invalid literal for int"),
+        (b"output: !!bool x\n", None, "not valid YAML: 'x'"),
+        (b"output: !!int {a: 1}\n", 1, "not valid YAML: expected a scalar node"),
+        (b"output: x\ntrain: !!set {a}\n", 2, "could not determine a constructor for the tag"),
         (b"- a list\n", None, "expected a mapping of keys (output, model, data, ...), found list"),
         (b"", None, "expected a mapping of keys (output, model, data, ...), found an empty file"),
         (b"# nothing\n", None, "found an empty file"),
@@ -254,35 +258,36 @@ def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 STRANGE = [
-    "a b",
-    "a #b",
-    "a: b",
-    "50%",
-    "a$b",
-    "$HOME",
-    "~",
-    "~x",
-    "'a'",
-    '"',
-    "Bär 图",
-    "[a",
-    "{a}",
-    "a\\b",
-    "2026",
-    "yes",
+    *("a b", " a ", "a #b", "a: b", "50%", "a$b", "$HOME", "~", "~x", "'a'", '"', "Bär 图", "[a", "{a}", "a\\b", "-"),
+    *(
+        "2026",
+        "1e3",
+        "010",
+        "1:30",
+        "2026-01-01",
+        "yes",
+        "no",
+        "null",
+        "true",
+        ".inf",
+        "=",
+        "<<",
+        "? a",
+        "!!str a",
+        ".",
+    ),
 ]
 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_paths_survive(file: Path, tmp_path: Path, name: str) -> None:
     """In an override, and in the config that a run writes beside its checkpoints and a job reads again."""
-    path = f"{tmp_path}/{name}"
-    run = load_config(file, [f"data.root={escape_path(path)}"])
-    assert run.data.root == path
-    (tmp_path / "again.yaml").write_text(config_to_yaml(run))
-    assert load_config(tmp_path / "again.yaml") == run
-    relative = load_config(file, [f"data.root={escape_path(name)}"]) if "'" not in name else run
-    assert Path(relative.data.root).name == name
+    for path in (f"{tmp_path}/{name}", name):
+        run = load_config(file, [f"data.root={escape_path(path)}"])
+        assert os.path.abspath(run.data.root) == os.path.abspath(path)
+        (tmp_path / "again.yaml").write_text(config_to_yaml(run))
+        assert load_config(tmp_path / "again.yaml") == run
+        assert yaml.safe_load(config_to_yaml(run))["data"]["root"] == escape_path(run.data.root)
 
 
 def test_a_path_that_is_not_unicode_is_refused(file: Path) -> None:

@@ -97,7 +97,12 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: RunConfig) -
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "optim.name=cpu_adam"),
         ('{"bf16": {}, "bf16": {}}', "'bf16' appears twice"),
-        ("{", "not valid JSON"),
+        ("{", "ds.json:1: not valid JSON: Expecting property name"),
+        ('{"bf16": {},\n\n}', "ds.json:3: not valid JSON: a comma before the closing bracket"),
+        ('{"bf16": [1, 2,]}', "ds.json:1: not valid JSON: a comma before the closing bracket"),
+        ('{\n"bf16": {} // mine\n}', "ds.json:2: not valid JSON: Expecting ',' delimiter"),
+        ("", "ds.json:1: not valid JSON: the file is empty"),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
         ("[]", "expected a JSON object"),
     ],
 )
@@ -122,6 +127,16 @@ def test_models_that_cannot_be_run_so(
     with pytest.raises(ConfigError) as caught:
         resolve(tmp_path, run, ds)
     assert said in str(caught.value)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_bytes(b'\xef\xbb\xbf{"bf16": {"enabled": true}}')
+    assert load_deepspeed_config(tmp_path / "ds.json")["bf16"] == {"enabled": True}
+    (tmp_path / "ds.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"ds\.json: not UTF-8 text \(byte 0 is 0xff\)"):
+        load_deepspeed_config(tmp_path / "ds.json")
+    with pytest.raises(ConfigError, match="it is a folder"):
+        load_deepspeed_config(tmp_path)
 
 
 def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: RunConfig) -> None:

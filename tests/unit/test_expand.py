@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.checkpoint.model_file import ModelInfo
-from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.expand import expand_learngene, map_weights
 from sws_dist.learngene.file import describe_model
 from sws_dist.learngene.plan import expansion_plan, parse_plan
 from sws_dist.models import create_model
@@ -132,6 +133,19 @@ def test_other_labels_get_a_fresh_head(learngene: Learngene) -> None:
     assert not torch.equal(one["head.weight"], other["head.weight"])
     assert described.provenance["fresh_head"]
     assert described.classes == []
+
+
+def test_the_head_is_fresh_where_the_same_number_of_labels_is_called_otherwise(learngene: Learngene) -> None:
+    info, weights, _ = learngene
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    model = create_model("sws_vit", **(info.kwargs | {"schedule": [1] * 4}), num_classes=10)
+
+    def fresh(info: ModelInfo, classes: str) -> tuple[str, ...]:
+        return map_weights(info, shapes, model, [0, 1, 1, 2], tuple(classes)).fresh
+
+    assert fresh(info, "abcdefghij") == ()
+    assert fresh(info, "jabcdefghi") == fresh(info, "0123456789") == ("head.weight", "head.bias")
+    assert fresh(replace(info, classes=[]), "jabcdefghi") == (), "its names are unknown"
 
 
 def test_another_image_size_resamples_the_position_embedding_as_timm_does(learngene: Learngene) -> None:

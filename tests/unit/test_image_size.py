@@ -46,7 +46,10 @@ def test_a_student_that_takes_no_such_images() -> None:
 def test_the_check_leaves_a_model_as_it_was() -> None:
     model = create_model("test_resnet").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.layer1.eval()
     require_image_size(model, "it", 64)
-    assert model.training
+    assert (model.training, model.layer1.training, model.layer2.training) == (True, False, True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert image_size_arguments("no_such_model", 64) == {}
+    for name in ("no_such_model", "test_vit.no_such_tag"):
+        with pytest.raises(ValueError, match="no_such"):
+            image_size_arguments(name, 64)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sws_dist.config.paths import expand_path
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ["--config", "configs/runs/auxiliary_small.yaml", "--deepspeed_config", "configs/deepspeed/zero2_bf16.json"]
 
@@ -33,6 +35,29 @@ def test_the_script_says_all_that_was_asked_for(tmp_path: Path) -> None:
     assert 'on_every_rank train.py "$@" --resume auto' in text
     assert not (tmp_path / "run").exists()
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_paths_survive_into_the_script(tmp_path: Path) -> None:
+    """What the shell, sbatch and a config would read otherwise; tests/cluster asks a real SLURM."""
+    folder = tmp_path / "a b #1 50% $HOME 'q' \"d\""
+    output = f"output={str(folder).replace('$', '$$')}"
+    python = tmp_path / "my venv" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    text = submit("auxiliary", *TRAIN, "--gpus-per-node", "8", "--set", output, "--python", str(python), "--dry-run")
+    (logs,) = re.findall(r'#SBATCH --output="(.*)/%j.out"\n', text)
+    assert re.match(r".*/a b #1 50%% \$HOME 'q' \\\"d\\\"/jobs/", logs)
+    header, _, _ = text.partition("set -euo pipefail")
+    probe = f'{header}\neval "PYTHON=($PYTHON)"; printf "%s\\n" "${{PYTHON[@]}}" "$CODE" "$@"'
+    words = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True).stdout.splitlines()
+    job = words[1].removesuffix("/code")
+    assert words[:2] == [str(python), f"{job}/code"]
+    assert Path(job).parent == folder / "jobs"
+    assert expand_path(words[3]) == f"{job}/config.yaml"
+    container = submit(
+        "auxiliary", *TRAIN, "--gpus-per-node", "8", "--python", "apptainer exec x.sif python", "--dry-run"
+    )
+    assert "PYTHON='apptainer exec x.sif python'\n" in container
 
 
 def test_shipped_configs_may_be_named(tmp_path: Path) -> None:
