@@ -28,9 +28,12 @@ from sws_dist.cli.common import (
     add_deepspeed_option,
     add_local_rank_option,
     make_parser,
+    number,
     parse_args,
     print_result,
+    whole_number,
 )
+from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
 from sws_dist.errors import ConfigError
@@ -56,16 +59,25 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders, or of train/ and val/")
     parser.add_argument("--model", help="the timm model that the weights are of (default: what the file says)")
-    parser.add_argument("--depth", type=int, help="layers that a learngene is expanded to (default: as it was trained)")
     parser.add_argument(
-        "--val-share", type=float, default=0.1, help="share of each class that is held out without val/ (default 0.1)"
+        "--depth",
+        type=whole_number(1, MAX_LAYERS),
+        help="layers that a learngene is expanded to (default: as it was trained)",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=number(0.001, 0.999),
+        default=0.1,
+        help="share of each class that is held out without val/ (default 0.1)",
     )
     parser.add_argument("--output", help="the run's folder (default: runs/finetune/NAME, called as the data)")
-    parser.add_argument("--epochs", type=int, help="passes over the training images")
-    parser.add_argument("--lr", type=float, help="highest learning rate (default 2e-4)")
-    parser.add_argument("--batch", type=int, help=f"images in a step, over all ranks (default: {BATCH}, or fewer)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the weights')")
-    parser.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
+    parser.add_argument("--epochs", type=whole_number(1, 1_000_000), help="passes over the training images")
+    parser.add_argument("--lr", type=number(1e-12, 1000), help="highest learning rate (default 2e-4)")
+    parser.add_argument(
+        "--batch", type=whole_number(), help=f"images in a step, over all ranks (default: {BATCH}, or fewer)"
+    )
+    parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the weights')")
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the run (default 0)")
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights, where the file has others too")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train")
     parser.add_argument(

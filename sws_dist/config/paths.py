@@ -21,13 +21,15 @@ def expand_path(text: str) -> str:
     variable, and ``$$`` a dollar sign. Anything else stays as it is.
 
     Raises:
-        ConfigError: a variable that is not set or empty, or a user without a home folder.
+        ConfigError: a variable that is not set or empty, a user without a home folder, or a null byte.
 
     >>> import os
     >>> os.environ["DATA"] = "/data"
     >>> expand_path("${DATA}/image$$net")
     '/data/image$net'
     """
+    if "\0" in text:
+        raise ConfigError(f"{text!r}: a path cannot hold a null byte")
     first, slash, rest = text.partition("/")
     home = os.path.expanduser(first)
     if first.startswith("~") and home == first:

@@ -395,6 +395,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sws_dist.api, "train", lambda *_, **__: None)
     monkeypatch.setattr(quickstart, "perform", lambda command: None)
     monkeypatch.setattr("sws_dist.cli.train.install_handlers", lambda: None)
+    monkeypatch.setattr("sws_dist.cli.finetune.install_handlers", lambda: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
     logger, environment = logging.getLogger("sws_dist"), dict(os.environ)
     before = list(logger.handlers), logger.level, logger.propagate
@@ -409,6 +410,7 @@ SHORT_WORDS = ["even", "3,3", "1,1", "0,1,1", "output=x", "train.seed=-1", "trai
 COMPLETE = {
     "train": "--config quickstart/auxiliary --deepspeed_config zero2",
     "expand": "--learngene gene.safetensors --depth 3 --out out.safetensors",
+    "finetune": "--from gene.safetensors --data digits/train --output out",
     "evaluate": "--checkpoint gene.safetensors --data digits/val --num-threads 1",
     "convert": "--out out.safetensors",
     "scan": "--data one",
