@@ -88,7 +88,12 @@ def is_safetensors(path: str | Path) -> bool:
     """Return True unless a file begins as PyTorch's do: a zip archive, or a pickle before PyTorch 1.6."""
     with Path(path).open("rb") as file:
         head = file.read(9)
-    return head[8:] == b"{" or not head.startswith((b"PK", b"\x80"))
+    return _begins_like_safetensors(head) or not head.startswith((b"PK", b"\x80"))
+
+
+def _begins_like_safetensors(head: bytes) -> bool:
+    """Return True if the length of a header (of 100 MB at most, says the format) comes first, then JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
 def require_weights(path: str | Path) -> None:
@@ -103,7 +108,9 @@ def require_weights(path: str | Path) -> None:
         raise ValueError(f"{path}: no such file")
     with path.open("rb") as file:
         head = file.read(512)
-    problem = _what_else(head) or ("a NumPy archive (JAX weights)" if _is_numpy_archive(path, head) else None)
+    if _begins_like_safetensors(head):  # its length may look like the mark of any archive
+        return
+    problem = _what_else(head) or (_what_else_zipped(path) if head.startswith(b"PK") else None)
     if problem is not None:
         raise ValueError(f"{path}: not weights but {problem}")
 
@@ -130,11 +137,17 @@ def _what_else(head: bytes) -> str | None:
     return None
 
 
-def _is_numpy_archive(path: Path, head: bytes) -> bool:
-    if not head.startswith(b"PK") or not zipfile.is_zipfile(path):
-        return False
+def _what_else_zipped(path: Path) -> str | None:
+    """Return what a zip archive is, if that is anything but a PyTorch file of weights."""
+    if not zipfile.is_zipfile(path):
+        return "the beginning of a PyTorch file, cut short; download or copy it again"
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
+        endings = {Path(name).name: Path(name).suffix for name in archive.namelist()}
+    if ".npy" in endings.values():
+        return "a NumPy archive (JAX weights)"
+    if "constants.pkl" in endings:
+        return "a TorchScript program; save the model's state_dict() instead"
+    return None if "data.pkl" in endings else "a zip archive; unpack it first"
 
 
 def _load_pytorch(path: Path) -> Any:
@@ -147,13 +160,7 @@ def _load_pytorch(path: Path) -> Any:
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip and not zipfile.is_zipfile(path):
-        return "cut short: a PyTorch file whose end is missing; download or copy it again"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if "TorchScript" in str(error):
-        return "a TorchScript program, not a dictionary of tensors; save its state_dict() instead"
     if "GLOBAL " in str(error) or "global" in lines[0].lower() or "Unsupported class" in str(error):
         return (
             f"not plain tensors: it holds {_unsafe_objects(path)}, and making such objects can run code. If you trust "

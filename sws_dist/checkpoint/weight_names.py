@@ -163,7 +163,7 @@ def _choose(file: WeightFile, found: Counter[_Place], use_ema: bool) -> _Place:
 
 
 def _log_left_out(file: WeightFile, names: list[str]) -> None:
-    parts = Counter(".".join(name.split(".")[:1]) for name in names)
+    parts = Counter(name.partition(".")[0] for name in names)
     if parts:
         listed = ", ".join(f"{part} ({count} tensors)" if count > 1 else part for part, count in parts.items())
         log.info(f"{file.path}: left out, since the model has no such part: {listed}")

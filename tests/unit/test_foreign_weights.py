@@ -6,6 +6,7 @@ import argparse
 import gzip
 import logging
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,16 @@ def test_what_is_no_weight_file_is_called_what_it_is(tmp_path: Path, content: by
             read(file)
 
 
+@pytest.mark.parametrize("mark", [b"PK", b"\x1f\x8b", b"\x80\x02", b"{ "])
+def test_a_header_whose_length_looks_like_the_mark_of_another_format(tmp_path: Path, mark: bytes) -> None:
+    """The first bytes of a safetensors file are the length of its header: any bytes at all."""
+    length = int.from_bytes(mark, "little")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    groups = read_weight_file(tmp_path / "a.safetensors").groups
+    assert torch.equal(groups[""]["a"], torch.ones(1))
+
+
 def test_folders_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.pth: no such file"):
         read_weight_file(tmp_path / "nowhere.pth")
@@ -381,6 +392,10 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     with pytest.raises(ValueError, match="a TorchScript program"):
         read_weight_file(tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("model.pth", b"weights")
+    with pytest.raises(ValueError, match="not weights but a zip archive; unpack it first"):
+        read_weight_file(tmp_path / "a.zip")
     np.savez(tmp_path / "a.npz", weights=np.ones(3))
     with pytest.raises(ValueError, match="not weights but a NumPy archive"):
         read_weight_file(tmp_path / "a.npz")
