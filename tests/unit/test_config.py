@@ -258,7 +258,7 @@ def test_paths_are_expanded(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 STRANGE = [
-    *("a b", " a ", "a #b", "a: b", "50%", "a$b", "$HOME", "~", "~x", "'a'", '"', "Bär 图", "[a", "{a}", "a\\b", "-"),
+    *("a b", " a ", "a #b", "a: b", "50%", "a$b", "$HOME", "~", "~x", "'a'", '"', "Bär 图", "[a", "{a}", "a\\b", "."),
     *(
         "2026",
         "1e3",
