@@ -22,9 +22,10 @@ from sws_dist.checkpoint.model_file import (
     read_model_info,
 )
 from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
+from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
-from sws_dist.models.flops import forward_flops
+from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
 from sws_dist.models.teacher import Teacher
 
@@ -40,6 +41,11 @@ class ModelParts:
     kernels: str
     """A log message: which code runs the student's stages."""
     flops: Flops
+    elastic: ElasticDepth | None
+    """The depth of each step; None: always the model's own."""
+    eval_repeats: dict[str, tuple[int, ...] | None]
+    """Suffix of a score's name -> repeats of each stage; the model's own come last, with suffix "". None: a model that
+    has no stages."""
     num_parameters: int
     info: ModelInfo
     """Metadata of the run's weight files."""
@@ -49,6 +55,9 @@ class Flops(NamedTuple):
     """Floating-point operations of one forward pass over one image."""
 
     student: int
+    """At the model's own depth."""
+    layer: int
+    """Of one layer more, where the depth is drawn for each step; else 0."""
     teacher: int | None
     """None: torch cannot count the operations of this model."""
 
@@ -69,6 +78,7 @@ def build_models(
         student = build_student(config, len(classes))
     if config.model.initial_checkpoint:
         _load_initial_checkpoint(student, config.model.initial_checkpoint)
+    elastic = _elastic_depth(config, student)
     if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
@@ -79,8 +89,39 @@ def build_models(
     if teacher is not None:
         teacher.to(device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
-    info = _describe_student(config, student, classes, provenance)
-    return ModelParts(student, teacher, kernels, count_flops(config, len(classes)), num_parameters, info)
+    return ModelParts(
+        student=student,
+        teacher=teacher,
+        kernels=kernels,
+        flops=count_flops(config, len(classes)),
+        elastic=elastic,
+        eval_repeats=_eval_repeats(config, student),
+        num_parameters=num_parameters,
+        info=_describe_student(config, student, classes, provenance),
+    )
+
+
+def _elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
+    if config.model.elastic is None:
+        return None
+    _require_shared(student, "model.elastic")
+    return ElasticDepth(config.model.elastic, student.schedule, config.train.seed)
+
+
+def _eval_repeats(config: RunConfig, student: Any) -> dict[str, tuple[int, ...] | None]:
+    """Return what ``ModelParts.eval_repeats`` holds."""
+    if config.train.eval_depths:
+        _require_shared(student, "train.eval_depths")
+    plan = config.model.elastic.plan if config.model.elastic else "even"
+    others = {f"_depth{depth}": stage_repeats(student.schedule, depth, plan) for depth in config.train.eval_depths}
+    return {**others, "": student.schedule if isinstance(student, SWSVisionTransformer) else None}
+
+
+def _require_shared(student: Any, key: str) -> None:
+    if not (isinstance(student, SWSVisionTransformer) and student.is_shared):
+        raise ValueError(
+            f"{key}: only an auxiliary model, whose stages share weights, has a choice of depths; leave it out here"
+        )
 
 
 def _configure_execution(config: ModelConfig, student: Any, device: torch.device, dtype: torch.dtype) -> str:
@@ -133,15 +174,37 @@ def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
     """Count the operations of student and teacher."""
     size = config.data.image_size
+
+    def deeper() -> Any:
+        model = build_student(config, num_classes)
+        model.set_repeats((model.schedule[0] + 1, *model.schedule[1:]))
+        return model
+
     student = forward_flops(lambda: build_student(config, num_classes), size)
+    layer = forward_flops(deeper, size) - student if config.model.elastic else 0
     if config.distill.teacher is None:
-        return Flops(student, 0)
+        return Flops(student, layer, 0)
     name = config.distill.teacher
     info = read_model_info(name) if name.endswith(".safetensors") else None
     try:
-        return Flops(student, forward_flops(info.build if info else lambda: create_model(name), size))
+        return Flops(student, layer, forward_flops(info.build if info else lambda: create_model(name), size))
     except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
-        return Flops(student, None)
+        return Flops(student, layer, None)
+
+
+def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
+    """Return the operations of a whole run, the teacher's among them; None if torch cannot count those.
+
+    With a drawn depth, each step counts the layers that it ran.
+    """
+    if models.flops.teacher is None:
+        return None
+    layers = 0  # more than at the model's own depth, over all steps
+    if models.elastic is not None:
+        own = sum(models.elastic.schedule)
+        layers = sum((depth - own) * count for depth, count in models.elastic.count_steps(total_steps).items())
+    student = total_steps * models.flops.student + layers * models.flops.layer
+    return global_batch * (TRAIN_FACTOR * student + total_steps * models.flops.teacher)
 
 
 def num_layers(model: nn.Module) -> int | None:
@@ -169,6 +232,10 @@ def _describe_student(
         },
     }
     if isinstance(model, SWSVisionTransformer):
+        if model.is_shared:
+            elastic = config.model.elastic
+            own = sum(model.schedule)
+            about["trained_depths"] = [elastic.min_depth, elastic.max_depth] if elastic else [own, own]
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
     return ModelInfo("model", config.model.name, dict(config.model.kwargs), len(classes), **about)
 
