@@ -21,7 +21,7 @@ from sws_dist.checkpoint.model_file import (
     load_weights_strict,
     read_model_info,
 )
-from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
+from sws_dist.config.schema import DataConfig, DistillConfig, ElasticConfig, ModelConfig, RunConfig
 from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
@@ -136,9 +136,23 @@ def _configure_execution(config: ModelConfig, student: Any, device: torch.device
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
         student.set_grad_checkpointing(True)
-    if config.compile:
+    if config.compile and config.elastic is None:
         student.compile()
+    elif config.compile:
+        _compile_stages(student, config.elastic)
     return kernels
+
+
+def _compile_stages(student: Any, elastic: ElasticConfig) -> None:
+    """Compile the stages one by one, so that not each depth of the whole model is another graph.
+
+    The stages share a graph for each repeat count. With drop-path, the rates of a stage's positions, which are other
+    ones at each depth, are part of the graph.
+    """
+    limit = 2 * len(student.blocks) * (elastic.max_depth - elastic.min_depth + 2)  # in training and in evaluation
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for stage in student.blocks:
+        stage.compile()
 
 
 def build_student(config: RunConfig, num_classes: int) -> Any:

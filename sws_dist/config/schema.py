@@ -127,6 +127,12 @@ class ModelConfig:
                 "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
                 "false",
             )
+        if self.cuda_graphs and self.elastic is not None:
+            raise KeyConflictError(
+                "cuda_graphs",
+                "model.cuda_graphs: a graph is captured for one depth, and model.elastic draws another for each step; "
+                "set model.cuda_graphs to false",
+            )
         return self
 
 
