@@ -136,10 +136,10 @@ def _configure_execution(config: ModelConfig, student: Any, device: torch.device
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
         student.set_grad_checkpointing(True)
-    if config.compile and config.elastic is None:
-        student.compile()
-    elif config.compile:
+    if config.compile and config.elastic is not None:
         _compile_stages(student, config.elastic)
+    elif config.compile:
+        student.compile()
     return kernels
 
 
