@@ -74,9 +74,9 @@ def _default(value: ast.expr | None, constants: dict[str, ast.expr]) -> str:
     """Return a field's default as source; a constant's value instead of its name."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field":
         given = {keyword.arg: keyword.value for keyword in value.keywords}
-        if "default" not in given:
-            return "{}"  # default_factory=dict
-        value = given["default"]
+        if "default_factory" in given:
+            return "{}"  # dict is the only one
+        value = given.get("default")
     if value is None:
         return "required"
     source = ast.unparse(value)

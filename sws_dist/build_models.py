@@ -14,10 +14,11 @@ from torch import nn
 
 from sws_dist.checkpoint.load_model import load_initial_weights, load_model
 from sws_dist.checkpoint.model_file import ModelInfo, is_described, read_model_info
-from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
+from sws_dist.config.schema import DataConfig, DistillConfig, ElasticConfig, ModelConfig, RunConfig
+from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
-from sws_dist.models.flops import forward_flops
+from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
 from sws_dist.models.image_size import image_size_arguments, require_image_size
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
 from sws_dist.models.teacher import Teacher
@@ -34,6 +35,11 @@ class ModelParts:
     kernels: str
     """A log message: which code runs the student's stages."""
     flops: Flops
+    elastic: ElasticDepth | None
+    """The depth of each step; None: always the model's own."""
+    eval_repeats: dict[str, tuple[int, ...] | None]
+    """Suffix of a score's name -> repeats of each stage; the model's own come last, with suffix "". None: a model that
+    has no stages."""
     num_parameters: int
     info: ModelInfo
     """Metadata of the run's weight files."""
@@ -43,6 +49,9 @@ class Flops(NamedTuple):
     """Floating-point operations of one forward pass over one image."""
 
     student: int
+    """At the model's own depth."""
+    layer: int
+    """Of one layer more, where the depth is drawn for each step; else 0."""
     teacher: int | None
     """None: torch cannot count the operations of this model."""
 
@@ -65,6 +74,7 @@ def build_models(
         _load_initial_checkpoint(student, config, classes)
     if not config.model.initial_learngene:  # on the meta device nothing can run; our models are built for their images
         require_image_size(student, f"model.name {config.model.name}", config.data.image_size)
+    elastic = _elastic_depth(config, student)
     if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
@@ -75,8 +85,43 @@ def build_models(
     if teacher is not None:
         teacher.to(device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
-    info = _describe_student(config, student, classes, provenance)
-    return ModelParts(student, teacher, kernels, count_flops(config, len(classes)), num_parameters, info)
+    return ModelParts(
+        student=student,
+        teacher=teacher,
+        kernels=kernels,
+        flops=count_flops(config, len(classes)),
+        elastic=elastic,
+        eval_repeats=_eval_repeats(config, student),
+        num_parameters=num_parameters,
+        info=_describe_student(config, student, classes, provenance),
+    )
+
+
+def _elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
+    if config.model.elastic is None:
+        return None
+    _require_shared(student, "model.elastic")
+    return ElasticDepth(config.model.elastic, student.schedule, config.train.seed)
+
+
+def _eval_repeats(config: RunConfig, student: Any) -> dict[str, tuple[int, ...] | None]:
+    """Return what ``ModelParts.eval_repeats`` holds."""
+    if not config.train.eval_depths:
+        return {"": student.schedule if isinstance(student, SWSVisionTransformer) else None}
+    _require_shared(student, "train.eval_depths")
+    plan = config.model.elastic.plan if config.model.elastic else "even"
+    repeats = {depth: stage_repeats(student.schedule, depth, plan) for depth in config.train.eval_depths}
+    for depth, found in repeats.items():
+        if min(found) < 1:
+            raise ValueError(f"train.eval_depths {depth}: the {len(found)} stages need a layer each")
+    return {**{f"_depth{depth}": found for depth, found in repeats.items()}, "": student.schedule}
+
+
+def _require_shared(student: Any, key: str) -> None:
+    if not (isinstance(student, SWSVisionTransformer) and student.is_shared):
+        raise ValueError(
+            f"{key}: only an auxiliary model, whose stages share weights, has a choice of depths; leave it out here"
+        )
 
 
 def _configure_execution(config: ModelConfig, student: Any, device: torch.device, dtype: torch.dtype) -> str:
@@ -91,9 +136,23 @@ def _configure_execution(config: ModelConfig, student: Any, device: torch.device
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
         student.set_grad_checkpointing(True)
-    if config.compile:
+    if config.compile and config.elastic is not None:
+        _compile_stages(student, config.elastic)
+    elif config.compile:
         student.compile()
     return kernels
+
+
+def _compile_stages(student: Any, elastic: ElasticConfig) -> None:
+    """Compile the stages one by one, so that not each depth of the whole model is another graph.
+
+    The stages share a graph for each repeat count. With drop-path, the rates of a stage's positions, which are other
+    ones at each depth, are part of the graph.
+    """
+    limit = 2 * len(student.blocks) * (elastic.max_depth - elastic.min_depth + 2)  # in training and in evaluation
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for stage in student.blocks:
+        stage.compile()
 
 
 def build_student(config: RunConfig, num_classes: int) -> Any:
@@ -131,17 +190,40 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
     """Count the operations of student and teacher."""
     size = config.data.image_size
+
+    def deeper() -> Any:
+        model = build_student(config, num_classes)
+        model.set_repeats((model.schedule[0] + 1, *model.schedule[1:]))
+        return model
+
     student = forward_flops(lambda: build_student(config, num_classes), size)
+    layer = forward_flops(deeper, size) - student if config.model.elastic else 0
     if config.distill.teacher is None:
-        return Flops(student, 0)
+        return Flops(student, layer, 0)
     name = config.distill.teacher
     info = read_model_info(name) if _is_file(name) else None
     model = info.name if info else name
     sized = image_size_arguments(model, size)
     try:
-        return Flops(student, forward_flops(lambda: info.build(**sized) if info else create_model(name, **sized), size))
+        teacher = forward_flops(lambda: info.build(**sized) if info else create_model(name, **sized), size)
+        return Flops(student, layer, teacher)
     except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
-        return Flops(student, None)
+        return Flops(student, layer, None)
+
+
+def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
+    """Return the operations of a whole run, the teacher's among them; None if torch cannot count those.
+
+    With a drawn depth, each step counts the layers that it ran.
+    """
+    if models.flops.teacher is None:
+        return None
+    layers = 0  # more than at the model's own depth, over all steps
+    if models.elastic is not None:
+        own = sum(models.elastic.schedule)
+        layers = sum((depth - own) * count for depth, count in models.elastic.count_steps(total_steps).items())
+    student = total_steps * models.flops.student + layers * models.flops.layer
+    return global_batch * (TRAIN_FACTOR * student + total_steps * models.flops.teacher)
 
 
 def num_layers(model: nn.Module) -> int | None:
@@ -169,6 +251,10 @@ def _describe_student(
         },
     }
     if isinstance(model, SWSVisionTransformer):
+        if model.is_shared:
+            elastic = config.model.elastic
+            own = sum(model.schedule)
+            about["trained_depths"] = [elastic.min_depth, elastic.max_depth] if elastic else [own, own]
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
     return ModelInfo("model", config.model.name, _model_arguments(config), len(classes), **about)
 

@@ -18,24 +18,22 @@ import torch
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.build import RunParts, describe_stream
-from sws_dist.build_models import num_layers
+from sws_dist.build_models import num_layers, training_flops
 from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
 from sws_dist.data import pipeline, sampler
-from sws_dist.data.bad_images import BadImages
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.signals import deferred_signals
-from sws_dist.distributed.step_sync import StepStatus, StepSync, StopAwareIterator
+from sws_dist.distributed.step_sync import StepStatus, StepSync
 from sws_dist.distributed.step_timer import DATA, LOG
 from sws_dist.errors import RunError, Stopped
 from sws_dist.logging.images import log_first_batch
 from sws_dist.logging.startup import RunHeader, log_run_header
 from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
-from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.losses import LossParts
 from sws_dist.run_dir import write_configs
-from sws_dist.scoring import Scores, score_batches
+from sws_dist.validation import OWN, log_bad_images, score_run
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
 
 log = logging.getLogger(__name__)
@@ -115,6 +113,9 @@ class Trainer:
         losses: list[LossParts] = []
         seen = []
         parts.nonfinite.before_step(engine.module)
+        if parts.models.elastic is not None:
+            elastic = parts.models.elastic
+            parts.models.student.set_repeats(elastic.repeats(elastic.draw(self.step)))
         for group in engine.optimizer.param_groups:
             group["lr"] = parts.lr_schedule(self.step)
         for _ in range(engine.gradient_accumulation_steps()):
@@ -174,44 +175,27 @@ class Trainer:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
     def _evaluate(self) -> float | None:
-        """Score the weights, and their average where one is kept.
+        """Score the weights, and log the scores.
 
         Returns:
-            The weights' top-1, or None if the run was told to stop meanwhile.
+            The weights' top-1 at the model's own depth, or None if the run was told to stop meanwhile.
         """
-        average_buffers(self.parts.engine.module)
-        found = {"val": self._score()}
-        if self.parts.ema is not None and found["val"] is not None:
-            with self.parts.ema.applied():
-                found["val_ema"] = self._score()
-        scores = {group: s for group, s in found.items() if s is not None}
-        if len(scores) < len(found):
+        scores = score_run(self.parts)
+        if scores is None:
             return None
         values = {
             f"{group}/{name}": getattr(s, name) for group, s in scores.items() for name in ("top1", "top5", "loss")
         }
-        epoch, val = self._num_epochs(self.step), scores["val"]
+        epoch, val = self._num_epochs(self.step), scores[OWN]
         self.parts.recorder.scalars(self.step, values)
         self.history.append({"epoch": epoch, "step": self.step, "seconds": self._elapsed_s(), **values})
         self.best_top1 = max(val.top1, self.best_top1 or 0.0)
-        averaged = f"  averaged {100 * scores['val_ema'].top1:.2f} %" if "val_ema" in scores else ""
+        others = "".join(f"  {group} {100 * s.top1:.2f} %" for group, s in scores.items() if group != OWN)
         log.info(
             f"epoch {epoch}/{self.parts.config.train.epochs}  step {self.step}/{self.parts.total_steps}  "
-            f"val top-1 {100 * val.top1:.2f} %{averaged}  loss {val.loss:.4f}  ({val.images} images)"
+            f"val top-1 {100 * val.top1:.2f} %  loss {val.loss:.4f}  ({val.images} images){others}"
         )
         return val.top1
-
-    def _score(self) -> Scores | None:
-        """Score what the model holds. Returns None if the run was told to stop meanwhile."""
-        parts = self.parts
-        parts.engine.eval()
-        parts.data.bad_val.clear()
-        batches = StopAwareIterator(parts.data.val_loader, parts.world.device, parts.heartbeat.tick)
-        with parts.heartbeat.phase("evaluating"):
-            scores = score_batches(parts.engine, batches, parts.dtype)
-        self._report_bad_images(parts.data.bad_val, 0, len(parts.data.val))
-        parts.engine.train()
-        return None if batches.stop_requested else scores
 
     def _save(self, epoch: int, top1: float | None) -> None:
         parts = self.parts
@@ -275,7 +259,7 @@ class Trainer:
 
     def _results(self) -> dict[str, Any]:
         """Return what ``metrics.json`` holds."""
-        parts, train, flops = self.parts, self.parts.config.train, self.parts.models.flops
+        parts, train, models = self.parts, self.parts.config.train, self.parts.models
         num_images, last = parts.total_steps * train.global_batch, self.history[-1]
         return {
             "model": parts.config.model.name,
@@ -293,9 +277,9 @@ class Trainer:
             "validation_images": len(parts.data.val),
             "seconds": self._elapsed_s(),
             "rank_seconds": round(self._elapsed_s() * parts.world.size, 3),
-            "flops_forward": flops.student,
-            "flops_teacher": flops.teacher,
-            "flops": None if flops.teacher is None else num_images * (TRAIN_FACTOR * flops.student + flops.teacher),
+            "flops_forward": models.flops.student,
+            "flops_teacher": models.flops.teacher,
+            "flops": training_flops(models, parts.total_steps, train.global_batch),
             **describe_layout(parts.engine, parts.world),
             **parts.provenance,
         }
@@ -331,7 +315,7 @@ class Trainer:
         with parts.heartbeat.phase(LOG):
             means = self._window.means()
             epoch = (self.step * parts.config.train.global_batch - 1) // parts.data.order.epoch_size
-            self._report_bad_images(parts.data.bad_train, epoch, parts.data.order.epoch_size)
+            log_bad_images(parts, parts.data.bad_train, epoch, parts.data.order.epoch_size)
             if means is None:
                 return
             grad_norm = self._result.grad_norm
@@ -346,12 +330,6 @@ class Trainer:
             )
             log_progress(parts.recorder, means, now, parts.world.device)
             self._window.reset()
-
-    def _report_bad_images(self, bad: BadImages, epoch: int, epoch_size: int) -> None:
-        """Log what could not be read since the last call; RunError on all ranks if it is too much. A collective."""
-        parts = self.parts
-        for line in bad.exchange(parts.world.device, epoch, epoch_size, parts.config.data.max_bad_share):
-            log.warning(line)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,29 @@ def _require_each(key: str, dotted: str, values: Sequence[float], least: float, 
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ElasticConfig:
+    """The depths at which an auxiliary model is trained; each step draws one."""
+
+    min_depth: int = Field(ge=1, le=MAX_LAYERS)
+    """The smallest depth. Every stage has to have a layer, so it is at least the number of stages."""
+    max_depth: int = Field(ge=1, le=MAX_LAYERS)
+    """The largest depth."""
+    rule: Literal["uniform", "sandwich"] = "uniform"
+    """Draw every depth equally often (``uniform``), or take the smallest, the largest and a random one in turn
+    (``sandwich``)."""
+    plan: Literal["even", "proportional"] = "even"
+    """The layers that each stage has at a drawn depth, as ``sws expand --plan`` takes them."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ElasticConfig:
+        if self.min_depth > self.max_depth:
+            raise KeyConflictError(
+                "max_depth", f"model.elastic: min_depth {self.min_depth} is above max_depth {self.max_depth}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """The model that is trained, and what it starts from."""
 
@@ -70,6 +93,9 @@ class ModelConfig:
     """Layers of a descendant (``sws_des_*``)."""
     schedule: tuple[int, ...] | None = None
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
+    elastic: ElasticConfig | None = None
+    """Train an auxiliary model at many depths, so that descendants of all of them are good before any fine-tuning; null
+    trains it at its own depth alone, as the paper does."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Drop-path rate (stochastic depth) at the last position; it grows linearly from 0 at the first."""
     grad_checkpointing: MayChange[bool] = False
@@ -135,6 +161,12 @@ class ModelConfig:
                 "cuda_graphs",
                 "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
                 "false",
+            )
+        if self.cuda_graphs and self.elastic is not None:
+            raise KeyConflictError(
+                "cuda_graphs",
+                "model.cuda_graphs: a graph is captured for one depth, and model.elastic draws another for each step; "
+                "set model.cuda_graphs to false",
             )
         return self
 
@@ -323,6 +355,8 @@ class TrainConfig:
     """Number of images in one evaluation batch of one rank."""
     eval_every: MayChange[int] = Field(default=1, ge=1)
     """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
+    eval_depths: MayChange[tuple[int, ...]] = ()
+    """Further depths at which an auxiliary model is scored in each evaluation, as if it had been expanded to them."""
     eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: MayChange[int] = Field(default=50, ge=1)

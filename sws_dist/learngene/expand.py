@@ -119,6 +119,15 @@ def map_weights(
     )
 
 
+def untrained_depth(info: ModelInfo, depth: int) -> str | None:
+    """Return a log message if the learngene's auxiliary model was never trained at ``depth``, or None."""
+    if not info.trained_depths or info.trained_depths[0] <= depth <= info.trained_depths[1]:
+        return None
+    low, high = info.trained_depths
+    trained = f"{low} layers alone" if low == high else f"{low} to {high} layers"
+    return f"the learngene was trained at {trained}: a descendant of {depth} needs fine-tuning before it is used"
+
+
 def fresh_head(model: SWSVisionTransformer, seed: int) -> dict[str, Tensor]:
     """Draw a new classifier in fp32 on the CPU, initialised as timm does it.
 
@@ -155,6 +164,8 @@ def expand_learngene(
     Returns:
         Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
     """
+    if (note := untrained_depth(info, len(layers))) is not None:
+        log.info(note)
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
     changed: dict[str, Any] = {"schedule": [1] * len(layers), "img_size": size}
     with torch.device("meta"):

@@ -27,7 +27,7 @@ from torch import Tensor
 from sws_dist.config.schema import ModelConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0, raise_on_all_ranks
 from sws_dist.errors import RunError
-from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights
+from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights, untrained_depth
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
@@ -135,6 +135,8 @@ def log_expansion(expansion: Expansion, report: InitReport, num_classes: int) ->
     mapping, known = expansion.mapping, expansion.header.info.num_classes
     stages = ",".join(map(str, mapping.layers))
     log.info("%d layers from stages %s of %s", len(mapping.layers), stages, expansion.path)
+    if (note := untrained_depth(expansion.header.info, len(mapping.layers))) is not None:
+        log.info(note)
     if mapping.dropped:
         log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
     if mapping.fresh:

@@ -124,9 +124,22 @@ class SWSVisionTransformer(VisionTransformer):
         super().__init__(depth=len(schedule), block_fn=Stage, class_token=class_token, norm_layer=norm_layer, **kwargs)
         self.schedule = schedule
         self.norm_eps = norm_eps
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(schedule)))
-        for stage, repeats in zip(self.blocks, schedule, strict=True):
-            stage.drop_rates = tuple(next(rates) for _ in range(repeats))
+        self.drop_path_rate = drop_path_rate
+        self.set_repeats(schedule)
+
+    def set_repeats(self, repeats: Sequence[int]) -> None:
+        """Let stage i run ``repeats[i]`` times from now on; ``schedule`` remains the model's own.
+
+        Drop-path grows along the positions of this depth.
+
+        Raises:
+            ValueError: not one number of 1 or more for each stage.
+        """
+        if len(repeats) != len(self.blocks) or min(repeats) < 1:
+            raise ValueError(f"repeats {list(repeats)}: expected {len(self.blocks)} numbers of 1 or more, one a stage")
+        rates = iter(calculate_drop_path_rates(self.drop_path_rate, sum(repeats)))
+        for stage, count in zip(self.blocks, repeats, strict=True):
+            stage.drop_rates = tuple(next(rates) for _ in range(count))
 
     @property
     def is_shared(self) -> bool:

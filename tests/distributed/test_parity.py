@@ -18,6 +18,7 @@ from sws_dist.config.loader import load_config
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
+from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.optim import LRSchedule, parameter_groups
@@ -28,12 +29,13 @@ from tests.launching import Job, losses
 STEPS = 5
 STAGES = (0, 1, 2, 3)
 
-# Everything at once that a step can hold: sharing, drop-path, erasing, mixing, a teacher, clipping, averaging.
+# Everything at once: sharing, a drawn depth, drop-path, erasing, mixing, a teacher, clipping, averaging.
 RUN = """
 output: unused
 model:
   name: sws_vit
   schedule: [2, 1, 2]
+  elastic: {min_depth: 3, max_depth: 7}
   drop_path: 0.1
   kwargs: {patch_size: 8, embed_dim: 64, num_heads: 2, weight_init: jax}
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
@@ -83,6 +85,8 @@ def plain(folder: Path) -> dict[str, Any]:
     groups = parameter_groups(model, run.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=run.optim.betas, eps=run.optim.eps)
     schedule = LRSchedule(run.optim, batch, len(train_set) / batch, STEPS)
+    assert run.model.elastic is not None
+    elastic = ElasticDepth(run.model.elastic, (2, 1, 2), seed)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     mixing, loss_of = Mixing(run.augment, 10, seed), DistillationLoss(run.distill)
     positions = [sampler.micro_batch_positions(s, batch, m, 2) for s in range(STEPS) for m in range(2)]
@@ -95,6 +99,7 @@ def plain(folder: Path) -> dict[str, Any]:
         seed_everything(seed, micro.position)
         images = erase(micro.images, micro.erase)
         images, targets = mixing(images, micro.labels, micro.position)
+        model.set_repeats(elastic.repeats(elastic.draw(index // 2)))
         loss = loss_of(model(images), targets, teacher(images)).total
         (loss / 2).backward()
         if index % 2 == 0:
@@ -108,6 +113,7 @@ def plain(folder: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), 1 - 0.7)
+    assert len({elastic.draw(step) for step in range(STEPS)}) > 2, "too few depths for this comparison to mean anything"
     found["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     found["average"] = average
     found["exp_avg"] = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}

@@ -20,7 +20,12 @@ from tests.launching import Job, losses
 STAGES = (0, 1, 2, 3)
 RUN = """
 output: unused
-model: {name: sws_vit, schedule: [2, 2], drop_path: 0.2, kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
+model:
+  name: sws_vit
+  schedule: [2, 2]
+  elastic: {min_depth: 2, max_depth: 5}
+  drop_path: 0.2
+  kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
 augment: {re_prob: 0.5, mixup: 0.8, num_repeats: 3}
 optim: {lr: 3e-3, lr_batch: null, ema_decay: 0.9}

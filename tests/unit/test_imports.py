@@ -19,6 +19,7 @@ LAYERS = (
     ("sws_dist",),
     ("sws_dist.api",),
     ("sws_dist.trainer",),
+    ("sws_dist.validation",),
     ("sws_dist.build",),
     ("sws_dist.build_models",),
     ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring", "sws_dist.class_names"),

@@ -1,0 +1,97 @@
+"""The depth of each step, and what an auxiliary model computes at another depth than its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from sws_dist.config.schema import ElasticConfig
+from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
+from sws_dist.learngene.expand import expand_learngene, untrained_depth
+from sws_dist.learngene.file import describe_model
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.models import SWSVisionTransformer
+
+SCHEDULE = (1, 3, 2)
+
+
+def elastic(low: int = 3, high: int = 8, seed: int = 0, **config: str) -> ElasticDepth:
+    return ElasticDepth(ElasticConfig(min_depth=low, max_depth=high, **config), SCHEDULE, seed)
+
+
+def test_a_draw_is_a_function_of_seed_and_step() -> None:
+    draws = [elastic().draw(step) for step in range(50)]
+    assert draws == [elastic().draw(step) for step in range(50)]
+    assert draws != [elastic(seed=1).draw(step) for step in range(50)]
+
+
+def test_every_depth_is_drawn_equally_often() -> None:
+    counts = elastic().count_steps(6000)
+    assert sorted(counts) == [3, 4, 5, 6, 7, 8]
+    assert counts.total() == 6000
+    # Five standard deviations of a binomial with p = 1/6 are 144.
+    assert all(abs(count - 1000) < 144 for count in counts.values())
+
+
+def test_sandwich() -> None:
+    draws = [elastic(rule="sandwich").draw(step) for step in range(3000)]
+    assert set(draws[0::3]) == {3}
+    assert set(draws[1::3]) == {8}
+    assert set(draws[2::3]) == {3, 4, 5, 6, 7, 8}
+
+
+def test_a_stage_without_a_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at depth 2 the even plan gives the 3 stages \[1, 1, 0\] layers"):
+        elastic(low=2)
+    config = ElasticConfig(min_depth=3, max_depth=9, plan="proportional")
+    with pytest.raises(ValueError, match=r"at depth 3 the proportional plan gives the 3 stages \[0, 2, 1\] layers"):
+        ElasticDepth(config, (1, 6, 2), 0)
+    with pytest.raises(ValidationError, match="min_depth 9 is above max_depth 8"):
+        elastic(low=9)
+
+
+@pytest.mark.parametrize("kind", ["even", "proportional"])
+@pytest.mark.parametrize("depth", [4, 6, 9])
+def test_at_any_depth_the_auxiliary_model_is_the_descendant(kind: str, depth: int) -> None:
+    torch.manual_seed(0)
+    auxiliary = SWSVisionTransformer(
+        schedule=SCHEDULE, img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=10
+    ).eval()
+    info = describe_model(auxiliary, "learngene")
+    plan = expansion_plan(SCHEDULE, depth, kind)
+    described, weights = expand_learngene(info, auxiliary.state_dict(), plan)
+    descendant = described.build().eval()
+    descendant.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32)
+    auxiliary.set_repeats(stage_repeats(SCHEDULE, depth, kind))
+    assert torch.equal(auxiliary(images), descendant(images))
+    auxiliary.set_repeats(SCHEDULE)
+    assert sum(len(stage.drop_rates) for stage in auxiliary.blocks) == 6
+
+
+def test_drop_path_grows_along_the_drawn_depth() -> None:
+    model = SWSVisionTransformer(schedule=SCHEDULE, drop_path_rate=0.3, img_size=32, embed_dim=32, num_heads=2)
+    model.set_repeats((2, 1, 1))
+    assert [len(stage.drop_rates) for stage in model.blocks] == [2, 1, 1]
+    assert [rate for stage in model.blocks for rate in stage.drop_rates] == pytest.approx([0, 0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"repeats \[1, 0, 2\]"):
+        model.set_repeats((1, 0, 2))
+
+
+def test_a_depth_that_was_not_trained_is_said() -> None:
+    model = SWSVisionTransformer(schedule=SCHEDULE, img_size=32, embed_dim=32, num_heads=2)
+    info = describe_model(model, "learngene", trained_depths=[3, 8])
+    assert [untrained_depth(info, depth) is None for depth in (2, 3, 8, 9)] == [False, True, True, False]
+    assert "trained at 3 to 8 layers" in str(untrained_depth(info, 9))
+    assert "trained at 6 layers alone" in str(
+        untrained_depth(describe_model(model, "learngene", trained_depths=[6, 6]), 8)
+    )
+    assert untrained_depth(describe_model(model, "learngene"), 8) is None
+
+
+def test_counts_are_of_the_steps_taken() -> None:
+    draws = Counter(elastic().draw(step) for step in range(100))
+    assert elastic().count_steps(100) == draws
