@@ -33,7 +33,7 @@ def list_class_folders(folder: Path, num_threads: int) -> ClassFolders:
     """
     with os.scandir(folder) as entries:
         visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
-    names = [entry.name for entry in visible if entry.is_dir()]
+    names = [entry.name for entry in visible if _is_folder(entry)]
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(pool.map(lambda name: sorted(_walk(folder / name, f"{name}/", frozenset())), names))
     images = {name: paths for name, paths in zip(names, found, strict=True) if paths}
@@ -41,7 +41,7 @@ def list_class_folders(folder: Path, num_threads: int) -> ClassFolders:
     if images and len(images) < len(names):
         empty = [name for name in names if name not in images]
         notes.append(f"{folder}: {len(empty)} folder(s) without images are no classes: {join_names(empty)}")
-    loose = [entry.name for entry in visible if entry.is_file() and is_image_name(entry.name)]
+    loose = [entry.name for entry in visible if is_image_name(entry.name) and not _is_folder(entry)]
     if images and loose:
         notes.append(f"{folder}: {len(loose)} image(s) in no class folder are left out: {join_names(loose)}")
     return ClassFolders(images, notes)
@@ -62,6 +62,10 @@ def label_class_folders(
     notes = list(found.notes)
     if classes is None:
         notes += _describe_order(folder, list(found.images))
+    if len(found.images) == 1:
+        (name, images), *_ = found.images.items()
+        if all(path.count("/") > 1 for path in images):
+            notes.append(f"{folder}: {name} is the only class; if the folders in it are classes, name it as the split")
     names = tuple(classes if classes is not None else found.images)
     paths, labels = [], []
     for label, name in enumerate(names):
@@ -78,7 +82,7 @@ def explain_no_images(folder: Path) -> str:
     loose = sum(is_image_name(entry.name) for entry in visible)
     if loose:
         return f"its {loose} image(s) lie in no class folder; expected {folder.name}/<class>/<image>"
-    folders = sum(entry.is_dir() for entry in visible)
+    folders = sum(map(_is_folder, visible))
     if not folders:
         return f"holds no class folders; expected {folder.name}/<class>/<image>"
     return f"no images in its {folders} folder(s) ({', '.join(sorted(EXTENSIONS))})"
@@ -95,11 +99,18 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> list[
         for entry in entries:
             if is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 paths += _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
-            elif is_image_name(entry.name):
+            elif is_image_name(entry.name) and (entry.is_symlink() or entry.is_file()):  # a pipe would never end
                 paths.append(prefix + entry.name)
     return paths
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _describe_order(folder: Path, names: list[str]) -> list[str]:

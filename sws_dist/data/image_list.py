@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sws_dist.data.image_names import EXTENSIONS
-from sws_dist.text import read_text
+from sws_dist.data.image_names import EXTENSIONS, is_image_name
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "label_name")
-_END_OF_PATH = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(EXTENSIONS)))})\s+", re.IGNORECASE)
+_END_OF_PATH = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(EXTENSIONS)))})(?:\s*,\s*|\s+)", re.IGNORECASE)
 
 
 def read_image_list(file: Path) -> tuple[list[str], list[str], list[str]]:
@@ -29,14 +29,21 @@ def read_image_list(file: Path) -> tuple[list[str], list[str], list[str]]:
     Raises:
         ValueError: a line that cannot be split, named by its number, or no images.
     """
-    text = read_text(file)
+    # A name in it that is not UTF-8 is a file's name all the same.
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    if "\0" in text:
+        raise ValueError(f"{file}: not a text file in UTF-8")
     delimiter = _DELIMITERS.get(file.suffix.lower())
+    if delimiter == "," and ";" in (first := text.partition("\n")[0]) and "," not in first:
+        delimiter = ";"
     notes: list[str] = []
     rows = _read_table(file, text, delimiter, notes) if delimiter else _read_lines(file, text)
     pairs = []
     for path, label, number in rows:
         if not path.strip() or not label.strip():
             raise ValueError(f"{file}, line {number}: the {'label' if path.strip() else 'path'} is empty")
+        if is_image_name(os.path.basename(label)):
+            raise ValueError(f"{file}, line {number}: the label is the name of an image, {label!r}; expected it last")
         pairs.append((path.strip(), label.strip()))
     if not pairs:
         raise ValueError(f"{file}: lists no images; expected lines of '<path> <label>'")
@@ -66,7 +73,9 @@ def _read_lines(file: Path, text: str) -> Iterator[tuple[str, str, int]]:
                 raise ValueError(
                     f"{file}, line {number}: {line!r} can be split in two ways; put a tab before the label"
                 )
-            parts = [line[: cuts[0]], line[cuts[0] :]] if cuts else line.split(" ")
+            parts = [line[: cuts[0]].rstrip(", \t"), line[cuts[0] :]] if cuts else line.split(" ")
+            if number == 1 and len(parts) == 2 and _find_named_columns(parts) is not None:
+                continue  # a header
         if len(parts) != 2:
             raise ValueError(f"{file}, line {number}: expected '<path> <label>', found {line!r}; a tab parts the two")
         yield parts[0], parts[1], number
@@ -74,25 +83,29 @@ def _read_lines(file: Path, text: str) -> Iterator[tuple[str, str, int]]:
 
 def _read_table(file: Path, text: str, delimiter: str, notes: list[str]) -> Iterator[tuple[str, str, int]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns: tuple[int, int] | None = None
-    for row in reader:
-        if not any(field.strip() for field in row):
-            continue
-        if columns is None:
-            columns = _find_named_columns(row)
-            if columns is not None:
-                path, label = (row[column].strip() for column in columns)
-                notes.append(f"{file}: paths are in column {path!r}, labels in column {label!r}")
-                continue
-            columns = 0, 1
-            if len(row) != 2:
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: {len(row)} columns; expected a path and a label, or a header "
-                    f"with one of {', '.join(_PATH_COLUMNS)}, and one of {', '.join(_LABEL_COLUMNS)}"
-                )
-        if len(row) <= max(columns):
-            raise ValueError(f"{file}, line {reader.line_num}: expected a path and a label, found {row}")
-        yield row[columns[0]], row[columns[1]], reader.line_num
+    rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if any(map(str.strip, row))]
+    if not rows:
+        return
+    first = rows[0][1]
+    named = _find_named_columns(first)
+    if named is None and len(first) != 2:
+        raise ValueError(
+            f"{file}, line {rows[0][0]}: {len(first)} columns; expected a path and a label, or a header with one of "
+            f"{', '.join(_PATH_COLUMNS)}, and one of {', '.join(_LABEL_COLUMNS)}"
+        )
+    path, label = named or (0, 1)
+    unnamed = not _holds_image_name(first) and len(rows) > 1 and _holds_image_name(rows[1][1])
+    if named is not None or unnamed:
+        notes.append(f"{file}: paths are in column {first[path]!r}, labels in column {first[label]!r}")
+        rows = rows[1:]
+    for number, row in rows:
+        if len(row) <= max(path, label):
+            raise ValueError(f"{file}, line {number}: expected a path and a label, found {row}")
+        yield row[path], row[label], number
+
+
+def _holds_image_name(row: Sequence[str]) -> bool:
+    return any(is_image_name(os.path.basename(field)) for field in row)
 
 
 def _find_named_columns(row: Sequence[str]) -> tuple[int, int] | None:

@@ -17,5 +17,5 @@ def is_image_name(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Return True for what file systems and archivers leave behind, such as ``._a.jpg``."""
-    return name.startswith(".")
+    """Return True for what file systems, archivers and photo servers leave behind, such as ``._a.jpg``."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")

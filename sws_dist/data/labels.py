@@ -10,6 +10,8 @@ import numpy as np
 
 from sws_dist.text import read_text
 
+MAX_LABEL = 10_000_000
+"""Numbers above it are no labels: each label is a class, down to 0."""
 _NAMED = 5
 """At most this many classes are named in a message."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
@@ -41,6 +43,9 @@ def number_labels(
     """
     written = set(labels)
     if all(label.isdecimal() for label in written) and not written & set(classes or ()):
+        largest = max(written, key=int)
+        if int(largest) > MAX_LABEL:
+            raise ValueError(f"{origin}: has label {largest}; labels go up to {MAX_LABEL}")
         numbers = np.array([int(label) for label in labels], dtype=np.int64)
         names = tuple(classes) if classes is not None else tuple(str(i) for i in range(numbers.max() + 1))
         if numbers.max() >= len(names):

@@ -45,7 +45,7 @@ def test_folders_without_images_are_no_classes(tmp_path: Path) -> None:
     (tmp_path / "train" / "notes" / "readme.txt").write_text("text")
     source, (note,) = find_source(tmp_path, "train")
     assert source.classes == ("cat", "dog")
-    assert "3 folder(s) without images are no classes: __MACOSX, lost+found, notes" in note
+    assert "2 folder(s) without images are no classes: lost+found, notes" in note
 
 
 def test_a_training_class_without_validation_images_stays(tmp_path: Path) -> None:
@@ -75,6 +75,22 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "again").symlink_to(tmp_path / "train" / "cat")
     source, _ = find_source(tmp_path, "train")
     assert labelled(source) == {"cat/1.jpg": "cat", "dog/1.jpg": "dog"}
+
+
+def test_what_is_no_image_in_a_class_folder(tmp_path: Path) -> None:
+    write(tmp_path, "train/cat/1.jpg", "train/cat/@eaDir/1.jpg/thumb.jpg", "train/dog/1.jpg")
+    (tmp_path / "train" / "cat" / "self.jpg").symlink_to("self.jpg")
+    os.mkfifo(tmp_path / "train" / "cat" / "pipe.jpg")
+    found = manifest.scan(tmp_path, "train", max_bad_share=0.5)
+    assert found.paths == ("cat/1.jpg", "dog/1.jpg")
+    assert [file.path for file in found.bad] == ["cat/self.jpg"]
+
+
+def test_one_folder_too_many_is_said(tmp_path: Path) -> None:
+    write(tmp_path, "train/images/cat/1.jpg", "train/images/dog/1.jpg")
+    source, (note,) = find_source(tmp_path, "train")
+    assert source.classes == ("images",)
+    assert "images is the only class; if the folders in it are classes, name it as the split" in note
 
 
 def test_images_outside_of_class_folders(tmp_path: Path) -> None:
@@ -252,6 +268,10 @@ def test_compressed_shards(tmp_path: Path) -> None:
         ("some.txt", "\ufeffa.jpg golden retriever\r\nmy dog.JPG 7up\r\n"),
         ("some.txt", "a.jpg\tgolden retriever\nmy dog.JPG\t7up\n"),
         ("some.tsv", "a.jpg\tgolden retriever\nmy dog.JPG\t7up\n"),
+        ("some.txt", "path label\na.jpg golden retriever\nmy dog.JPG 7up\n"),
+        ("some.txt", "a.jpg,golden retriever\nmy dog.JPG, 7up\n"),
+        ("some.csv", "a.jpg;golden retriever\nmy dog.JPG;7up\n"),
+        ("some.CSV", "photo,breed\na.jpg,golden retriever\nmy dog.JPG,7up\n"),
         ("some.csv", 'a.jpg,golden retriever\n\n"my dog.JPG",7up\n'),
         ("some.csv", "\ufeffid,Label,Path\n1,golden retriever,a.jpg\n2,7up,my dog.JPG\n"),
     ],
@@ -267,6 +287,10 @@ def test_labels_with_spaces(tmp_path: Path, name: str, text: str) -> None:
     [
         ("some.txt", "a.jpg 0\nb.jpg copy.jpg 1\n", "line 2: 'b.jpg copy.jpg 1' can be split in two ways"),
         ("some.txt", "a.jpg 0\n\nb.jpg\n", "line 3: expected '<path> <label>', found 'b.jpg'"),
+        ("some.txt", "a.jpg 0\nmy photo.jpg\n", "line 2: the label is the name of an image, 'photo.jpg'"),
+        ("some.csv", "0,a.jpg\n1,b.jpg\n", "line 1: the label is the name of an image, 'a.jpg'"),
+        ("some.txt", "a.jpg 99999999999999999999\n", "has label 99999999999999999999; labels go up to 10000000"),
+        ("some.txt", "a.jpg\0 1\n", "not a text file in UTF-8"),
         ("some.txt", "a b c\n", "line 1: expected '<path> <label>', found 'a b c'; a tab parts the two"),
         ("some.csv", "a.jpg,0\nb.jpg,\n", "line 2: the label is empty"),
         ("some.csv", "a.jpg,0,9\n", "line 1: 3 columns; expected a path and a label, or a header"),
@@ -308,3 +332,9 @@ def test_paths_outside_of_the_lists_folder(tmp_path: Path) -> None:
     found = manifest.scan(tmp_path / "lists", "some.txt")
     assert found.read(0) == found.read(1) == jpeg()
     assert np.array_equal(found.labels, [0, 1])
+
+
+def test_names_in_lists_that_are_not_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, os.fsdecode(b"caf\xe9.jpg"))
+    (tmp_path / "some.txt").write_bytes(b"caf\xe9.jpg 0\n")
+    assert manifest.scan(tmp_path, "some.txt").read(0) == jpeg()
