@@ -89,7 +89,8 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     finished = output / "metrics.json"
     if not finished.is_file():
         return None
-    weights = next((file for file in sorted(output.glob("*.safetensors")) if "_ema" not in file.name), _NO_WEIGHTS)
+    files = (output / f"{name}.safetensors" for name in ("learngene", "model"))
+    weights = next((file for file in files if file.is_file()), _NO_WEIGHTS)
     try:
         compare_with_own_config(output, config, weights=weights)
     except ConfigError as error:

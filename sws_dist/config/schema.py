@@ -110,13 +110,13 @@ class ModelConfig:
     yet."""
     compile: MayChange[bool] = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
-    initial_checkpoint: PathStr | None = None
+    initial_checkpoint: MayChange[PathStr | None] = None
     """A file of weights to start from: a descendant written by ``sws expand``, any other file of this trainer, or a
     ``.safetensors`` or PyTorch file of a timm model. A head of other labels is drawn anew, position embeddings of
     another size are resampled, and all else has to fit."""
     initial_ema: bool = True
     """With ``initial_checkpoint``: take the averaged weights where the file has them beside others."""
-    initial_learngene: PathStr | None = None
+    initial_learngene: MayChange[PathStr | None] = None
     """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
     for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
     plan: Literal["even", "proportional"] | tuple[int, ...] = "even"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from sws_dist.atomic import atomic_write
 
@@ -21,9 +20,22 @@ _TEXTS = "sws_dist"
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Path:
     """Write arrays of whole numbers, and texts that JSON can hold; the file appears whole or not at all."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    metadata = {_TEXTS: json.dumps(texts)}
-    return atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    header: dict[str, Any] = {"__metadata__": {_TEXTS: json.dumps(texts)}}
+    end = 0
+    for name, array in arrays.items():
+        dtype = next(code for code, known in _DTYPES.items() if known == array.dtype)
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+
+    return atomic_write(path, write)
 
 
 def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -150,18 +151,21 @@ def test_output_that_cannot_be_written(job: Job, tmp_path: Path) -> None:
     assert str(tmp_path / "file") in said
 
 
+# Each step multiplies the weights by a million.
+DIVERGING = {"optim.lr": 1000, "optim.lr_batch": None, "optim.weight_decay": 1000}
+
+
 def test_non_finite_loss_stops_all_ranks(job: Job) -> None:
-    sets = {"optim.lr": 1e30, "optim.warmup_epochs": 0, "train.epochs": 2}
+    sets = DIVERGING | {"optim.warmup_epochs": 0, "train.epochs": 4}
     said = message(runs.train(Job(job.config, job.output, PLAIN, sets), ranks=2))
-    assert "the loss is nan at step" in said
-    assert "on rank 0" in said
+    assert re.search("the (loss is nan|gradient is not finite) at step", said)
 
 
 def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     """One step an epoch: the loss before the update is fine, the weights after it are not."""
-    sets = {"optim.lr": 1e30, "train.global_batch": 80, "train.eval_every": 4}
+    sets = DIVERGING | {"train.global_batch": 80, "train.epochs": 12, "train.eval_every": 4}
     said = message(runs.train(Job(job.config, job.output, PLAIN, sets), ranks=2))
-    assert "the weights are not finite after step" in said or "the loss is nan at step" in said
+    assert re.search("weights are not finite after step|loss is nan at step|gradient is not finite at step", said)
     saved = [load_tensors(path) for path in job.output.glob("checkpoints/step-*/*.safetensors")]
     assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
 

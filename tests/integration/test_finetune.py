@@ -117,12 +117,19 @@ def test_mistakes_end_in_one_message(tmp_path: Path, own: Path) -> None:
         ("--from", vit, *model, "--data", tmp_path / "one"): "holds one class (only); at least two are needed",
         ("--from", vit, *model, "--data", tmp_path / "splits"): "holds training, valid, but no train",
         ("--from", file, "--data", own, "--set", "optim.lrr=1"): "did you mean optim.lr?",
-        ("--from", file, "--data", own, "--val-share", "nan"): "--val-share nan: expected a share between 0 and 1",
-        ("--from", file, "--data", own, "--epochs", "0"): "train.epochs = 0",
+        (
+            "--from",
+            file,
+            "--data",
+            own,
+            "--val-share",
+            "nan",
+        ): "argument --val-share: 'nan': expected a number",
+        ("--from", file, "--data", own, "--epochs", "0"): "argument --epochs: '0': expected a whole number from 1",
     }
     for arguments, message in cases.items():
         done = finetune(*arguments, "--output", tmp_path / "run")
-        assert done.returncode == 1, done.stdout
+        assert done.returncode == (2 if "argument --" in message else 1), done.stdout
         assert "Traceback" not in done.stdout, done.stdout
         assert done.stdout.count("error: ") == 1, done.stdout
         assert message in done.stdout, done.stdout
