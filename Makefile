@@ -19,9 +19,9 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, four descendants, a report
 	$(BIN)/python launcher/quickstart.py
 
-# Three processes keep two cores busy: the cluster tests wait more than they compute. A file's tests stay in one process,
+# Four processes keep two cores busy: the cluster tests wait more than they compute. A file's tests stay in one process,
 # where they share its fixtures; tests/conftest.py puts the longest files first.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ready  ## All tests; those that need a GPU say so and are skipped where there is none
 	$(PYTEST) --durations 15
