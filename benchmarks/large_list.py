@@ -6,7 +6,8 @@ The list is synthetic, with names as ImageNet-21k has them, and is kept as `sws 
 do what a rank does (`data.trust_manifest`): rank 0 writes the run's own list, all map it, find the images of their
 first micro-batch, and draw its crops. Memory is the sum over the processes of what each holds more than before (PSS,
 which counts shared pages once): private memory, and pages of the list, which the system may drop at any time. It is
-taken after the first batch, with the next epoch's order shuffled, and after all of the list has been read.
+taken after the first batch, with the next epoch's order shuffled, and after all of the list has been read. `peak` is
+the sum of the processes' highest private memory, sampled: a shuffle holds the whole order for a moment.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import re
 import tempfile
+import threading
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -89,6 +91,7 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: A
     recipe.draw(0, np.arange(8), np.full((8, 2), 500))  # what only the first call imports
     TrainOrder(8, seed=0).images(np.arange(8))
     before = memory_mb()
+    peak = Peak()
     barrier.wait()
     begun = time.perf_counter()
     file = root / "images-train.safetensors"
@@ -117,6 +120,7 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: A
     order._epochs[2].result()
     barrier.wait()
     mb["all_read"] = since(before)
+    mb["peak"] = {"private": peak.stop() - before["private"], "shared": 0.0}
     results.put({"first_s": first_s, "next_epoch_s": next_epoch_s, "mb": mb})
     barrier.wait()  # shared pages are divided by the processes that live
 
@@ -127,6 +131,25 @@ def memory_mb() -> dict[str, float]:
     kb = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     private = kb["Pss_Anon"]
     return {"private": private / 1e3 * 1.024, "shared": (kb["Pss"] - private) / 1e3 * 1.024}
+
+
+class Peak(threading.Thread):
+    """Sample this process's private memory until ``stop``."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._highest, self._done = 0.0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._done.wait(0.02):
+            self._highest = max(self._highest, memory_mb()["private"])
+
+    def stop(self) -> float:
+        """Return the highest value, in MB."""
+        self._done.set()
+        self.join()
+        return self._highest
 
 
 def since(before: dict[str, float]) -> dict[str, float]:

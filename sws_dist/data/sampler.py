@@ -58,9 +58,9 @@ class TrainOrder:
     def epoch_images(self, epoch: int) -> np.ndarray:
         """Return the images of one epoch in order, [epoch_size] int32 or int64."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = self._shuffle(generator).numpy()
         # Each image as often as it repeats, without a list that is so many times as long.
-        order, places = self._shuffle(generator).numpy(), np.arange(self.epoch_size)
-        return order if self.num_repeats == 1 else order[places // self.num_repeats]
+        return order if self.num_repeats == 1 else order[np.arange(self.epoch_size) // self.num_repeats]
 
     def _own_images(self, epoch: int) -> np.ndarray:
         """Return the images of this rank's positions of an epoch, in order."""
