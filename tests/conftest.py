@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from sws_dist.data import digits
+from sws_dist.distributed.init import close_distributed
 
 # The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
 ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
@@ -33,6 +34,16 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture
+def temporary_group() -> Generator[None, None, None]:
+    """Leave the process group that an evaluation in this process joins, since later tests start ranks from here."""
+    before = dict(os.environ)
+    yield
+    close_distributed()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder / "run"
 
 
+@pytest.mark.usefixtures("temporary_group")
 @pytest.mark.parametrize("file", ["learngene", "learngene_ema"])
 @pytest.mark.parametrize("depth", [3, 4, 7])
 def test_an_untuned_descendant_has_the_score_of_its_depth(run: Path, few_digits: Path, file: str, depth: int) -> None:
