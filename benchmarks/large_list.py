@@ -6,8 +6,8 @@ The list is synthetic, with names as ImageNet-21k has them, and is kept as `sws 
 do what a rank does (`data.trust_manifest`): rank 0 writes the run's own list, all map it, find the images of their
 first micro-batch, and draw its crops. Memory is the sum over the processes of what each holds more than before (PSS,
 which counts shared pages once): private memory, and pages of the list, which the system may drop at any time. It is
-taken after the first batch, with the next epoch's order shuffled, and after all of the list has been read. `peak` is
-the sum of the processes' highest private memory, sampled: a shuffle holds the whole order for a moment.
+taken after the first batch, with the next epoch's order shuffled, and after all of the arrays has been read. The peak
+is of all processes' private memory at one time: a shuffle holds the whole order for a moment.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import queue
 import re
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ def measure(root: Path, num_images: int, num_ranks: int) -> dict[str, Any]:
     ranks = [context.Process(target=run_rank, args=(r, num_ranks, root, barrier, results)) for r in range(num_ranks)]
     for rank in ranks:
         rank.start()
-    found = [results.get() for _ in ranks]
+    found, highest = [], 0.0
+    while len(found) < num_ranks:
+        highest = max(highest, sum(memory_mb(rank.pid)["private"] for rank in ranks if rank.pid))
+        with suppress(queue.Empty):
+            found.append(results.get(timeout=0.02))
     for rank in ranks:
         rank.join()
     mb = {
@@ -82,6 +87,7 @@ def measure(root: Path, num_images: int, num_ranks: int) -> dict[str, Any]:
         "list_mb": round(list_path(root, "train").stat().st_size / 1e6),
         "seconds_to_the_first_batch": round(max(f["first_s"] for f in found), 1),
         "longest_wait_for_a_later_epoch_ms": round(1e3 * max(f["next_epoch_s"] for f in found), 1),
+        "peak_of_private_mb_of_all_ranks": round(highest - sum(f["before_mb"] for f in found)),
         "mb_of_all_ranks": {when: {kind: round(value) for kind, value in kinds.items()} for when, kinds in mb.items()},
     }
 
@@ -91,7 +97,6 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: A
     recipe.draw(0, np.arange(8), np.full((8, 2), 500))  # what only the first call imports
     TrainOrder(8, seed=0).images(np.arange(8))
     before = memory_mb()
-    peak = Peak()
     barrier.wait()
     begun = time.perf_counter()
     file = root / "images-train.safetensors"
@@ -115,41 +120,21 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: A
     begun = time.perf_counter()
     plan(len(images) // BATCH)  # the step in which the second epoch begins
     next_epoch_s = time.perf_counter() - begun
-    for array in (images.paths.data, images.paths.ends, images.labels, images.sizes):
+    for array in (images.paths.ends, images.labels, images.sizes):  # names are read from the file
         array.view(np.uint8).ravel()[::1024].sum()
     order._epochs[2].result()
     barrier.wait()
     mb["all_read"] = since(before)
-    mb["peak"] = {"private": peak.stop() - before["private"], "shared": 0.0}
-    results.put({"first_s": first_s, "next_epoch_s": next_epoch_s, "mb": mb})
+    results.put({"before_mb": before["private"], "first_s": first_s, "next_epoch_s": next_epoch_s, "mb": mb})
     barrier.wait()  # shared pages are divided by the processes that live
 
 
-def memory_mb() -> dict[str, float]:
-    """Return this process's memory: private, and its part of what it shares."""
-    text = Path("/proc/self/smaps_rollup").read_text()
+def memory_mb(pid: int | str = "self") -> dict[str, float]:
+    """Return a process's memory: private, and its part of what it shares."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     kb = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     private = kb["Pss_Anon"]
     return {"private": private / 1e3 * 1.024, "shared": (kb["Pss"] - private) / 1e3 * 1.024}
-
-
-class Peak(threading.Thread):
-    """Sample this process's private memory until ``stop``."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._highest, self._done = 0.0, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._done.wait(0.02):
-            self._highest = max(self._highest, memory_mb()["private"])
-
-    def stop(self) -> float:
-        """Return the highest value, in MB."""
-        self._done.set()
-        self.join()
-        return self._highest
 
 
 def since(before: dict[str, float]) -> dict[str, float]:

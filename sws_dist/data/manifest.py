@@ -28,7 +28,7 @@ from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
 from sws_dist.data.labels import check_classes
-from sws_dist.data.mapped_arrays import map_arrays, save_arrays
+from sws_dist.data.mapped_arrays import MappedFile, map_arrays, save_arrays
 from sws_dist.data.packed_names import PackedNames
 from sws_dist.data.sources import Source
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
@@ -85,11 +85,12 @@ class Manifest(Source):
             ValueError: any other file.
         """
         try:
-            arrays, texts = _read_npz(path) if path.suffix == ".npz" else map_arrays(path)
+            arrays, texts, offsets = _read_npz(path) if path.suffix == ".npz" else map_arrays(path)
+            file = path.open("rb", buffering=0) if offsets else None
             return cls(
                 folder=Path(texts["folder"]),
                 classes=tuple(texts["classes"]),
-                paths=PackedNames(arrays["names"], arrays["name_ends"]),
+                paths=PackedNames(arrays["names"], arrays["name_ends"], file, offsets.get("names", 0)),
                 shards=tuple(texts["shards"]),
                 bad=tuple(BadFile(*entry) for entry in texts["bad"]),
                 labels=arrays["labels"],
@@ -100,12 +101,13 @@ class Manifest(Source):
             raise ValueError(f"{path}: not a list of images that this trainer wrote ({error})") from None
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read_npz(path: Path) -> MappedFile:
+    """Read a list of an earlier version, whole."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     texts = json.loads(arrays.pop("texts").tobytes())
     names = PackedNames.pack(texts["paths"])
-    return arrays | {"names": names.data, "name_ends": names.ends}, texts
+    return MappedFile(arrays | {"names": names.data, "name_ends": names.ends}, texts, {})
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,15 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str
     return atomic_write(path, write)
 
 
-def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+class MappedFile(NamedTuple):
+    """The arrays and texts of a file, and where each array begins in it, in bytes."""
+
+    arrays: dict[str, np.ndarray]
+    texts: dict[str, Any]
+    offsets: dict[str, int]
+
+
+def map_arrays(path: Path) -> MappedFile:
     """Map what ``save_arrays`` wrote, read-only. Nothing is read but the header.
 
     Raises:
@@ -52,11 +60,12 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         header = json.loads(file.read(length))
     texts = json.loads(header.pop("__metadata__")[_TEXTS])
     whole = np.memmap(path, dtype=np.uint8, mode="r", offset=0)
-    arrays = {}
+    arrays, offsets = {}, {}
     for name, about in header.items():
         first, last = (8 + length + offset for offset in about["data_offsets"])
         if last > len(whole):
             raise ValueError("its end is missing")
+        offsets[name] = first
         # A plain array: indexing a memmap costs several times as much.
         arrays[name] = np.asarray(whole[first:last]).view(_DTYPES[about["dtype"]]).reshape(about["shape"])
-    return arrays, texts
+    return MappedFile(arrays, texts, offsets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex, overload
+from typing import BinaryIO, SupportsIndex, overload
 
 import numpy as np
 
@@ -18,10 +18,13 @@ class PackedNames(Sequence[str]):
     Args:
         data: uint8: the names one after another, as the file system has them (``os.fsencode``).
         ends: [N] unsigned: where each name ends in ``data``.
+        file, offset: the file that ``data`` is mapped from, and where in it ``data`` begins. Single names are then read
+            from the file: each look into a mapping would keep 64 KB around it in memory.
     """
 
-    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(self, data: np.ndarray, ends: np.ndarray, file: BinaryIO | None = None, offset: int = 0) -> None:
         self.data, self.ends = data, ends
+        self._file, self._offset = file, offset
 
     @classmethod
     def pack(cls, names: Iterable[str]) -> PackedNames:
@@ -45,8 +48,10 @@ class PackedNames(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.data[start : int(self.ends[index])].tobytes())
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        if self._file is not None:
+            return os.fsdecode(os.pread(self._file.fileno(), end - start, self._offset + start))
+        return os.fsdecode(self.data[start:end].tobytes())
 
     def __eq__(self, other: object) -> bool:
         """Compare with any sequence of names."""

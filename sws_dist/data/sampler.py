@@ -8,11 +8,19 @@ a run needs only the number of its step to go on, at any world size.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 
+_MANY = 1 << 20
+"""Above so many images the processes of a node shuffle them one after another."""
 _EPOCH_MULTIPLE = 256
 """With repeats, the length of an epoch is a multiple of this, as in timm's RepeatAugSampler."""
 _SUBSTITUTE_STREAM = 2 << 64
@@ -64,7 +72,8 @@ class TrainOrder:
 
     def _own_images(self, epoch: int) -> np.ndarray:
         """Return the images of this rank's positions of an epoch, in order."""
-        return self.epoch_images(epoch)[self._first_place(epoch) :: self._world_size].copy()
+        with _one_at_a_time() if self.num_images > _MANY else nullcontext():
+            return self.epoch_images(epoch)[self._first_place(epoch) :: self._world_size].copy()
 
     def _first_place(self, epoch: int) -> int:
         return (self._rank - epoch * self.epoch_size) % self._world_size
@@ -106,6 +115,14 @@ class TrainOrder:
         """
         key, counter = _SUBSTITUTE_STREAM + self.seed, [attempt, position, 0, 0]
         return int(np.random.Generator(np.random.Philox(key=key, counter=counter)).integers(self.num_images))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let one process of a node at a time run the block: each holds the order of all images for a moment."""
+    with (Path(tempfile.gettempdir()) / f"sws-dist-{os.getuid()}.shuffle").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, also where the process dies
+        yield
 
 
 def micro_batch_positions(step: int, global_batch: int, micro: int, num_micros: int) -> np.ndarray:
