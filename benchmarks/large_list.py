@@ -68,8 +68,10 @@ def write_list(root: Path, num_images: int) -> None:
 def measure(root: Path, num_images: int, num_ranks: int) -> dict[str, Any]:
     """Run the ranks. Returns seconds and MB."""
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(num_ranks), context.Queue()
-    ranks = [context.Process(target=run_rank, args=(r, num_ranks, root, barrier, results)) for r in range(num_ranks)]
+    barrier, done, results = context.Barrier(num_ranks), context.Barrier(num_ranks + 1), context.Queue()
+    ranks = [
+        context.Process(target=run_rank, args=(r, num_ranks, root, barrier, done, results)) for r in range(num_ranks)
+    ]
     for rank in ranks:
         rank.start()
     found, highest = [], 0.0
@@ -77,6 +79,7 @@ def measure(root: Path, num_images: int, num_ranks: int) -> dict[str, Any]:
         highest = max(highest, sum(memory_mb(rank.pid)["private"] for rank in ranks if rank.pid))
         with suppress(queue.Empty):
             found.append(results.get(timeout=0.02))
+    done.wait()
     for rank in ranks:
         rank.join()
     mb = {
@@ -92,7 +95,7 @@ def measure(root: Path, num_images: int, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: Any) -> None:
+def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, done: Barrier, results: Any) -> None:
     recipe = Recipe(AugmentConfig(), 224)
     recipe.draw(0, np.arange(8), np.full((8, 2), 500))  # what only the first call imports
     TrainOrder(8, seed=0).images(np.arange(8))
@@ -126,7 +129,7 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, results: A
     barrier.wait()
     mb["all_read"] = since(before)
     results.put({"before_mb": before["private"], "first_s": first_s, "next_epoch_s": next_epoch_s, "mb": mb})
-    barrier.wait()  # shared pages are divided by the processes that live
+    done.wait()  # shared pages are divided by the processes that live
 
 
 def memory_mb(pid: int | str = "self") -> dict[str, float]:
