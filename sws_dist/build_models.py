@@ -51,7 +51,7 @@ class Flops(NamedTuple):
     student: int
     """At the model's own depth."""
     layer: int
-    """Of one layer more, where the depth is drawn for each step; else 0."""
+    """The operations of one layer more, where the depth is drawn for each step; else 0."""
     teacher: int | None
     """None: torch cannot count the operations of this model."""
 

@@ -39,7 +39,7 @@ class ModelInfo:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Origin of the weights: run, versions, commit."""
     trained_depths: list[int] = field(default_factory=list)
-    """Of a learngene: the smallest and the largest depth that the auxiliary model was trained at; empty if unknown."""
+    """The smallest and the largest depth that a learngene was trained at; empty if unknown."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelInfo:

@@ -28,7 +28,7 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow|teacher|targe
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|loss|metric|callback")
 """Matches the places of dictionaries that are no model's weights."""
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing put into names, at any place."""
+"""Matches the parts that torch.compile, FSDP and activation checkpointing put into names, at any place."""
 _WRAPPERS = ("module", "model", "backbone", "encoder", "net", "network", "student", "teacher")
 """First parts of keys that are no part of a model, where all keys have them."""
 _TRAINING_ONLY = re.compile(

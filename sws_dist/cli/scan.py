@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sws_dist.atomic import atomic_write_json
@@ -35,10 +36,15 @@ def main() -> None:
         default=2 * (os.cpu_count() or 1),
         help="files at a time (default: 2 a core)",
     )
+    parser.add_argument(
+        "--image-extensions", nargs="+", metavar="EXT", help="of a sample in tar shards, as in data.image_extensions"
+    )
+    parser.add_argument("--label-key", default="label", help="of a sample's .json, as in data.label_key")
     args = parse_args(parser, one_process=True)
+    keys = args.image_extensions, args.label_key
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
-        good, found = scan_split(root, split, prefix, args.num_threads, show_bar=not args.quiet)
+        good, found = scan_split(root, split, prefix, args.num_threads, *keys, show_bar=not args.quiet)
         num_images += good
         bad += found
     if args.json:
@@ -62,15 +68,24 @@ def holds_split(place: Path) -> bool:
 
 
 def scan_split(
-    root: Path, split: str, prefix: str, num_threads: int, show_bar: bool
+    root: Path,
+    split: str,
+    prefix: str,
+    num_threads: int,
+    image_extensions: Sequence[str] | None,
+    label_key: str,
+    *,
+    show_bar: bool,
 ) -> tuple[int, list[dict[str, str]]]:
     """Scan one split. Returns the number of good images, and path and reason of each bad file."""
     from tqdm import tqdm
 
     from sws_dist.data import manifest
+    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 
+    keys = SampleKeys(tuple(image_extensions or DEFAULT_KEYS.image_extensions), label_key)
     with tqdm(unit="file", desc=split, disable=not show_bar) as bar:
-        found, kept = manifest.scan_and_decode(root, split, num_threads, bar)
+        found, kept = manifest.scan_and_decode(root, split, num_threads, bar, keys)
     print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
     for note in found.notes:
         log.warning(note)

@@ -40,7 +40,7 @@ def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
     keys = SampleKeys(config.image_extensions, config.label_key)
     scan = partial(manifest.scan, config.root, max_bad_share=config.max_bad_share, keys=keys)
     if config.trust_manifest:
-        scan = partial(manifest.load_scanned, config.root)
+        scan = partial(manifest.load_scanned, config.root, max_bad_share=config.max_bad_share)
     train = scan(config.train_split, classes)
     if config.val_share is not None:
         return hold_out(train, config.val_share, config.val_seed)

@@ -115,19 +115,22 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint16 if not array.size or array.max() < 1 << 16 else np.int32)
 
 
-def load_scanned(root: str | Path, split: str, classes: Sequence[str] | None = None) -> Manifest:
+def load_scanned(
+    root: str | Path, split: str, classes: Sequence[str] | None = None, max_bad_share: float = MAX_BAD_SHARE
+) -> Manifest:
     """Map the list that ``sws scan`` has kept of ``<root>/<split>``, without a look at the files themselves.
 
     Args:
-        classes: see ``scan``.
+        classes, max_bad_share: see ``scan``.
 
     Raises:
-        ValueError: there is none, or it has a class that ``classes`` does not have.
+        ValueError: there is none, it has a class that ``classes`` does not have, or the scan found too many bad files.
     """
     file = list_path(root, split)
     if not file.is_file():
         raise ValueError(f"data.trust_manifest: there is no {file}; sws scan --data {root} writes it")
     found = Manifest.load(file)
+    check_bad_share(len(found.bad), len(found) + len(found.bad), max_bad_share, f"{file}: ", found.bad)
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     note = f"{file}: {len(found)} images as they were on {written}; what has changed since is not noticed"
     # The data may have moved as a whole since it was scanned.
@@ -173,11 +176,14 @@ def scan(
     return found
 
 
-def scan_and_decode(root: str | Path, split: str, num_threads: int, bar: tqdm[Any]) -> tuple[Manifest, Path | None]:
+def scan_and_decode(
+    root: str | Path, split: str, num_threads: int, bar: tqdm[Any], keys: SampleKeys = DEFAULT_KEYS
+) -> tuple[Manifest, Path | None]:
     """Decode every file of ``<root>/<split>``, and write the manifest's file.
 
     Args:
         bar: a progress bar, moved by one for each file.
+        keys: see ``scan``.
 
     Returns:
         The manifest and the path of its file, or None if the file cannot be written.
@@ -185,7 +191,7 @@ def scan_and_decode(root: str | Path, split: str, num_threads: int, bar: tqdm[An
     Raises:
         ValueError: no images.
     """
-    source, notes = sources.find_source(root, split, None, num_threads)
+    source, notes = sources.find_source(root, split, None, num_threads, keys)
     bar.reset(total=len(source))
     entries = []
     for entry in _map_in_threads(partial(_examine, source, {}, _size_by_decoding), len(source), num_threads):

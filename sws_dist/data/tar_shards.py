@@ -32,7 +32,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Where a sample's image and label are."""
+    """The members of a sample that hold its image and its label."""
 
     image_extensions: tuple[str, ...] = DEFAULT_IMAGE_EXTENSIONS
     """Extensions of the image, without the leading dot; the first that a sample has is taken."""

@@ -26,7 +26,7 @@ from sws_dist.errors import ConfigError
 ANY_RANK = {"any_rank": True}
 """``extra=ANY_RANK`` lets a log record be shown by whichever rank writes it; others are shown by rank 0 alone."""
 _INTERACTIVE_STEPS = ("interactive", str(2**32 - 6))
-"""What SLURM calls the step that ``salloc`` opens a shell in."""
+"""SLURM's name of the step in which ``salloc`` opens a shell."""
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 

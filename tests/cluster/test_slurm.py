@@ -255,7 +255,7 @@ def test_strange_paths_survive(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_a_shell_of_salloc_runs_single_processes(slurm: Slurm) -> None:
-    """Of two nodes, and in a step that srun opens there with both tasks."""
+    """A single process works in the shell, and both tasks in a step that srun opens there."""
     say = f"{sys.executable} tests/cluster/print_world.py"
     said = slurm.run("salloc", "--nodes=2", "--ntasks=2", "bash", "-c", f"{say} 2>&1; srun {say} 2>&1", timeout_s=200)
     assert "1 rank: [(0, 0)]" in said

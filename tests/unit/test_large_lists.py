@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from sws_dist.data.build import list_images
 from sws_dist.data.manifest import BadFile, Manifest
 from sws_dist.data.packed_names import PackedNames
 from tests.unit.test_manifest import run_scan
+from tests.unit.test_sources import jpeg, write_tar
 
 NAMES = ["a/1.jpg", "", "b/" + "x" * 300, os.fsdecode(b"caf\xe9/\xff.jpg"), "zwölf/图.jpg"]
 
@@ -113,7 +115,24 @@ def test_a_scanned_list_is_taken_without_a_look_at_the_files(few_digits: Path, t
         np.testing.assert_array_equal(found.labels, listed.labels)
         np.testing.assert_array_equal(found.sizes, listed.sizes)
         assert "what has changed since is not noticed" in found.notes[0]
+    trusted = Manifest.load(root / "train.images.safetensors")
+    bad = tuple(BadFile(f"{i}.jpg", "empty") for i in range(20))
+    dataclasses.replace(trusted, bad=bad).save(root / "train.images.safetensors")
+    with pytest.raises(ValueError, match=r"20 of 100 images are bad, more than data.max_bad_share 0.1 allows"):
+        list_images(config)
+    trusted.save(root / "train.images.safetensors")
     names = [str(digit) for digit in reversed(range(10))]
     (tmp_path / "classes.txt").write_text("\n".join(names))
     train, _ = list_images(DataConfig(root=str(root), trust_manifest=True, classes=str(tmp_path / "classes.txt")))
     assert [train.classes[label] for label in train.labels] == [path[0] for path in train.paths]
+
+
+def test_shards_are_scanned_by_the_keys_that_a_run_uses(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        members = {"1.webp": b"no image", "1.jpg": jpeg(), "1.json": b'{"species": "ant"}'}
+        write_tar(tmp_path / split / "a.tar", members)
+    run_scan("--data", tmp_path, "--image-extensions", "jpg", "--label-key", "species")
+    train, val = list_images(DataConfig(root=str(tmp_path), trust_manifest=True))
+    assert train.paths == val.paths == ["a.tar/1.jpg"]
+    assert train.classes == ("ant",)
+    assert train.read(0) == jpeg()

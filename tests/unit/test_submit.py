@@ -38,7 +38,7 @@ def test_the_script_says_all_that_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_paths_survive_into_the_script(tmp_path: Path) -> None:
-    """What the shell, sbatch and a config would read otherwise; tests/cluster asks a real SLURM."""
+    """Characters that the shell, sbatch and a config read otherwise survive; tests/cluster asks a real SLURM."""
     folder = tmp_path / "a b #1 50% $HOME 'q' \"d\""
     output = f"output={str(folder).replace('$', '$$')}"
     python = tmp_path / "my venv" / "python"
