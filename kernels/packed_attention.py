@@ -8,7 +8,7 @@ Shapes: B samples, T tokens, H heads of D, P blocks of tokens in the backward.
     qkv, d_qkv                [B, T, 3, H, D]  fp32, fp16 or bf16
     bias                      [3*H*D]          any of these dtypes, or None where the projection has added it
     out, d_out                [B, T, H*D]      qkv's dtype; the next matrix product reads out as it is
-    lse                       [B, H, T]        fp32, log-sum-exp of the scaled scores, saved for the backward
+    lse                       [B, H, T]        fp32, log2 of the sum of exp of the scaled scores, saved for the backward
     delta                     [B, H, T]        fp32, sum of out * d_out over a head; lives between two passes only
     partials                  [B, P, 3, H, D]  fp32, sums of d_qkv over each block of tokens, for d_bias
 
@@ -51,7 +51,8 @@ def packed_attention_forward(qkv: Tensor, bias: Tensor | None, scale: float) -> 
     It is a custom_op rather than a triton_op for the reasons given in `add_layer_norm_forward`.
 
     Returns:
-        (out, lse): [B, T, H*D] in qkv's dtype and [B, H, T] fp32. lse does not include k's bias.
+        (out, lse): [B, T, H*D] in qkv's dtype and [B, H, T] fp32 in units of log2. lse does not include
+        k's bias.
     """
     num_samples, tokens, _, heads, head_dim = qkv.shape
     out = torch.empty((num_samples, tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -97,7 +97,7 @@ def packed_attention_forward_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     bias_ptr,  # [3, H, D] or None
     out_ptr,  # [B, T, H, D] out
-    lse_ptr,  # [B, H, T] fp32 out
+    lse_ptr,  # [B, H, T] fp32 out, in units of log2
     tokens,
     heads,
     scale,
@@ -138,7 +138,7 @@ def packed_attention_forward_kernel(
         if bias_ptr is not None:
             out += _load_bias(bias_ptr + 2 * heads * D, D)
         _store(out_ptr, out, queries, tokens, heads * D, D)
-        tl.store(lse_ptr + queries, (m_i + tl.log2(l_i)) / LOG2_E, mask=queries < tokens)
+        tl.store(lse_ptr + queries, m_i + tl.log2(l_i), mask=queries < tokens)
 
 
 # ------------------------------------------------------------------------------------------- backward kernels
@@ -159,7 +159,7 @@ def packed_attention_backward_keys_kernel(
     d_out_ptr,  # [B, T, H, D]
     qkv_ptr,  # [B, T, 3, H, D]
     bias_ptr,  # [3, H, D] or None
-    lse_ptr,  # [B, H, T] fp32
+    lse_ptr,  # [B, H, T] fp32, in units of log2
     delta_ptr,  # [B, H, T] fp32, or None with SINGLE_KV_BLOCK
     d_qkv_ptr,  # [B, T, 3, H, D] out: dk and dv; with SINGLE_KV_BLOCK dq too
     partials_ptr,  # [B, P, 3, H, D] fp32 out: the same parts
@@ -173,7 +173,7 @@ def packed_attention_backward_keys_kernel(
 ):
     """Compute dk and dv of N keys over all queries in tiles of M. All tiles have keys as rows.
 
-    p = exp(scale * k q^T - lse), dv = p d_out, dp = v d_out^T, ds = p * (dp - delta), dk = scale * ds q,
+    p = exp2(scale * log2(e) * k q^T - lse), dv = p d_out, dp = v d_out^T, ds = p * (dp - delta), dk = scale * ds q,
     dq = scale * ds^T k.
     """
     block, sample, head = _place(tokens, heads, N)
@@ -200,8 +200,8 @@ def packed_attention_backward_keys_kernel(
         d_out = _load(d_out_ptr, None, queries, tokens, third, D)
         # For a query or key that does not exist, p = exp(-inf) = 0.
         lse = tl.load(lse_ptr + queries, mask=queries < tokens, other=float("inf"))
-        s = _dot(k, tl.trans(q)) * (scale * LOG2_E)
-        p = tl.exp2(tl.where(row_mask, s, -float("inf")) - (lse * LOG2_E)[None, :])
+        s = _dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :]  # one instruction an element
+        p = tl.exp2(tl.where(row_mask, s, -float("inf")))
         dv = _dot(p.to(d_out.dtype), d_out, dv)
         dp = _dot(v, tl.trans(d_out))
         if SINGLE_KV_BLOCK:
@@ -231,7 +231,7 @@ def packed_attention_backward_queries_kernel(
     qkv_ptr,  # [B, T, 3, H, D]
     bias_ptr,  # [3, H, D] or None
     out_ptr,  # [B, T, H, D]
-    lse_ptr,  # [B, H, T] fp32
+    lse_ptr,  # [B, H, T] fp32, in units of log2
     delta_ptr,  # [B, H, T] fp32 out
     d_qkv_ptr,  # [B, T, 3, H, D] out: dq
     partials_ptr,  # [B, P, 3, H, D] fp32 out: dq's sums
@@ -259,7 +259,7 @@ def packed_attention_backward_queries_kernel(
     row_mask = queries < tokens
     q = _load(qkv_ptr, bias_ptr, queries, tokens, row_stride, D)
     d_out = _load(d_out_ptr, None, queries, tokens, third, D)
-    lse = tl.load(lse_ptr + queries, mask=row_mask, other=float("inf")) * LOG2_E
+    lse = tl.load(lse_ptr + queries, mask=row_mask, other=float("inf"))
     out = _load(out_ptr, None, queries, tokens, third, D).to(tl.float32)
     if bias_ptr is not None:
         out -= _load_bias(bias_ptr + 2 * third, D)
@@ -271,8 +271,8 @@ def packed_attention_backward_queries_kernel(
         keys = first + tl.arange(0, N)
         k = _load(qkv_ptr + third, None, keys, tokens, row_stride, D)
         v = _load(qkv_ptr + 2 * third, None, keys, tokens, row_stride, D)
-        s = _dot(q, tl.trans(k)) * (scale * LOG2_E)
-        p = tl.exp2(tl.where((keys < tokens)[None, :], s, -float("inf")) - lse[:, None])
+        s = _dot(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None]
+        p = tl.exp2(tl.where((keys < tokens)[None, :], s, -float("inf")))
         ds = p * (_dot(d_out, tl.trans(v)) - delta[:, None])
         dq = _dot(ds.to(k.dtype), k, dq)
     dq *= scale
