@@ -11,14 +11,15 @@ Shapes: B samples, T tokens, D width, N = B * T rows. The backward runs P progra
     new_residual              [B, T, D]  residual's dtype
     normed                    [B, T, D]  branch's dtype, which is that of the next matrix product
     mean, rstd                [N]        fp32, saved for the backward
-    partials                  [2, P, D]  fp32, each backward program's share of d_weight and d_bias
+    partials                  [2, P, D]  fp32, each backward program's share of d_weight and d_bias; [3, P, D] where the
+                                         sum of d_branch is asked for too
 
 The kernels are in `add_layer_norm_kernels.py`.
 
 Source: Ba et al. 2016, arXiv 1607.06450 (LayerNorm); Huang et al. 2016, arXiv 1603.09382 (stochastic depth).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,10 +48,30 @@ def add_layer_norm_forward(
     Returns:
         (new_residual, normed, mean, rstd): [B, T, D] in residual's dtype, [B, T, D] in branch's, and [N] fp32 twice.
     """
-    num_samples, tokens, width = residual.shape
-    num_rows = num_samples * tokens
     new_residual = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     normed = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
+    mean, rstd = _launch_forward(residual, branch, scale, weight, bias, eps, new_residual, normed)
+    return new_residual, normed, mean, rstd
+
+
+@torch.library.custom_op("sws_kernels::layer_norm", mutates_args=())
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel without a branch: LayerNorm of x [B, T, D]. It has no autograd of its own.
+
+    Returns:
+        (normed, mean, rstd): like x, and [N] fp32 twice.
+    """
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return normed, *_launch_forward(x, None, None, weight, bias, eps, None, normed)
+
+
+def _launch_forward(
+    residual: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    new_residual: Tensor | None, normed: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill new_residual and normed. Return (mean, rstd)."""
+    num_samples, tokens, width = residual.shape
+    num_rows = num_samples * tokens
     mean = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
     launch = launch_config.add_layer_norm(width)["forward"]
@@ -61,7 +82,7 @@ def add_layer_norm_forward(
                 contiguous(residual), contiguous(branch), contiguous(scale), contiguous(weight),
                 contiguous(bias), new_residual, normed, mean, rstd, num_rows, tokens, eps, **launch,
             )  # fmt: skip
-    return new_residual, normed, mean, rstd
+    return mean, rstd
 
 
 @add_layer_norm_forward.register_fake
@@ -72,10 +93,27 @@ def _(
     return residual.new_empty(residual.shape), branch.new_empty(branch.shape), stats, torch.empty_like(stats)
 
 
+@layer_norm_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), stats, torch.empty_like(stats)
+
+
+class NormGradients(NamedTuple):
+    """Hold what `add_layer_norm_backward` computes. d_residual and d_branch are one tensor where they are equal."""
+
+    d_residual: Tensor  # [B, T, D], residual's dtype
+    d_branch: Tensor  # [B, T, D], branch's dtype
+    d_weight: Tensor  # [D] fp32
+    d_bias: Tensor  # [D] fp32
+    normed: Tensor | None  # [B, T, D], branch's dtype: the forward's, up to rounding
+    d_branch_sum: Tensor | None  # [D] fp32, over all rows: the bias gradient of the linear layer that made the branch
+
+
 def add_layer_norm_backward(
     d_new_residual: Tensor, d_normed: Tensor, new_residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean: Tensor, rstd: Tensor, bias: Tensor | None = None,
+) -> NormGradients:  # fmt: skip
     """Launch the backward kernel.
 
     Args:
@@ -83,64 +121,59 @@ def add_layer_norm_backward(
         d_normed: [B, T, D], branch's dtype.
         new_residual, mean, rstd: results of `add_layer_norm_forward`, which are not changed.
         scale, weight: [B] or None, and [D]; the forward's.
-
-    Returns:
-        (d_residual, d_branch, d_weight, d_bias): [B, T, D] in residual's dtype, [B, T, D] in branch's, and [D] fp32
-        twice. d_residual and d_branch are one tensor where they are equal.
+        bias: [D], the forward's, to also compute normed again and the sum of d_branch; without it they are None.
     """
-    arguments = d_new_residual, d_normed, new_residual, scale, weight, mean, rstd
-    d_residual, d_branch, (d_weight, d_bias) = _backward_op(*arguments)
+    arguments = d_new_residual, d_normed, new_residual, scale, weight, bias, mean, rstd
+    d_residual, d_branch, normed, sums = _backward_op(*arguments)
     if not _branch_gradient_differs(d_normed, new_residual, scale):
         d_branch = d_residual
-    return d_residual, d_branch, d_weight, d_bias
+    if bias is None:
+        return NormGradients(d_residual, d_branch, sums[0], sums[1], None, None)
+    return NormGradients(d_residual, d_branch, sums[0], sums[1], normed, sums[2])
 
 
 @torch.library.custom_op("sws_kernels::add_layer_norm_backward", mutates_args=())
 def _backward_op(
     d_new_residual: Tensor, d_normed: Tensor, new_residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (d_residual, d_branch, d_weight and d_bias as one fp32 [2, D]).
+    bias: Tensor | None, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (d_residual, d_branch, normed, and d_weight, d_bias and with a bias d_branch's sum as one fp32 [2 or 3, D]).
 
-    d_branch is empty where it equals d_residual: an operator may not return one tensor twice, and writing it twice
+    normed is empty without a bias. d_branch is empty where it equals d_residual: an operator may not return one tensor twice, and writing it twice
     would cost a fifth of the traffic.
     """
     num_samples, tokens, width = new_residual.shape
     num_rows = num_samples * tokens
     launch = launch_config.add_layer_norm(width)["backward"]
-    num_programs = _num_backward_programs(triton.cdiv(num_rows, launch["R"]), new_residual.device)
+    # P fixes the order in which the sums are added up, so equal shapes on equal GPUs give equal bits.
+    resident = launch_config.norm_programs(width) * launch_config.num_multiprocessors(new_residual.device)
+    num_programs = min(triton.cdiv(num_rows, launch["R"]), resident)
     d_residual = torch.empty(new_residual.shape, dtype=new_residual.dtype, device=new_residual.device)
     separate = _branch_gradient_differs(d_normed, new_residual, scale)
     d_branch = d_normed.new_empty(d_normed.shape if separate else (0,))
-    partials = new_residual.new_empty((2, num_programs, width), dtype=torch.float32)
+    normed = d_normed.new_empty((0,) if bias is None else d_normed.shape)
+    partials = new_residual.new_empty((2 if bias is None else 3, num_programs, width), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(new_residual):
             add_layer_norm_backward_kernel[(num_programs,)](
                 contiguous(d_new_residual), contiguous(d_normed), new_residual, contiguous(scale),
-                contiguous(weight), mean, rstd, d_residual, d_branch if separate else None, partials,
-                num_rows, tokens, **launch,
+                contiguous(weight), contiguous(bias), mean, rstd, d_residual, d_branch if separate else None,
+                None if bias is None else normed, partials, num_rows, tokens, **launch,
             )  # fmt: skip
     # The second stage of the reduction adds a fixed number of rows in a fixed order, without atomics.
-    return d_residual, d_branch, partials.sum(dim=1)
+    return d_residual, d_branch, normed, partials.sum(dim=1)
 
 
 @_backward_op.register_fake
 def _(
     d_new_residual: Tensor, d_normed: Tensor, new_residual: Tensor, scale: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    bias: Tensor | None, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     separate = _branch_gradient_differs(d_normed, new_residual, scale)
     d_branch = d_normed.new_empty(d_normed.shape if separate else (0,))
-    d_parameters = weight.new_empty((2, weight.shape[0]), dtype=torch.float32)
-    return new_residual.new_empty(new_residual.shape), d_branch, d_parameters
-
-
-def _num_backward_programs(num_tiles: int, device: torch.device) -> int:
-    """Return P, which fixes the order in which d_weight and d_bias are summed.
-
-    Equal shapes on equal GPUs therefore give equal bits.
-    """
-    return min(num_tiles, launch_config.BACKWARD_PROGRAMS_PER_SM * launch_config.num_multiprocessors(device))
+    normed = d_normed.new_empty((0,) if bias is None else d_normed.shape)
+    sums = weight.new_empty((2 if bias is None else 3, weight.shape[0]), dtype=torch.float32)
+    return new_residual.new_empty(new_residual.shape), d_branch, normed, sums
 
 
 def _branch_gradient_differs(d_normed: Tensor, new_residual: Tensor, scale: Tensor | None) -> bool:
@@ -163,8 +196,8 @@ def _differentiate(
     ctx: Any, d_new_residual: Tensor, d_normed: Tensor, _d_mean: Tensor, _d_rstd: Tensor
 ) -> tuple[Tensor | None, ...]:
     weight = ctx.saved_tensors[2]
-    d_residual, d_branch, d_weight, d_bias = add_layer_norm_backward(d_new_residual, d_normed, *ctx.saved_tensors)
-    return d_residual, d_branch, None, d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype), None
+    g = add_layer_norm_backward(d_new_residual, d_normed, *ctx.saved_tensors)
+    return g.d_residual, g.d_branch, None, g.d_weight.to(weight.dtype), g.d_bias.to(ctx.bias_dtype), None
 
 
 add_layer_norm_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -7,8 +7,9 @@ exactly; other widths mask the rest. The chunks stay in registers, so a row is r
 Statistics and sums are fp32. LayerNorm reads new_residual *as rounded and stored*, because the backward recomputes
 from the stored tensor and must differentiate the very function that the forward computed.
 
-Traffic in [N, D] tensors: the forward reads 2 and writes 2. The backward reads 3 and writes 1, or 2 with a scale,
-because the branch's gradient then differs from the residual's.
+Traffic in [N, D] tensors: the forward reads 2 and writes 2; without a branch it is LayerNorm alone, reads 1 and writes
+1. The backward reads 3 and writes 1, or 2 with a scale, because the branch's gradient then differs from the residual's,
+and one more where it also computes normed again.
 """
 
 import triton
@@ -59,11 +60,11 @@ def _load_vector(ptr, D: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def add_layer_norm_forward_kernel(
     residual_ptr,  # [N, D]
-    branch_ptr,  # [N, D]
+    branch_ptr,  # [N, D], or None to normalise residual as it is
     scale_ptr,  # [B] or None
     weight_ptr,  # [D]
     bias_ptr,  # [D]
-    new_residual_ptr,  # [N, D] out
+    new_residual_ptr,  # [N, D] out, or None without a branch
     normed_ptr,  # [N, D] out
     mean_ptr,  # [N] fp32 out
     rstd_ptr,  # [N] fp32 out
@@ -79,17 +80,17 @@ def add_layer_norm_forward_kernel(
     row_mask = rows < num_rows
 
     x0, x1, x2 = _load(residual_ptr, rows, row_mask, D, W)
-    b0, b1, b2 = _load(branch_ptr, rows, row_mask, D, W)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + rows // tokens, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        b0, b1, b2 = b0 * scale, b1 * scale, b2 * scale
-
-    # Round once, to the dtype that is stored, and normalise the rounded values.
-    dtype = new_residual_ptr.dtype.element_ty
-    x0 = (x0 + b0).to(dtype).to(tl.float32)
-    x1 = (x1 + b1).to(dtype).to(tl.float32)
-    x2 = (x2 + b2).to(dtype).to(tl.float32)
-    _store(new_residual_ptr, x0, x1, x2, rows, row_mask, D, W)
+    if branch_ptr is not None:
+        b0, b1, b2 = _load(branch_ptr, rows, row_mask, D, W)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + rows // tokens, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+            b0, b1, b2 = b0 * scale, b1 * scale, b2 * scale
+        # Round once, to the dtype that is stored, and normalise the rounded values.
+        dtype = new_residual_ptr.dtype.element_ty
+        x0 = (x0 + b0).to(dtype).to(tl.float32)
+        x1 = (x1 + b1).to(dtype).to(tl.float32)
+        x2 = (x2 + b2).to(dtype).to(tl.float32)
+        _store(new_residual_ptr, x0, x1, x2, rows, row_mask, D, W)
 
     # The row is in registers, so the variance is taken about the mean, which avoids cancellation.
     mean = tl.sum(x0 + x1 + x2, axis=1) / D
@@ -116,11 +117,13 @@ def add_layer_norm_backward_kernel(
     new_residual_ptr,  # [N, D]
     scale_ptr,  # [B] or None
     weight_ptr,  # [D]
+    bias_ptr,  # [D], or None to leave out normed and the sums of d_branch
     mean_ptr,  # [N] fp32
     rstd_ptr,  # [N] fp32
     d_residual_ptr,  # [N, D] out
     d_branch_ptr,  # [N, D] out, or None where it equals d_residual
-    partials_ptr,  # [2, P, D] fp32 out
+    normed_ptr,  # [N, D] out, or None without a bias
+    partials_ptr,  # [2, P, D] fp32 out, or [3, P, D] with a bias
     num_rows,
     tokens,
     D: tl.constexpr,
@@ -132,6 +135,9 @@ def add_layer_norm_backward_kernel(
     With h = (x - mean) * rstd and a = d_normed * weight,
     dx = d_new_residual + rstd * (a - mean(a) - h * mean(a * h)).
     Each of the P programs leaves one row of d_weight = sum(d_normed * h) and one of d_bias = sum(d_normed).
+
+    With a bias it also stores the forward's normed = h * weight + bias, and one row of sum(d_branch): the linear layers
+    on either side of the norm need them for their weights' gradients, and all of it is at hand here.
     """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -144,6 +150,11 @@ def add_layer_norm_backward_kernel(
     db0 = tl.zeros([R, W], tl.float32)
     db1 = tl.zeros([R, W], tl.float32)
     db2 = tl.zeros([R, W], tl.float32)
+    if bias_ptr is not None:
+        b0, b1, b2 = _load_vector(bias_ptr, D, W)
+        ds0 = tl.zeros([R, W], tl.float32)
+        ds1 = tl.zeros([R, W], tl.float32)
+        ds2 = tl.zeros([R, W], tl.float32)
 
     for tile in range(program, tl.cdiv(num_rows, R), num_programs):
         rows = tile * R + tl.arange(0, R)
@@ -161,6 +172,8 @@ def add_layer_norm_backward_kernel(
         db0 += a0
         db1 += a1
         db2 += a2
+        if bias_ptr is not None:
+            _store(normed_ptr, h0 * w0 + b0, h1 * w1 + b1, h2 * w2 + b2, rows, row_mask, D, W)
         a0, a1, a2 = a0 * w0, a1 * w1, a2 * w2
         mean_a = (tl.sum(a0 + a1 + a2, axis=1) / D)[:, None]
         mean_ah = (tl.sum(a0 * h0 + a1 * h1 + a2 * h2, axis=1) / D)[:, None]
@@ -175,6 +188,12 @@ def add_layer_norm_backward_kernel(
                 scale = tl.load(scale_ptr + rows // tokens, mask=row_mask, other=0.0).to(tl.float32)[:, None]
                 d0, d1, d2 = d0 * scale, d1 * scale, d2 * scale
             _store(d_branch_ptr, d0, d1, d2, rows, row_mask, D, W)
+        if bias_ptr is not None:
+            # A row that does not exist has rstd = 0 and d = 0; a column that does not exist has d = -rstd * mean_a and
+            # is summed into columns that are not stored.
+            ds0 += d0
+            ds1 += d1
+            ds2 += d2
 
     row = program + tl.zeros([1], tl.int32)
     always = row >= 0
@@ -182,3 +201,6 @@ def add_layer_norm_backward_kernel(
     db0, db1, db2 = tl.sum(db0, axis=0), tl.sum(db1, axis=0), tl.sum(db2, axis=0)
     _store(partials_ptr, dw0[None, :], dw1[None, :], dw2[None, :], row, always, D, W)
     _store(partials_ptr, db0[None, :], db1[None, :], db2[None, :], row + num_programs, always, D, W)
+    if bias_ptr is not None:
+        ds0, ds1, ds2 = tl.sum(ds0, axis=0), tl.sum(ds1, axis=0), tl.sum(ds2, axis=0)
+        _store(partials_ptr, ds0[None, :], ds1[None, :], ds2[None, :], row + 2 * num_programs, always, D, W)

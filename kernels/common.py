@@ -83,8 +83,3 @@ def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.mm(d_out.t(), x, out_dtype=torch.float32)
     return d_out.float().t() @ x.float()  # PyTorch has out_dtype on CUDA only
-
-
-def bias_gradient(d_out: Tensor) -> Tensor:
-    """Sum [..., out] over all but the last dimension, to fp32 [out]."""
-    return d_out.flatten(0, -2).sum(dim=0, dtype=torch.float32)

@@ -13,10 +13,7 @@ import triton
 
 Launch = dict[str, Any]  # constexpr or launch option -> int, bool or None
 ROW_TILES_A_GROUP = 8  # linear_gelu: neighbouring programs share the tiles of both operands in the L2 cache
-BACKWARD_PROGRAMS_PER_SM = 2  # add_layer_norm: two resident programs hide each other's loads
-# Two programs of 128 threads leave a thread 65,536 / (2 * 128) = 256 registers; 255 can be addressed. Without this
-# limit ptxas may settle for 128 registers and spill.
-MAX_BACKWARD_REGISTERS = 255
+COLUMN_SUM_PROGRAMS_PER_SM = 4  # programs of 128 threads, which hide each other's loads
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -35,13 +32,31 @@ def num_multiprocessors(device: torch.device) -> int:
 def add_layer_norm(width: int) -> dict[str, Launch]:
     """Return the launches of "forward" and "backward" for rows of ``width`` elements.
 
-    A row is split into three chunks of W elements, and a program takes tiles of R rows. R * W = 1024 elements a chunk
-    on 128 threads give each thread 8 consecutive elements, which is one 16-byte access in half precision. Up to
-    W = 256 (width 768) the sums along a row stay inside a warp.
+    A row is split into three chunks of W elements, and a program of 128 threads takes tiles of R rows. R * W = 1024
+    elements a chunk give each thread of the forward 8 consecutive elements, which is one 16-byte access in half
+    precision. Up to W = 256 (width 768) the sums along a row stay inside a warp.
+
+    The backward holds nine sums of a tile's size, so its tiles are half as large, and four programs fit on a
+    multiprocessor (65,536 / (4 * 128) = 128 registers a thread). Rows wider than 1536 need more: two programs fit.
+    Without a limit ptxas may settle for fewer registers and spill.
     """
     chunk = triton.next_power_of_2(triton.cdiv(width, 3))
-    forward: Launch = {"D": width, "W": chunk, "R": max(1, 1024 // chunk), "num_warps": 4}
-    return {"forward": forward, "backward": forward | {"maxnreg": MAX_BACKWARD_REGISTERS}}
+    common: Launch = {"D": width, "W": chunk, "num_warps": 4}
+    return {
+        "forward": common | {"R": max(1, 1024 // chunk)},
+        "backward": common | {"R": max(1, 512 // chunk), "maxnreg": min(255, 65_536 // (128 * norm_programs(width)))},
+    }
+
+
+def norm_programs(width: int) -> int:
+    """Return how many programs of add_layer_norm's backward fit on a multiprocessor."""
+    return 4 if width <= 1536 else 2
+
+
+def column_sum(width: int) -> Launch:
+    """Return the launch for rows of ``width`` elements: blocks of C columns, 16 bytes a thread, in tiles of R rows."""
+    columns = min(128, triton.next_power_of_2(width))
+    return {"C": columns, "R": 2048 // columns, "num_warps": 4}
 
 
 def linear_gelu(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
+from sws_kernels.column_sum import column_sum
+from sws_kernels.common import Backend, check_triton, is_triton, weight_gradient
 from sws_kernels.linear_gelu import WIDTH_MULTIPLE, linear_gelu_backward, linear_gelu_forward
 
 # -------------------------------------------------------------------------------------------------- launchers
@@ -64,7 +65,7 @@ def mlp_backward(
     d_fc2_weight = weight_gradient(dy, h)
     del h  # before dx and d_fc1_weight allocate memory
     dx = (dz @ fc1_weight).view(x.shape)
-    return dx, weight_gradient(dz, x), d_fc1_bias, d_fc2_weight, bias_gradient(dy)
+    return dx, weight_gradient(dz, x), d_fc1_bias, d_fc2_weight, column_sum(dy.flatten(0, -2))
 
 
 @mlp_backward.register_fake

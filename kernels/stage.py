@@ -40,9 +40,12 @@ from sws_kernels.add_layer_norm import (
     add_layer_norm_backward,
     add_layer_norm_forward,
     add_layer_norm_reference,
+    layer_norm_forward,
 )
-from sws_kernels.common import Backend, bias_gradient, check_triton, is_triton, weight_gradient
-from sws_kernels.mlp import check_mlp, mlp_backward, mlp_forward, mlp_reference
+from sws_kernels.column_sum import column_sum
+from sws_kernels.common import Backend, check_triton, is_triton, weight_gradient
+from sws_kernels.linear_gelu import linear_gelu_backward
+from sws_kernels.mlp import check_mlp, mlp_forward, mlp_reference
 from sws_kernels.packed_attention import (
     HEAD_DIMS,
     packed_attention_backward,
@@ -122,15 +125,13 @@ def _run(
                 middle, branch, scale, weights.norm1_weight, weights.norm1_bias, eps
             )
         else:
-            x = middle + _scaled(branch, scale)
+            x = middle + branch if scale is None else torch.addcmul(middle, branch, _column(scale, branch))
     return x, all_saved
 
 
 def _first_norm(x: Tensor, weights: StageWeights, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (normed, mean, rstd) of the first repeat's norm1, which has nothing to add, by PyTorch's operator."""
-    weight, bias = weights.norm1_weight, weights.norm1_bias
-    normed, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-    return normed, mean.float().view(-1), rstd.float().view(-1)
+    """Return (normed, mean, rstd) of the first repeat's norm1, which has nothing to add."""
+    return layer_norm_forward(x, weights.norm1_weight, weights.norm1_bias, eps)
 
 
 def _repeat_forward(
@@ -159,8 +160,9 @@ def _scale(scales: Tensor | None, r: int, branch: int) -> Tensor | None:
     return None if scales is None else scales[r, branch]
 
 
-def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale.to(branch.dtype)[:, None, None]
+def _column(scale: Tensor, branch: Tensor) -> Tensor:
+    """Return drop-path's [B] so that it multiplies [B, T, D]."""
+    return scale.to(branch.dtype)[:, None, None]
 
 
 # --------------------------------------------------------------------------------------------------- backward
@@ -178,12 +180,16 @@ def stage_backward(
     size = len(saved) // repeats
     totals: list[Tensor | None] = [None] * len(weights)
     dx = dy.contiguous()
-    d_branch = _scaled(dx, _scale(scales, repeats - 1, 1))
+    last_scale = _scale(scales, repeats - 1, 1)
+    d_branch = dx if last_scale is None else dx * _column(last_scale, dx)
+    d_branch_sum = column_sum(d_branch.flatten(0, -2))
     for r in reversed(range(repeats)):
         scale, own = _scale(scales, r, 0), saved[r * size : (r + 1) * size]
         repeat = _run_again(own[0], weights, scale, num_heads, eps) if recompute else SavedTensors(*own)
         scale_before = _scale(scales, r - 1, 1) if r else None
-        dx, d_branch, shares = _repeat_backward(dx, d_branch, repeat, weights, scale, scale_before, eps)
+        dx, d_branch, d_branch_sum, shares = _repeat_backward(
+            dx, d_branch, d_branch_sum, repeat, weights, scale, scale_before
+        )
         totals = [_added(total, share) for total, share in zip(totals, shares, strict=True)]
     d_weights = [
         None if total is None or weight is None else total.to(weight.dtype)
@@ -198,36 +204,49 @@ def _run_again(x: Tensor, weights: StageWeights, scale: Tensor | None, num_heads
 
 
 def _repeat_backward(
-    dx: Tensor, d_branch: Tensor, saved: SavedTensors, weights: StageWeights, scale: Tensor | None,
-    scale_before: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, StageWeights]:  # fmt: skip
+    dx: Tensor, d_branch: Tensor, d_branch_sum: Tensor, saved: SavedTensors, weights: StageWeights,
+    scale: Tensor | None, scale_before: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, StageWeights]:  # fmt: skip
     """Differentiate one repeat.
 
+    Each norm's backward also computes the norm's output again, which the linear layer after it needs for its weight's
+    gradient, and the bias gradient of the linear layer before it.
+
     Args:
-        dx, d_branch: the gradients of the stream after this repeat and of its MLP's branch.
+        dx, d_branch, d_branch_sum: the gradients of the stream after this repeat, of its MLP's branch, and of that
+            branch's bias, which is d_branch's sum.
         scale: [B] or None, of the attention's branch.
         scale_before: [B] or None, of the MLP's branch one repeat before.
 
     Returns:
-        (dx, d_branch, d_weights): the gradients of the stream at the repeat's start, of the MLP's branch one repeat
-        before, and of the weights in fp32.
+        (dx, d_branch, d_branch_sum, d_weights): the gradients of the stream at the repeat's start, of the MLP's branch
+        one repeat before and its sum, and of the weights in fp32.
     """
-    w, s, width = weights, saved, weights.norm1_weight.shape
-    normed = F.layer_norm(s.middle, width, w.norm2_weight, w.norm2_bias, eps)
-    d_normed, *d_mlp = mlp_backward(d_branch, normed, w.fc1_weight, w.fc2_weight, s.z)
-    dx, d_branch, *d_norm2 = add_layer_norm_backward(
-        dx, d_normed, s.middle, scale, w.norm2_weight, s.norm2_mean, s.norm2_rstd
+    w, s = weights, saved
+    dz, h, d_fc1_bias = linear_gelu_backward(d_branch, w.fc2_weight, s.z)
+    d_fc2 = weight_gradient(d_branch, h), d_branch_sum
+    del h  # before the next tensors allocate memory
+    d_normed = (dz @ w.fc1_weight).view(s.x.shape)
+    norm2 = add_layer_norm_backward(
+        dx, d_normed, s.middle, scale, w.norm2_weight, s.norm2_mean, s.norm2_rstd, w.norm2_bias
     )
-    d_proj = weight_gradient(d_branch, s.attention), bias_gradient(d_branch)
-    d_attention = d_branch @ w.proj_weight
+    d_fc1 = weight_gradient(dz, norm2.normed), d_fc1_bias
+    del dz
+
+    d_proj = weight_gradient(norm2.d_branch, s.attention), norm2.d_branch_sum
+    d_attention = norm2.d_branch @ w.proj_weight
     d_qkv, _ = packed_attention_backward(d_attention, s.qkv, None, s.attention, s.lse, s.qkv.shape[4] ** -0.5)
     d_qkv = d_qkv.flatten(2)
-    normed = F.layer_norm(s.x, width, w.norm1_weight, w.norm1_bias, eps)
-    d_qkv_parameters = weight_gradient(d_qkv, normed), None if w.qkv_bias is None else bias_gradient(d_qkv)
-    dx, d_branch, *d_norm1 = add_layer_norm_backward(
-        dx, d_qkv @ w.qkv_weight, s.x, scale_before, w.norm1_weight, s.norm1_mean, s.norm1_rstd
-    )
-    return dx, d_branch, StageWeights._make((*d_norm1, *d_qkv_parameters, *d_proj, *d_norm2, *d_mlp))
+    norm1 = add_layer_norm_backward(
+        norm2.d_residual, d_qkv @ w.qkv_weight, s.x, scale_before, w.norm1_weight, s.norm1_mean, s.norm1_rstd,
+        w.norm1_bias,
+    )  # fmt: skip
+    d_qkv_bias = None if w.qkv_bias is None else column_sum(d_qkv.flatten(0, -2))
+    d_weights = StageWeights(
+        norm1.d_weight, norm1.d_bias, weight_gradient(d_qkv, norm1.normed), d_qkv_bias,
+        *d_proj, norm2.d_weight, norm2.d_bias, *d_fc1, *d_fc2,
+    )  # fmt: skip
+    return norm1.d_residual, norm1.d_branch, norm1.d_branch_sum, d_weights
 
 
 def _added(total: Tensor | None, share: Tensor | None) -> Tensor | None:

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
-import triton.testing
 
 Row = dict[str, Any]
+CACHE_BYTES = 2**28  # more than any GPU's L2 cache
+CLOCK_HZ = 2e9  # at least a GPU's; it turns seconds into the cycles of torch.cuda._sleep
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Machine:
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     rounds: int = 3
+    calls: int = 25  # of an operator
 
     def compile(self, function: Callable, *, cuda_graphs: bool = False) -> Callable:
         """Apply torch.compile at its best; on a CPU the same tracing without a code generator."""
@@ -64,10 +66,31 @@ class Machine:
             torch.cuda.synchronize()
 
     def kernel_ms(self, run: Callable[[], Any]) -> float:
-        """Return the median of the device's time of one call, with the cache cleared before each."""
-        if self.device == "cuda":
-            return triton.testing.do_bench(run, return_mode="median")
-        return self.wall_ms(run, calls=1)
+        """Return the median of the device's time of one call, with the cache cleared before each.
+
+        The device sleeps until all launches of the call are queued. Otherwise a call of several short kernels would be
+        measured by what their launches take.
+        """
+        if self.device != "cuda":
+            return self.wall_ms(run, calls=1)
+        run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        queueing = time.perf_counter() - start
+        torch.cuda.synchronize()
+        cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=self.device)
+        times = []
+        for _ in range(self.calls):
+            cache.zero_()
+            torch.cuda._sleep(int(2 * queueing * CLOCK_HZ))
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            after.synchronize()
+            times.append(before.elapsed_time(after))
+        return median(times)
 
     def wall_ms(self, run: Callable[[], Any], calls: int = 30) -> float:
         """Return the clock's time of one call among many, launches included: the median of ``rounds`` rounds."""

@@ -82,6 +82,7 @@ def cases(*, full: bool = False) -> Iterator[Case]:
 def _add_layer_norm_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
     for name, launch in launch_config.add_layer_norm(width).items():
         yield Case(f"add_layer_norm_{name}", f"width {width}", dtype, arch, launch)
+    yield Case("column_sum", f"width {width}", dtype, arch, {"F": width} | launch_config.column_sum(width))
 
 
 def _linear_gelu_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:

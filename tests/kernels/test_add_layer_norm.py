@@ -100,9 +100,10 @@ def test_opcheck(drop_path: bool) -> None:
     torch.library.opcheck(forward, (residual, branch, scale, weight, bias, EPS))
     with torch.no_grad():
         new_residual, _, mean, rstd = forward(residual, branch, scale, weight, bias, EPS)
-    saved = (new_residual, scale, weight.detach(), mean, rstd)
     gradients = (inputs["d_new_residual"], inputs["d_normed"])
-    torch.library.opcheck(torch.ops.sws_kernels.add_layer_norm_backward.default, (*gradients, *saved))
+    backward = torch.ops.sws_kernels.add_layer_norm_backward.default
+    for also in (None, bias.detach()):
+        torch.library.opcheck(backward, (*gradients, new_residual, scale, weight.detach(), also, mean, rstd))
 
 
 def test_passes_through_torch_compile() -> None:
