@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sws_kernels import launch_config
 from sws_kernels.add_layer_norm_kernels import add_layer_norm_backward_kernel, add_layer_norm_forward_kernel
+from sws_kernels.column_sum import sum_partials
 from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 
 WIDTH_MULTIPLE = 32  # keeps every row 16-byte aligned in every dtype; the matrix products need the same
@@ -65,14 +66,22 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
     return normed, *_launch_forward(x, None, None, weight, bias, eps, None, normed)
 
 
+@torch.library.custom_op("sws_kernels::scaled_add", mutates_args=())
+def scaled_add(residual: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    """Launch the forward kernel without its norm: residual + scale * branch. It has no autograd of its own."""
+    new_residual = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    _launch_forward(residual, branch, scale, None, None, 0.0, new_residual, None)
+    return new_residual
+
+
 def _launch_forward(
-    residual: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-    new_residual: Tensor | None, normed: Tensor,
+    residual: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, new_residual: Tensor | None, normed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill new_residual and normed. Return (mean, rstd)."""
+    """Fill new_residual and normed. Return (mean, rstd), which are empty without a norm."""
     num_samples, tokens, width = residual.shape
     num_rows = num_samples * tokens
-    mean = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
+    mean = torch.empty(0 if weight is None else num_rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
     launch = launch_config.add_layer_norm(width)["forward"]
     grid = (triton.cdiv(num_rows, launch["R"]),)
@@ -97,6 +106,11 @@ def _(
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     stats = x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape), stats, torch.empty_like(stats)
+
+
+@scaled_add.register_fake
+def _(residual: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    return residual.new_empty(residual.shape)
 
 
 class NormGradients(NamedTuple):
@@ -137,10 +151,11 @@ def _backward_op(
     d_new_residual: Tensor, d_normed: Tensor, new_residual: Tensor, scale: Tensor | None, weight: Tensor,
     bias: Tensor | None, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (d_residual, d_branch, normed, and d_weight, d_bias and with a bias d_branch's sum as one fp32 [2 or 3, D]).
+    """Return (d_residual, d_branch, normed, the sums as one fp32 [2 or 3, D]).
 
-    normed is empty without a bias. d_branch is empty where it equals d_residual: an operator may not return one tensor twice, and writing it twice
-    would cost a fifth of the traffic.
+    The sums are d_weight, d_bias and, with a bias, that of d_branch; normed is empty without a bias. d_branch is empty
+    where it equals d_residual: an operator may not return one tensor twice, and writing it twice would cost a fifth of
+    the traffic.
     """
     num_samples, tokens, width = new_residual.shape
     num_rows = num_samples * tokens
@@ -160,8 +175,7 @@ def _backward_op(
                 contiguous(weight), contiguous(bias), mean, rstd, d_residual, d_branch if separate else None,
                 None if bias is None else normed, partials, num_rows, tokens, **launch,
             )  # fmt: skip
-    # The second stage of the reduction adds a fixed number of rows in a fixed order, without atomics.
-    return d_residual, d_branch, normed, partials.sum(dim=1)
+    return d_residual, d_branch, normed, sum_partials(partials)
 
 
 @_backward_op.register_fake

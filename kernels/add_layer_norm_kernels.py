@@ -62,7 +62,7 @@ def add_layer_norm_forward_kernel(
     residual_ptr,  # [N, D]
     branch_ptr,  # [N, D], or None to normalise residual as it is
     scale_ptr,  # [B] or None
-    weight_ptr,  # [D]
+    weight_ptr,  # [D], or None to add only; then these four are None too
     bias_ptr,  # [D]
     new_residual_ptr,  # [N, D] out, or None without a branch
     normed_ptr,  # [N, D] out
@@ -92,6 +92,8 @@ def add_layer_norm_forward_kernel(
         x2 = (x2 + b2).to(dtype).to(tl.float32)
         _store(new_residual_ptr, x0, x1, x2, rows, row_mask, D, W)
 
+    if weight_ptr is None:
+        return
     # The row is in registers, so the variance is taken about the mean, which avoids cancellation.
     mean = tl.sum(x0 + x1 + x2, axis=1) / D
     x0 = tl.where(_mask(row_mask, 0, D, W), x0 - mean[:, None], 0.0)

@@ -30,6 +30,7 @@ import triton
 from torch import Tensor
 
 from sws_kernels import launch_config
+from sws_kernels.column_sum import sum_partials
 from sws_kernels.linear_gelu_kernels import linear_gelu_backward_kernel, linear_gelu_forward_kernel
 
 WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
@@ -39,22 +40,16 @@ WIDTH_MULTIPLE = 32  # the inner dimension is cut into whole tiles of 64 or 32
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu", mutates_args=())
-def linear_gelu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, save: bool, persistent: bool = False
-) -> tuple[Tensor, Tensor]:
+def linear_gelu_forward(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """Compute GELU(x weight^T + bias). Shapes are not checked; `mlp` does that.
 
     Args:
         x: [..., K].
         weight, bias: [F, K] and [F], in x's dtype. K and F must be divisible by 32.
         save: whether to return z for the backward.
-        persistent: run one program a multiprocessor, which goes over many tiles (Hopper only).
 
     Returns:
         (h, z): h [..., F], and the argument of GELU [N, F], which is empty unless ``save``. Both have x's dtype.
-
-    Raises:
-        ValueError: ``persistent`` elsewhere than on Hopper.
     """
     hidden, inner = weight.shape
     rows = x.reshape(-1, inner).contiguous()
@@ -62,64 +57,56 @@ def linear_gelu_forward(
     h = x.new_empty((*x.shape[:-1], hidden))
     z = x.new_empty((num_rows, hidden) if save else (0,))
     hopper = launch_config.is_hopper(x.device)
-    launch = launch_config.linear_gelu(inner, hidden, x.dtype, hopper=hopper, persistent=persistent)["forward"]
+    launch = launch_config.linear_gelu(inner, hidden, x.dtype, hopper=hopper)["forward"]
     if num_rows:
         with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
-            linear_gelu_forward_kernel[_grid(num_rows, launch, x.device)](
+            linear_gelu_forward_kernel[_grid(num_rows, launch)](
                 rows, weight.contiguous(), bias.contiguous(), h, z if save else None, num_rows, **launch
             )
     return h, z
 
 
 @linear_gelu_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool, persistent: bool = False) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     h = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return h, x.new_empty((h.numel() // weight.shape[0], weight.shape[0]) if save else (0,))
 
 
 @torch.library.custom_op("sws_kernels::linear_gelu_backward", mutates_args=())
-def linear_gelu_backward(
-    dy: Tensor, weight: Tensor, z: Tensor, persistent: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_backward(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradient of z, the bias gradient and h from the gradient of y = h weight^T + any bias.
 
     Args:
         dy: [..., K], the gradient of the next layer's output.
         weight: [K, F], the next layer's.
         z: [N, F], as `linear_gelu_forward` returned it.
-        persistent: as in `linear_gelu_forward`.
 
     Returns:
         (dz, h, d_bias): [N, F] twice in z's dtype and fp32 [F]. h equals what `linear_gelu_forward` returned for this
         z, bit for bit.
-
-    Raises:
-        ValueError: ``persistent`` elsewhere than on Hopper.
     """
     inner, hidden = weight.shape
     num_rows = z.shape[0]
     dz, h = torch.empty_like(z), torch.empty_like(z)
     hopper = launch_config.is_hopper(z.device)
-    launch = launch_config.linear_gelu(inner, hidden, z.dtype, hopper=hopper, persistent=persistent)["backward"]
+    launch = launch_config.linear_gelu(inner, hidden, z.dtype, hopper=hopper)["backward"]
     partials = z.new_empty((triton.cdiv(num_rows, launch["BM"]), hidden), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(z):
-            linear_gelu_backward_kernel[_grid(num_rows, launch, z.device)](
+            linear_gelu_backward_kernel[_grid(num_rows, launch)](
                 dy.reshape(-1, inner).contiguous(), weight.contiguous(), z, dz, h, partials, num_rows, **launch
             )
-    # The second stage of the reduction runs in a fixed order without atomics: equal bits on equal GPUs.
-    return dz, h, partials.sum(dim=0)
+    return dz, h, sum_partials(partials)
 
 
 @linear_gelu_backward.register_fake
-def _(dy: Tensor, weight: Tensor, z: Tensor, persistent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(z), z.new_empty(z.shape[1], dtype=torch.float32)
 
 
-def _grid(num_rows: int, launch: launch_config.Launch, device: torch.device) -> tuple[int]:
-    """Return the number of programs: one a tile, or at most one a multiprocessor where they are persistent."""
-    num_tiles: int = triton.cdiv(num_rows, launch["BM"]) * triton.cdiv(launch["F"], launch["BN"])
-    return (min(num_tiles, launch_config.num_multiprocessors(device)) if launch["PERSISTENT"] else num_tiles,)
+def _grid(num_rows: int, launch: launch_config.Launch) -> tuple[int]:
+    """Return the number of programs: one a tile."""
+    return (triton.cdiv(num_rows, launch["BM"]) * triton.cdiv(launch["F"], launch["BN"]),)
 
 
 # ------------------------------------------------------------------------------------------------- references

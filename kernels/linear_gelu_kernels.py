@@ -63,8 +63,7 @@ def _place(tile, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
     """
     in_group = GROUP * num_col_tiles
     first = tile // in_group * GROUP
-    # The pipeliner of persistent programs asks for one tile beyond the last, where the height would be 0 and divide.
-    height = tl.maximum(tl.minimum(num_row_tiles - first, GROUP), 1)
+    height = tl.minimum(num_row_tiles - first, GROUP)
     return first + tile % in_group % height, tile % in_group // height
 
 
@@ -115,27 +114,6 @@ def _exists(rows, cols, num_rows, F: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward_tile(
-    x_ptr, weight_ptr, bias_ptr, h_ptr, z_ptr, num_rows, row_tile, col_tile,
-    K: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Compute one tile of z and h and store them."""
-    rows = row_tile * BM + tl.arange(0, BM)
-    cols = col_tile * BN + tl.arange(0, BN)
-    acc = _product(x_ptr, weight_ptr, rows, cols, num_rows, K, F, True, BM, BN, BK)
-    acc += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
-
-    dtype = h_ptr.dtype.element_ty
-    z = acc.to(dtype)  # rounded once, to the dtype that is stored; GELU reads the rounded values
-    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
-    mask = _exists(rows, cols, num_rows, F, BN)
-    if z_ptr is not None:
-        tl.store(z_ptr + at, z, mask=mask)
-    z = z.to(tl.float32)
-    tl.store(h_ptr + at, (z * normal_cdf(z, dtype == tl.float32)).to(dtype), mask=mask)
-
-
-@triton.jit
 def linear_gelu_forward_kernel(
     x_ptr,  # [N, K]
     weight_ptr,  # [F, K]
@@ -149,18 +127,22 @@ def linear_gelu_forward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,  # a program goes over many tiles and loads the next one during this one's epilogue
 ):
     """Compute z = x weight^T + bias and h = GELU(z)."""
-    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BM), tl.cdiv(F, BN)
-    pointers = x_ptr, weight_ptr, bias_ptr, h_ptr, z_ptr
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), num_row_tiles * num_col_tiles, tl.num_programs(0), flatten=True):
-            row_tile, col_tile = _place(tile, num_row_tiles, num_col_tiles, GROUP)
-            _forward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
-    else:
-        row_tile, col_tile = _place(tl.program_id(0), num_row_tiles, num_col_tiles, GROUP)
-        _forward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
+    row_tile, col_tile = _place(tl.program_id(0), tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    cols = col_tile * BN + tl.arange(0, BN)
+    acc = _product(x_ptr, weight_ptr, rows, cols, num_rows, K, F, True, BM, BN, BK)
+    acc += tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)[None, :]
+
+    dtype = h_ptr.dtype.element_ty
+    z = acc.to(dtype)  # rounded once, to the dtype that is stored; GELU reads the rounded values
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    mask = _exists(rows, cols, num_rows, F, BN)
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z, mask=mask)
+    z = z.to(tl.float32)
+    tl.store(h_ptr + at, (z * normal_cdf(z, dtype == tl.float32)).to(dtype), mask=mask)
 
 
 # -------------------------------------------------------------------------------------------- backward kernel
@@ -188,27 +170,6 @@ def _differentiate_half(
 
 
 @triton.jit
-def _backward_tile(
-    dy_ptr, weight_ptr, z_ptr, dz_ptr, h_ptr, partials_ptr, num_rows, row_tile, col_tile,
-    K: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Compute one tile of dh = dy weight and store dz, h and the bias gradient's share."""
-    rows = row_tile * BM + tl.arange(0, BM)
-    cols = col_tile * BN + tl.arange(0, BN)
-    dh = _product(dy_ptr, weight_ptr, rows, cols, num_rows, K, F, False, BM, BN, BK)
-
-    # The epilogue takes half of the columns at a time. With the whole tile it would need all 255 registers, and a
-    # second program would no longer fit on the multiprocessor.
-    left, right = tl.split(tl.permute(tl.reshape(dh, [BM, 2, BN // 2]), [0, 2, 1]))
-    row_tile = row_tile.to(tl.int64)
-    first = row_tile * BM * F  # int64 once a tile; offsets within the tile are small
-    num_rows_left = num_rows - row_tile * BM
-    pointers = z_ptr + first, dz_ptr + first, h_ptr + first, partials_ptr + row_tile * F
-    _differentiate_half(left, *pointers, num_rows_left, col_tile * BN, F, BM, BN)
-    _differentiate_half(right, *pointers, num_rows_left, col_tile * BN + BN // 2, F, BM, BN)
-
-
-@triton.jit
 def linear_gelu_backward_kernel(
     dy_ptr,  # [N, K]
     weight_ptr,  # [K, F], the weight of the linear layer that follows
@@ -223,15 +184,19 @@ def linear_gelu_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
 ):
     """Compute dz = (dy weight) * GELU'(z), h = GELU(z) and each row tile's share of the bias gradient sum(dz)."""
-    num_row_tiles, num_col_tiles = tl.cdiv(num_rows, BM), tl.cdiv(F, BN)
-    pointers = dy_ptr, weight_ptr, z_ptr, dz_ptr, h_ptr, partials_ptr
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), num_row_tiles * num_col_tiles, tl.num_programs(0), flatten=True):
-            row_tile, col_tile = _place(tile, num_row_tiles, num_col_tiles, GROUP)
-            _backward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
-    else:
-        row_tile, col_tile = _place(tl.program_id(0), num_row_tiles, num_col_tiles, GROUP)
-        _backward_tile(*pointers, num_rows, row_tile, col_tile, K, F, BM, BN, BK)
+    row_tile, col_tile = _place(tl.program_id(0), tl.cdiv(num_rows, BM), tl.cdiv(F, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    cols = col_tile * BN + tl.arange(0, BN)
+    dh = _product(dy_ptr, weight_ptr, rows, cols, num_rows, K, F, False, BM, BN, BK)
+
+    # The epilogue takes half of the columns at a time. With the whole tile it would need all 255 registers, and a
+    # second program would no longer fit on the multiprocessor.
+    left, right = tl.split(tl.permute(tl.reshape(dh, [BM, 2, BN // 2]), [0, 2, 1]))
+    row_tile = row_tile.to(tl.int64)
+    first = row_tile * BM * F  # int64 once a tile; offsets within the tile are small
+    num_rows_left = num_rows - row_tile * BM
+    pointers = z_ptr + first, dz_ptr + first, h_ptr + first, partials_ptr + row_tile * F
+    _differentiate_half(left, *pointers, num_rows_left, col_tile * BN, F, BM, BN)
+    _differentiate_half(right, *pointers, num_rows_left, col_tile * BN + BN // 2, F, BM, BN)

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from sws_kernels import launch_config
+from sws_kernels.column_sum import sum_partials
 from sws_kernels.common import Backend, check_triton, contiguous, is_triton
 from sws_kernels.packed_attention_kernels import (
     packed_attention_backward_keys_kernel,
@@ -114,8 +115,7 @@ def _backward_op(
                     d_out, qkv, bias, out, lse, delta, d_qkv, partials, *sizes, **queries
                 )
             packed_attention_backward_keys_kernel[grid](d_out, qkv, bias, lse, delta, d_qkv, partials, *sizes, **keys)
-    # The second stage of d_bias adds a fixed number of rows in a fixed order, without atomics.
-    return d_qkv, lse.new_empty(0) if partials is None else partials.sum(dim=0)
+    return d_qkv, lse.new_empty(0) if partials is None else sum_partials(partials)
 
 
 @_backward_op.register_fake

@@ -41,8 +41,9 @@ from sws_kernels.add_layer_norm import (
     add_layer_norm_forward,
     add_layer_norm_reference,
     layer_norm_forward,
+    scaled_add,
 )
-from sws_kernels.column_sum import column_sum
+from sws_kernels.column_sum import column_sum, scale_and_sum
 from sws_kernels.common import Backend, check_triton, is_triton, weight_gradient
 from sws_kernels.linear_gelu import linear_gelu_backward
 from sws_kernels.mlp import check_mlp, mlp_forward, mlp_reference
@@ -125,7 +126,7 @@ def _run(
                 middle, branch, scale, weights.norm1_weight, weights.norm1_bias, eps
             )
         else:
-            x = middle + branch if scale is None else torch.addcmul(middle, branch, _column(scale, branch))
+            x = middle + branch if scale is None else scaled_add(middle, branch, scale)
     return x, all_saved
 
 
@@ -160,11 +161,6 @@ def _scale(scales: Tensor | None, r: int, branch: int) -> Tensor | None:
     return None if scales is None else scales[r, branch]
 
 
-def _column(scale: Tensor, branch: Tensor) -> Tensor:
-    """Return drop-path's [B] so that it multiplies [B, T, D]."""
-    return scale.to(branch.dtype)[:, None, None]
-
-
 # --------------------------------------------------------------------------------------------------- backward
 
 
@@ -181,8 +177,10 @@ def stage_backward(
     totals: list[Tensor | None] = [None] * len(weights)
     dx = dy.contiguous()
     last_scale = _scale(scales, repeats - 1, 1)
-    d_branch = dx if last_scale is None else dx * _column(last_scale, dx)
-    d_branch_sum = column_sum(d_branch.flatten(0, -2))
+    if last_scale is None:
+        d_branch, d_branch_sum = dx, column_sum(dx.flatten(0, -2))
+    else:
+        d_branch, d_branch_sum = scale_and_sum(dx, last_scale)
     for r in reversed(range(repeats)):
         scale, own = _scale(scales, r, 0), saved[r * size : (r + 1) * size]
         repeat = _run_again(own[0], weights, scale, num_heads, eps) if recompute else SavedTensors(*own)

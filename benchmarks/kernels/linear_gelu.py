@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels.measure import Machine, Size
-from benchmarks.kernels.operator_case import FORWARD, Function, OperatorCase, Provider, blas, label
-from sws_kernels import launch_config
+from benchmarks.kernels.operator_case import FORWARD, OperatorCase, Provider, blas, label
 from sws_kernels.linear_gelu import (
     linear_gelu_backward,
     linear_gelu_backward_reference,
@@ -38,14 +37,12 @@ def _forward_case(machine: Machine, size: Size) -> OperatorCase:
     def epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (torch._addmm_activation(bias, x, weight.t(), use_gelu=True),)  # GELU by tanh
 
-    ours = partial(linear_gelu_forward, save=True)
     return OperatorCase(
         operator="linear_gelu",
         label=label(machine, rows, inner, hidden),
         inputs=inputs,
         providers={
-            "triton": Provider(ours),
-            **_persistent(machine, partial(ours, persistent=True)),
+            "triton": Provider(partial(linear_gelu_forward, save=True)),
             "eager": Provider(eager),
             "cuBLASLt epilogue, without z": Provider(epilogue, partial(blas, "cublaslt")),
             "compile": Provider(machine.compile(eager)),
@@ -73,16 +70,9 @@ def _backward_case(machine: Machine, size: Size) -> OperatorCase:
         inputs=inputs,
         providers={
             "triton": Provider(linear_gelu_backward),
-            **_persistent(machine, partial(linear_gelu_backward, persistent=True)),
             "eager": Provider(eager),
             "compile": Provider(machine.compile(eager)),
         },
         reference=linear_gelu_backward_reference,
         num_flops={FORWARD: 2 * rows * inner * hidden},
     )
-
-
-def _persistent(machine: Machine, function: Function) -> dict[str, Provider]:
-    """Return the provider of persistent programs, where they run."""
-    hopper = launch_config.is_hopper(torch.device(machine.device))
-    return {"triton, persistent": Provider(function)} if hopper else {}

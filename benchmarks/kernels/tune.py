@@ -69,17 +69,16 @@ def _tiles(name: str, keys: str, *rows: tuple[Any, ...]) -> list[Candidate]:
 
 def _two_passes(keys: tuple[Any, ...], queries: tuple[Any, ...]) -> Candidate:
     """Return the backward of attention in two passes. Both take blocks of as many rows: keys' N, queries' M."""
-    names = "M N num_warps num_stages maxnreg".split()
+    names = ["M", "N", "num_warps", "num_stages", "maxnreg"]
     first = {"SINGLE_KV_BLOCK": False, **dict(zip(names, keys, strict=True))}
     return Candidate({"backward_keys": first, "backward_queries": {"D": 64, **dict(zip(names, queries, strict=True))}})
 
 
-TILE = "BM BN BK num_warps num_stages PERSISTENT maxnreg"
+TILE = "BM BN BK num_warps num_stages maxnreg"
 LINEAR_TILES = [
-    *[(128, 128, 64, warps, stages, False, None) for warps, stages in product((4, 8), (3, 4))],
-    *[(*tile, 64, 4, stages, False, None) for tile, stages in product([(64, 128), (128, 64)], (3, 4))],
-    *[(*tile, 64, 8, 3, False, None) for tile in [(64, 256), (128, 256), (256, 128), (256, 64)]],
-    *[(*tile, 64, 8, 3, True, None) for tile in [(128, 256), (128, 128), (256, 128)]],
+    *[(128, 128, 64, warps, stages, None) for warps, stages in product((4, 8), (3, 4))],
+    *[(*tile, 64, 4, stages, None) for tile, stages in product([(64, 128), (128, 64)], (3, 4))],
+    *[(*tile, 64, 8, 3, None) for tile in [(64, 256), (128, 256), (256, 128), (256, 64)]],
 ]
 CANDIDATES: dict[str, list[Candidate]] = {
     "add_layer_norm_forward": _tiles("forward", "R num_warps", (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 8)),
@@ -99,8 +98,8 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *[
             _two_passes(keys, queries)
             for keys, queries in product(
-                [(32, 64, 4, 2, None), (32, 64, 4, 3, None), (64, 64, 4, 2, None), (16, 64, 4, 3, None)],
-                [(64, 32, 4, 2, None), (64, 32, 4, 3, None), (64, 64, 4, 2, None), (64, 64, 4, 3, None)],
+                [(32, 64, 4, 3, 128), (32, 64, 4, 3, 168), (16, 64, 4, 3, 128), (32, 64, 4, 4, None)],
+                [(64, 32, 4, 3, None), (64, 32, 4, 4, None)],
             )
         ],
         *[

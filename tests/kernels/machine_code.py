@@ -82,17 +82,16 @@ def cases(*, full: bool = False) -> Iterator[Case]:
 def _add_layer_norm_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
     for name, launch in launch_config.add_layer_norm(width).items():
         yield Case(f"add_layer_norm_{name}", f"width {width}", dtype, arch, launch)
-    yield Case("column_sum", f"width {width}", dtype, arch, {"F": width} | launch_config.column_sum(width))
+    scaled = {"F": width} | launch_config.column_sum(width)
+    yield Case("column_sum", f"width {width}", dtype, arch, scaled)
+    if dtype == "fp32":
+        second = {"scale_ptr": None, "scaled_ptr": None, "F": width} | launch_config.sum_partials()
+        yield Case("column_sum", f"width {width}, second stage", dtype, arch, second)
 
 
 def _linear_gelu_cases(width: int, dtype: str, arch: int) -> Iterator[Case]:
-    """Yield persistent programs too where they run: on Hopper's tensor cores."""
-    persistent_too = arch == 90 and dtype != "fp32"
-    for persistent in (False, True) if persistent_too else (False,):
-        launches = launch_config.linear_gelu(width, 4 * width, DTYPES[dtype], hopper=arch == 90, persistent=persistent)
-        shape = f"width {width}" + (", persistent" if persistent else "")
-        for name, launch in launches.items():
-            yield Case(f"linear_gelu_{name}", shape, dtype, arch, launch)
+    for name, launch in launch_config.linear_gelu(width, 4 * width, DTYPES[dtype], hopper=arch == 90).items():
+        yield Case(f"linear_gelu_{name}", f"width {width}", dtype, arch, launch)
 
 
 def _packed_attention_cases(head_dim: int, dtype: str, arch: int) -> Iterator[Case]:

@@ -5,10 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sws_kernels import launch_config
 from sws_kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
 from sws_kernels.linear_gelu_kernels import normal_cdf, normal_pdf
-from tests.kernels.checks import linear_gelu
 from tests.kernels.checks.linear_gelu import check, make_inputs, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,19 +77,6 @@ def test_backward_repeats_the_forward(dtype: torch.dtype) -> None:
     unsaved, nothing = linear_gelu_forward(inputs["x"], inputs["fc1_weight"], inputs["fc1_bias"], False)
     assert torch.equal(h, unsaved)
     assert nothing.numel() == 0
-
-
-@pytest.mark.skipif(
-    not launch_config.is_hopper(torch.device(DEVICE)), reason="persistent programs are for Hopper (and the interpreter)"
-)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_persistent_programs_compute_the_same(shape: Shape, dtype: torch.dtype) -> None:
-    """Every tile is done, by the same arithmetic as without; tiles may be wider."""
-    inputs = make_inputs(*shape, dtype, DEVICE)
-    found, expected = run(inputs, linear_gelu.persistent), run(inputs, linear_gelu.triton)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_more_row_tiles_than_a_group() -> None:

@@ -47,6 +47,5 @@ def run(inputs: Inputs, functions: Functions) -> Tensors:
 
 
 triton = partial(linear_gelu_forward, save=True), linear_gelu_backward
-persistent = partial(linear_gelu_forward, save=True, persistent=True), partial(linear_gelu_backward, persistent=True)
 references = linear_gelu_reference, linear_gelu_backward_reference
 check = Checks(run, triton, (pytorch_forward, pytorch_backward), references)
