@@ -92,21 +92,20 @@ def add_layer_norm_forward_kernel(
         x2 = (x2 + b2).to(dtype).to(tl.float32)
         _store(new_residual_ptr, x0, x1, x2, rows, row_mask, D, W)
 
-    if weight_ptr is None:
-        return
-    # The row is in registers, so the variance is taken about the mean, which avoids cancellation.
-    mean = tl.sum(x0 + x1 + x2, axis=1) / D
-    x0 = tl.where(_mask(row_mask, 0, D, W), x0 - mean[:, None], 0.0)
-    x1 = tl.where(_mask(row_mask, 1, D, W), x1 - mean[:, None], 0.0)
-    x2 = tl.where(_mask(row_mask, 2, D, W), x2 - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x0 * x0 + x1 * x1 + x2 * x2, axis=1) / D + eps)
-    tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    if weight_ptr is not None:
+        # The row is in registers, so the variance is taken about the mean, which avoids cancellation.
+        mean = tl.sum(x0 + x1 + x2, axis=1) / D
+        x0 = tl.where(_mask(row_mask, 0, D, W), x0 - mean[:, None], 0.0)
+        x1 = tl.where(_mask(row_mask, 1, D, W), x1 - mean[:, None], 0.0)
+        x2 = tl.where(_mask(row_mask, 2, D, W), x2 - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x0 * x0 + x1 * x1 + x2 * x2, axis=1) / D + eps)
+        tl.store(mean_ptr + rows, mean, mask=row_mask)
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
-    w0, w1, w2 = _load_vector(weight_ptr, D, W)
-    b0, b1, b2 = _load_vector(bias_ptr, D, W)
-    r = rstd[:, None]
-    _store(normed_ptr, x0 * r * w0 + b0, x1 * r * w1 + b1, x2 * r * w2 + b2, rows, row_mask, D, W)
+        w0, w1, w2 = _load_vector(weight_ptr, D, W)
+        b0, b1, b2 = _load_vector(bias_ptr, D, W)
+        r = rstd[:, None]
+        _store(normed_ptr, x0 * r * w0 + b0, x1 * r * w1 + b1, x2 * r * w2 + b2, rows, row_mask, D, W)
 
 
 # -------------------------------------------------------------------------------------------- backward kernel

@@ -44,7 +44,7 @@ def run(
     """
     from sws_dist.provenance import collect_provenance
 
-    results = Results(collect_provenance(), measure_ceilings(machine, **plain_task))
+    results = Results(collect_provenance(), machine.compile_mode, measure_ceilings(machine, **plain_task))
     for operator, size in product(operators, sizes):
         for case in cases_of(operator, machine, size):
             rows = rows_of(case, machine, results.ceilings)
@@ -65,6 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=OPERATORS, help="run only this operator's cases")
     parser.add_argument("--size", choices=SIZES, help="run only this size")
+    parser.add_argument(
+        "--compile-mode", choices=("max-autotune", "reduce-overhead"), default="max-autotune", help="of torch.compile"
+    )
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--chart", type=Path, help="draw the results here")
     arguments = parser.parse_args()
@@ -74,7 +77,7 @@ def main() -> None:
         what = f"{', '.join(operators)} of {', '.join(size.name for size in sizes)}"
         print(f"benchmarks.kernels: no CUDA device, so these cannot be measured: {what}. Nothing was written")
         sys.exit(0)
-    results = run(Machine(), operators, sizes, arguments.out)
+    results = run(Machine(compile_mode=arguments.compile_mode), operators, sizes, arguments.out)
     if arguments.chart:
         from benchmarks.kernels import chart
 
