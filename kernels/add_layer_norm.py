@@ -120,8 +120,8 @@ class NormGradients(NamedTuple):
     d_branch: Tensor  # [B, T, D], branch's dtype
     d_weight: Tensor  # [D] fp32
     d_bias: Tensor  # [D] fp32
-    normed: Tensor | None  # [B, T, D], branch's dtype: the forward's, up to rounding
-    d_branch_sum: Tensor | None  # [D] fp32, over all rows: the bias gradient of the linear layer that made the branch
+    normed: Tensor  # [B, T, D], branch's dtype: the forward's, up to rounding; empty unless it was asked for
+    d_branch_sum: Tensor  # [D] fp32, over all rows: the bias gradient of what made the branch; empty likewise
 
 
 def add_layer_norm_backward(
@@ -135,15 +135,14 @@ def add_layer_norm_backward(
         d_normed: [B, T, D], branch's dtype.
         new_residual, mean, rstd: results of `add_layer_norm_forward`, which are not changed.
         scale, weight: [B] or None, and [D]; the forward's.
-        bias: [D], the forward's, to also compute normed again and the sum of d_branch; without it they are None.
+        bias: [D], the forward's, to also compute normed again and the sum of d_branch.
     """
     arguments = d_new_residual, d_normed, new_residual, scale, weight, bias, mean, rstd
     d_residual, d_branch, normed, sums = _backward_op(*arguments)
     if not _branch_gradient_differs(d_normed, new_residual, scale):
         d_branch = d_residual
-    if bias is None:
-        return NormGradients(d_residual, d_branch, sums[0], sums[1], None, None)
-    return NormGradients(d_residual, d_branch, sums[0], sums[1], normed, sums[2])
+    d_branch_sum = sums.new_empty(0) if bias is None else sums[2]
+    return NormGradients(d_residual, d_branch, sums[0], sums[1], normed, d_branch_sum)
 
 
 @torch.library.custom_op("sws_kernels::add_layer_norm_backward", mutates_args=())

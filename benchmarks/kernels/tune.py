@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.kernels.__main__ import SIZES
 from benchmarks.kernels.measure import Machine, Row, Size
+from sws_dist.provenance import collect_provenance
 from sws_kernels import add_layer_norm_kernels, launch_config, linear_gelu_kernels, packed_attention_kernels
 from sws_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from sws_kernels.launch_config import Launch
@@ -206,7 +207,7 @@ def main() -> None:
             rows.append(row)
             print(f"{row.get('us', row.get('error'))}  " + "  ".join(f"{row[k]}" for k in row if k != "us"), flush=True)
         if arguments.out:
-            arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
+            arguments.out.write_text(json.dumps(collect_provenance() | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

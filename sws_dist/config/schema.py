@@ -100,14 +100,14 @@ class ModelConfig:
     """Drop-path rate (stochastic depth) at the last position; it grows linearly from 0 at the first."""
     grad_checkpointing: MayChange[bool] = False
     """Recompute each stage's activations in backward: less memory, a third more time."""
-    kernels: MayChange[Literal["auto", "triton", "reference"]] = "reference"
+    kernels: MayChange[Literal["auto", "triton", "reference"]] = "auto"
     """The code that runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes
     Triton on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton``
-    where it cannot run is an error. The kernels have not run on a GPU yet, so they are off by default."""
+    where it cannot run is an error."""
     cuda_graphs: MayChange[bool] = False
     """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
-    nor with ``compile``): for small models, whose kernels are shorter than their launches. This has not run on a GPU
-    yet."""
+    nor with ``compile``): for small models, whose kernels are shorter than their launches. On an H200 a step of ViT-Ti
+    with 256 images then takes 14 ms instead of 34, one of ViT-S 31 instead of 34."""
     compile: MayChange[bool] = False
     """Run the model through ``torch.compile`` (not under ZeRO-3)."""
     initial_checkpoint: MayChange[PathStr | None] = None

@@ -35,9 +35,9 @@ def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: to
     if kernels == "triton" and obstacle is not None:
         raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
     if kernels == "reference" or obstacle is not None:
-        return "kernels: PyTorch's" + (f" (model.kernels is auto, and {obstacle})" if obstacle else "")
+        return "kernels: PyTorch's" + (f" ({obstacle})" if obstacle else "")
     model.use_kernels("triton")
-    return "kernels: Triton's" + (" (model.kernels is auto)" if kernels == "auto" else "")
+    return "kernels: Triton's"
 
 
 def enable_cuda_graphs(model: Any, device: torch.device) -> str:

@@ -78,7 +78,7 @@ class Stage(Block):
 class PatchProjection(nn.Conv2d):
     """Compute the convolution of a patch embedding, whose stride is its kernel, as one product of flattened patches.
 
-    cuDNN's weight gradient of that convolution took 4 % of a ViT-S step on an H200, the product's a tenth of that.
+    cuDNN's convolution and its gradient took 2.5 ms of a ViT-S step on an H200; the product takes 0.3 ms.
     """
 
     def forward(self, input: Tensor) -> Tensor:
