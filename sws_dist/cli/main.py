@@ -18,8 +18,9 @@ COMMANDS = {
     "scan": "Read and decode every file of a data set once, and list the bad ones with their reasons",
     "show-batch": "Write a picture of a training batch as the model will see it, with what was drawn for each image",
     "submit": "Write a SLURM job for a run config, submit it, and say where to watch it",
-    "report": "Write a report and its curves from the quickstart's runs, as they came out",
+    "report": "Write a report of families of runs and their picture: accuracy against depth, and the bill",
     "quickstart": "Run the whole method on real images, GPU or none: teacher, auxiliary model, descendants, report",
+    "study": "Compare the method with its rivals on Fashion-MNIST, and write the report",
 }
 
 

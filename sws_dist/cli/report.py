@@ -1,43 +1,88 @@
-"""Write a report and its curves from the quickstart's runs, as they came out.
+"""Write a report of families of runs and their picture, as they came out: accuracy against depth, and the bill.
 
 examples:
   sws report --runs runs/quickstart                               # report.md and report.png in that folder
-  sws report --runs runs/quickstart runs/quickstart-1 runs/quickstart-2 --out docs/results.md
+  sws report --runs runs/study/seed0 runs/study/seed1 runs/study/seed2 --out docs/study.md
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
+from sws_dist.cli.report_chart import draw
 from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
-KINDS = ("tuned", "scratch", "scratch_full")
+KINDS = {
+    "tuned": "fine-tuned",
+    "scratch": "random weights, as many epochs, with the teacher",
+    "scratch_full": "random weights, full budget",
+    "scratch_taught": "random weights, full budget, with the teacher",
+}
+"""What is trained at single depths, with its name in the report."""
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Family:
+    """The metrics of one family's runs, with one seed.
+
+    Args:
+        fixed: the auxiliary model that was trained at its own depth alone, or None.
+        depths: depth -> kind -> metrics, for the descendants that were trained and their rivals.
+    """
+
+    teacher: Metrics
+    auxiliary: Metrics
+    fixed: Metrics | None
+    depths: dict[int, dict[str, Metrics]]
+
+    @property
+    def scored(self) -> list[int]:
+        """The depths at which the auxiliary model was evaluated: those of untuned descendants."""
+        last, own = self.auxiliary["history"][-1], self.auxiliary["depth"]
+        others = (key.removeprefix("val_depth").removesuffix("/top1") for key in last if key.startswith("val_depth"))
+        return sorted({own, *(int(depth) for depth in others if depth.isdecimal())})
+
+    def forward_flops(self, depth: int) -> float:
+        """Return the operations for one image at any depth, from those of two: they grow by a layer's."""
+        points = {run["depth"]: run["flops_forward"] for runs in self.depths.values() for run in runs.values()}
+        points[self.auxiliary["depth"]] = self.auxiliary["flops_forward"]
+        (d0, f0), (d1, f1) = min(points.items()), max(points.items())
+        return f0 if d0 == d1 else f0 + (f1 - f0) * (depth - d0) / (d1 - d0)
+
+    def flops(self, kind: str, depth: int) -> float:
+        """Return the operations of a kind's whole training at any depth, by those of a run at some depth."""
+        run = next(runs[kind] for runs in self.depths.values())
+        return run["images"] * (3 * self.forward_flops(depth) + run["flops_teacher"])
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="quickstart folders, one a seed")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of families, one a seed")
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
+    parser.add_argument("--title", default="A family of vision transformers from one learngene")
     args = parse_args(parser, one_process=True)
-    seeds = [read_metrics(folder) for folder in args.runs]
+    families = [read_family(folder) for folder in args.runs]
     out = args.out or args.runs[0] / "report.md"
     picture = out.with_suffix(".png")
-    draw_curves(seeds, picture)
-    text = write_report(seeds, picture.name)
+    draw(rows_of(families), bills(families), picture)
+    text = write_report(args.title, families, picture.name)
     atomic_write_text(out, text)
     print_result(text)
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return one seed's metrics: ``teacher``, ``auxiliary``, and ``depths``: depth -> kind -> metrics."""
+def read_family(folder: Path) -> Family:
+    """Read the metrics of one family's runs.
+
+    Raises:
+        ValueError: a run that has not finished, or a folder without runs.
+    """
 
     def metrics(run: Path) -> Metrics:
         path = run / "metrics.json"
@@ -48,81 +93,169 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: not what a finished run wrote")
         return found
 
-    folders = [place for place in folder.glob("depth*") if place.name.removeprefix("depth").isdecimal()]
-    found = sorted(folders, key=lambda place: int(place.name.removeprefix("depth")))
-    if not found:
-        raise ValueError(f"{folder}: holds no depth*/ folders; run sws quickstart first")
-    depths = {int(p.name.removeprefix("depth")): {kind: metrics(p / kind) for kind in KINDS} for p in found}
-    return {"teacher": metrics(folder / "teacher"), "auxiliary": metrics(folder / "auxiliary"), "depths": depths}
+    places = [place for place in folder.glob("depth*") if place.name.removeprefix("depth").isdecimal()]
+    depths = {}
+    for place in sorted(places, key=lambda place: int(place.name.removeprefix("depth"))):
+        kinds = [kind for kind in KINDS if (place / kind).is_dir()]
+        if kinds:
+            depths[int(place.name.removeprefix("depth"))] = {kind: metrics(place / kind) for kind in kinds}
+    if not depths:
+        raise ValueError(f"{folder}: holds no depth*/ folders with runs; run sws quickstart or sws study first")
+    fixed = metrics(folder / "fixed") if (folder / "fixed").is_dir() else None
+    return Family(metrics(folder / "teacher"), metrics(folder / "auxiliary"), fixed, depths)
 
 
-def top1(run: Metrics, epoch: int) -> float:
-    """Return validation top-1 in percent after that epoch."""
-    return next(100 * point["val/top1"] for point in run["history"] if point["epoch"] == epoch)
+def top1(run: Metrics, epoch: int | None = None) -> float:
+    """Return validation top-1 in percent after that epoch, which was evaluated, or after the last."""
+    history = run["history"]
+    point = history[-1] if epoch is None else next(point for point in history if point["epoch"] == epoch)
+    return 100 * point["val/top1"]
 
 
-def spread(values: list[float], unit: str = "") -> str:
+def untuned(run: Metrics, depth: int) -> float | None:
+    """Return the top-1 of an auxiliary model at a depth, which is that of the expanded descendant."""
+    key = "val/top1" if depth == run["depth"] else f"val_depth{depth}/top1"
+    found = run["history"][-1].get(key)
+    return None if found is None else 100 * found
+
+
+def rows_of(families: list[Family]) -> dict[str, dict[int, list[float]]]:
+    """Return the report's rows: name -> depth -> top-1 in percent, one value a seed."""
+    rows: dict[str, dict[int, list[float]]] = {}
+    first = families[0]
+    for name, runs in {
+        "untuned": [f.auxiliary for f in families],
+        "untuned, auxiliary model of one depth": [f.fixed for f in families if f.fixed],
+    }.items():
+        for depth in first.scored:
+            values = [value for run in runs if (value := untuned(run, depth)) is not None]
+            if values:
+                rows.setdefault(name, {})[depth] = values
+    for kind, name in KINDS.items():
+        for depth, runs_by_kind in first.depths.items():
+            if kind not in runs_by_kind:
+                continue
+            runs = [f.depths[depth][kind] for f in families if kind in f.depths.get(depth, {})]
+            for epoch in _epochs(kind, runs[0]):
+                rows.setdefault(f"{name}, {_plural(epoch, 'epoch')}", {})[depth] = [top1(run, epoch) for run in runs]
+    return rows
+
+
+def _epochs(kind: str, run: Metrics) -> list[int]:
+    """Return the epochs to report: the first and the last of fine-tuning, the last of the others."""
+    return sorted({1, run["epochs"]}) if kind == "tuned" else [run["epochs"]]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def spread(values: list[float]) -> str:
     """Return the mean, and the smallest and largest value where they differ."""
-    text = f"{mean(values):.1f}{unit}"
+    text = f"{mean(values):.1f}"
     return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
 
 
-def write_report(seeds: list[dict[str, Any]], picture: str) -> str:
-    """Return the report, in Markdown; ``picture`` is the file of its curves."""
-    first = seeds[0]
-    some = next(iter(first["depths"].values()))
-    short, full = some["tuned"]["epochs"], some["scratch_full"]["epochs"]
-    teacher, auxiliary = first["teacher"], first["auxiliary"]
-    numbers = ", ".join(str(seed["auxiliary"]["seed"]) for seed in seeds)
+def bills(families: list[Family]) -> dict[str, float]:
+    """Return what the family of all scored depths costs each way, in PFLOP; the mean over the seeds."""
+
+    def of(family: Family) -> Iterator[tuple[str, float]]:
+        kinds = next(iter(family.depths.values()))
+        shared = family.teacher["flops"] + family.auxiliary["flops"]
+        yield "learngene, untuned", shared
+        for kind in kinds:
+            total = sum(family.flops(kind, depth) for depth in family.scored)
+            if kind == "tuned":
+                yield "learngene, each fine-tuned", shared + total
+            elif kind != "scratch":
+                teacher = family.teacher["flops"] if kind == "scratch_taught" else 0
+                yield KINDS[kind], total + teacher
+
+    every = [dict(of(family)) for family in families]
+    return {name: mean(bill[name] for bill in every) / 1e15 for name in every[0]}
+
+
+def write_report(title: str, families: list[Family], picture: str) -> str:
+    """Return the report, in Markdown; ``picture`` is the name of its picture's file."""
+    first = families[0]
+    auxiliary, images = first.auxiliary, first.auxiliary["validation_images"]
+    seeds = ", ".join(str(family.auxiliary["seed"]) for family in families)
+    several = len(families) > 1
     lines = [
-        "# Quickstart: a family of vision transformers from one learngene",
+        f"# {title}",
         "",
-        f"Written by `sws report` from seed{'s' if len(seeds) > 1 else ''} {numbers}"
-        + ("; mean (smallest-largest)." if len(seeds) > 1 else ".")
-        + f" Validation top-1 in percent over {auxiliary['validation_images']} images of handwritten digits: one image "
-        f"is {100 / auxiliary['validation_images']:.1f} points.",
+        f"Written by `sws report` from seed{'s' if several else ''} {seeds}"
+        + ("; mean (smallest-largest)." if several else ".")
+        + f" Validation top-1 in percent over {images:,} images: one image is {100 / images:.2f} points.",
         "",
-        f"- Teacher: {teacher['model']}, {spread([100 * s['teacher']['top1'] for s in seeds])} %.",
-        f"- Auxiliary model: {auxiliary['depth']} layers of {auxiliary['parameters'] / 1e6:.2f} M shared parameters, "
-        f"{auxiliary['epochs']} epochs, {spread([100 * s['auxiliary']['top1'] for s in seeds])} %.",
+        f"- Teacher: {first.teacher['model']}, {spread([top1(f.teacher) for f in families])} %.",
+        f"- Auxiliary model: {auxiliary['parameters'] / 1e6:.2f} M parameters, {auxiliary['depth']} layers of its own, "
+        f"{auxiliary['epochs']} epochs. It becomes every descendant below.",
         "",
-        f"| depth | parameters | expanded, untrained | after 1 epoch | after {short} epochs "
-        f"| scratch, 1 epoch | scratch, {short} epochs | scratch, {full} epochs |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"![accuracy against depth, and the family's cost]({picture})",
+        "",
+        "| top-1 at depth | " + " | ".join(map(str, first.scored)) + " |",
+        "|---|" + "--:|" * len(first.scored),
     ]
-    for depth in first["depths"]:
-        runs = {kind: [s["depths"][depth][kind] for s in seeds] for kind in KINDS}
-        cells = [
-            str(depth),
-            f"{runs['tuned'][0]['parameters'] / 1e6:.2f} M",
-            *(spread([top1(r, epoch) for r in runs["tuned"]]) for epoch in (0, 1, short)),
-            *(spread([top1(r, epoch) for r in runs["scratch"]]) for epoch in (1, short)),
-            spread([top1(r, full) for r in runs["scratch_full"]]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", _comparison(seeds, short, full), "", f"![curves]({picture})", ""]
-    lines += ["## What the family cost", "", *_costs(seeds), ""]
+    for name, values in rows_of(families).items():
+        cells = (spread(values[depth]) if depth in values else "" for depth in first.scored)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", _comparison(families), "", "## What the family costs", "", *_costs(families), ""]
     lines += ["## Where it was measured", "", *_origin(auxiliary), ""]
     lines += [
-        "Each run's folder, beside this report where the quickstart wrote it, holds its resolved configs, `log.jsonl`, "
-        "weights and TensorBoard events; `tensorboard --logdir` on the folder of them all shows every curve.",
+        "Each run's folder holds its resolved configs, `log.jsonl`, weights and TensorBoard events; "
+        "`tensorboard --logdir` on the folder of them all shows every curve.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _comparison(seeds: list[dict[str, Any]], short: int, full: int) -> str:
-    """Compare the runs with the paper's two claims."""
-    runs = [kinds for seed in seeds for kinds in seed["depths"].values()]
-    tuned, scratch = (mean(top1(r[kind], 1) for r in runs) for kind in ("tuned", "scratch"))
-    ends = [(top1(r["tuned"], short), top1(r["scratch_full"], full)) for r in runs]
-    as_good = sum(ours >= theirs for ours, theirs in ends)
-    ours, theirs = (mean(column) for column in zip(*ends, strict=True))
-    return (
-        f"After 1 epoch an expanded descendant has {tuned:.1f} % on average, the same model from scratch "
-        f"{scratch:.1f} %. After {short} epochs it has {ours:.1f} %; from scratch, {full} epochs lead to "
-        f"{theirs:.1f} %. {as_good} of {len(ends)} descendants are at least as good as their twin at its full budget."
-    )
+def _comparison(families: list[Family]) -> str:
+    """Compare untuned descendants with models of random weights that had the full budget."""
+    parts = []
+    for kind in ("scratch_full", "scratch_taught"):
+        pairs = [
+            (value, top1(runs[kind]))
+            for family in families
+            for depth, runs in family.depths.items()
+            if kind in runs and (value := untuned(family.auxiliary, depth)) is not None
+        ]
+        if pairs:
+            ours, theirs = (mean(column) for column in zip(*pairs, strict=True))
+            parts.append(f"{KINDS[kind]}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
+    return "Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + "."
+
+
+def _costs(families: list[Family]) -> list[str]:
+    """Return the table of the bill, and that of the single runs."""
+    first, bill = families[0], bills(families)
+    scratch = bill[KINDS["scratch_full"]]
+    lines = [
+        f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
+        "trained are counted from those that were.",
+        "",
+        "| family | PFLOP | random weights cost |",
+        "|---|--:|--:|",
+        *(f"| {name} | {cost:.3f} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
+        "",
+        "| run | epochs | images | PFLOP | rank-seconds |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
+    runs |= {"auxiliary model of one depth": [f.fixed for f in families if f.fixed]}
+    for depth, kinds in first.depths.items():
+        runs |= {f"{KINDS[kind]}, depth {depth}": [f.depths[depth][kind] for f in families] for kind in kinds}
+    for name, found in runs.items():
+        if found:
+            flops, seconds = mean(r["flops"] for r in found), min(r["rank_seconds"] for r in found)
+            run = found[0]
+            lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3f} | {seconds:.0f} |")
+    return [
+        *lines,
+        "",
+        "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
+        "what else a machine does only ever adds to them.",
+    ]
 
 
 def _origin(run: Metrics) -> list[str]:
@@ -130,75 +263,3 @@ def _origin(run: Metrics) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "sws-dist")
     source = f"Commit {run['commit']}" if run["commit"] else f"sws-dist {run['versions'].get('sws-dist', '(unknown)')}"
     return [f"{source}; {run['hardware']} a rank; {versions}."]
-
-
-def _costs(seeds: list[dict[str, Any]]) -> list[str]:
-    """Compare the whole family by learngene and from scratch: seconds, floating-point operations, parameters."""
-
-    def spent(key: str, once: tuple[str, ...], each: str) -> list[float]:
-        """Sum a metric, for each seed, over the runs that are made once and one run of that kind for each depth."""
-        return [sum(s[run][key] for run in once) + sum(runs[each][key] for runs in s["depths"].values()) for s in seeds]
-
-    class Row(NamedTuple):
-        family: str
-        seconds: float
-        flops: float
-        stored: float
-
-    def row(family: str, once: tuple[str, ...], each: str) -> Row:
-        stored = seeds[0]["auxiliary"]["parameters"] if once else spent("parameters", (), each)[0]
-        # The quickest seed's seconds: what else the machine does only ever adds to them.
-        return Row(family, min(spent("rank_seconds", once, each)), mean(spent("flops", once, each)), stored)
-
-    scratch = row("from scratch, full budget", (), "scratch_full")
-    rows = [
-        row("by learngene", ("auxiliary",), "tuned"),
-        row("by learngene, teacher included", ("teacher", "auxiliary"), "tuned"),
-        scratch,
-    ]
-    return [
-        "| family | rank-seconds | PFLOP | parameters stored | scratch costs x FLOPs | scratch stores x parameters |",
-        "|---|--:|--:|--:|--:|--:|",
-        *(
-            f"| {r.family} | {r.seconds:.0f} | {r.flops / 1e15:.3f} | {r.stored / 1e6:.2f} M "
-            f"| {scratch.flops / r.flops:.1f} | {scratch.stored / r.stored:.1f} |"
-            for r in rows
-        ),
-        "",
-        "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks"
-        + ("; of the quickest seed." if len(seeds) > 1 else "."),
-    ]
-
-
-def draw_curves(seeds: list[dict[str, Any]], path: Path) -> None:
-    """Draw validation top-1 over epochs, expanded against scratch: a panel for each depth, a line for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    looks = {
-        "tuned": ("tab:blue", "expanded from the learngene"),
-        "scratch": ("tab:orange", "from scratch, same recipe"),
-        "scratch_full": ("tab:gray", "from scratch, the auxiliary's budget"),
-    }
-    depths = list(seeds[0]["depths"])
-    figure, panels = plt.subplots(1, len(depths), figsize=(3.4 * len(depths), 3.4), sharey=True, layout="constrained")
-    for panel, depth in zip(panels, depths, strict=True):
-        for kind, (colour, label) in looks.items():
-            for number, seed in enumerate(seeds):
-                history = seed["depths"][depth][kind]["history"]
-                panel.plot(
-                    [point["epoch"] for point in history],
-                    [100 * point["val/top1"] for point in history],
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    label=label if number == 0 else None,
-                )
-        panel.set(title=f"{depth} layers", xlabel="epochs of its own training")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("validation top-1 (%)")
-    panels[0].legend(loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

@@ -1,0 +1,109 @@
+"""Plan the runs of a family: a teacher, auxiliary models, and at some depths descendants beside their rivals.
+
+    FOLDER/teacher                        the ancestry model
+    FOLDER/auxiliary, FOLDER/fixed        trained at many depths, and at its own alone, as in the paper
+    FOLDER/depthD/expanded.safetensors    a descendant as it leaves the learngene
+    FOLDER/depthD/tuned                   the same, fine-tuned
+    FOLDER/depthD/scratch                 random weights, fine-tuning's recipe
+    FOLDER/depthD/scratch_full            random weights, the auxiliary model's budget
+    FOLDER/depthD/scratch_taught          the same, with the teacher
+
+Every run is a command that a user could give. ``sws report`` reads the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sws_dist.cli.commands import Command, perform, sws, train_command
+from sws_dist.config.paths import escape_path
+
+RIVALS = ("scratch", "scratch_full", "scratch_taught")
+FULL_BUDGET = ("auxiliary", "fixed", "scratch_full", "scratch_taught")
+TAUGHT = ("auxiliary", "fixed", "tuned", "scratch", "scratch_taught")
+"""The runs that learn from the teacher: fine-tuning does, so its rival with the same recipe does too."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The runs of one family with one seed.
+
+    Args:
+        configs: the folder of its run configs, such as ``quickstart``.
+        auxiliaries: ``auxiliary``, and ``fixed`` beside it.
+        depths: layers of the descendants that are trained.
+        rivals: which of ``RIVALS`` each has.
+        sets: config overrides of all runs.
+        epochs: overrides of the configs: of the ``teacher``, and as ``auxiliary`` of all that have the full budget.
+        options: further options of all commands.
+        teacher: the run of another family that teaches this one too; None makes one.
+        ranks: processes of the runs that take place alone.
+    """
+
+    folder: Path
+    configs: str
+    seed: int
+    auxiliaries: tuple[str, ...]
+    depths: tuple[int, ...]
+    rivals: tuple[str, ...]
+    sets: tuple[str, ...] = ()
+    epochs: dict[str, int] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    teacher: Path | None = None
+    ranks: int = 1
+
+    def teacher_command(self) -> Command:
+        """Return the run of the family's own teacher."""
+        return self._train("1. a teacher", "teacher", self.folder / "teacher")
+
+    def auxiliary_commands(self, *, beside_others: bool = False) -> list[Command]:
+        """Return the auxiliary models' runs, which need the teacher."""
+        return [
+            self._train("" if beside_others else "2. the auxiliary model", name, self.folder / name, (), beside_others)
+            for name in self.auxiliaries
+        ]
+
+    def expand_commands(self) -> Iterator[Command]:
+        """Yield the expansion of each descendant that is trained, which needs the auxiliary model."""
+        learngene = f"{escape_path(self.folder)}/auxiliary/learngene.safetensors"
+        for depth in self.depths:
+            file = self._at(depth) / "expanded.safetensors"
+            words = ("--learngene", learngene, "--depth", str(depth), "--out", escape_path(file))
+            yield Command("", (*sws("expand"), *words, *self.options), file)
+
+    def depth_commands(self) -> Iterator[Command]:
+        """Yield the runs of the descendants and their rivals, the long ones first, so that all workers end together."""
+        for kind in (*reversed(self.rivals), "tuned"):
+            for depth in sorted(self.depths, reverse=True):
+                folder, sets = self._at(depth), [f"model.depth={depth}"]
+                if kind == "tuned":
+                    sets.append(f"model.initial_checkpoint={escape_path(folder)}/expanded.safetensors")
+                yield self._train("", kind, folder / kind, sets, beside_others=True)
+
+    def _at(self, depth: int) -> Path:
+        return self.folder / f"depth{depth}"
+
+    def _train(
+        self, title: str, config: str, output: Path, sets: Iterable[str] = (), beside_others: bool = False
+    ) -> Command:
+        teacher = escape_path(self.teacher or self.folder / "teacher")
+        own = [f"distill.teacher={teacher}/model.safetensors"] if config in TAUGHT else []
+        if (epochs := self.epochs.get("auxiliary" if config in FULL_BUDGET else config)) is not None:
+            own.append(f"train.epochs={epochs}")
+        return train_command(
+            title, f"{self.configs}/{config}", output, self.seed, *self.options,
+            sets=[*self.sets, *own, *sets], ranks=1 if beside_others else self.ranks, beside_others=beside_others,
+        )  # fmt: skip
+
+
+def perform_side_by_side(commands: Iterable[Command], jobs: int) -> None:
+    """Run commands, ``jobs`` at a time, in their order.
+
+    Raises:
+        RunError: one failed; those that had begun were finished.
+    """
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        list(pool.map(perform, commands))

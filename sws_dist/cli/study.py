@@ -1,0 +1,114 @@
+"""Compare the method with its rivals on Fashion-MNIST, whose scores are public: families of runs, and their report.
+
+Each family has a teacher, an auxiliary model that is trained at many depths, one that is trained at its own depth
+alone, and at some depths fine-tuned descendants beside models of random weights. A study that was interrupted goes on
+where it stopped; the same seeds give the same table.
+
+  size    training images   epochs   trained depths   seeds   time on 2 CPU cores
+{SIZES}
+
+The images come from Debian's package dataset-fashion-mnist (apt install dataset-fashion-mnist).
+
+examples:
+  sws study                                          # size small, into runs/study; make study in a checkout
+  sws study --seeds 0 1 2                            # three families: another hour, and the spread
+  sws study --size tiny --output runs/study-tiny
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sws_dist.cli.commands import Command, perform, prepare_devices, require_packages, sws
+from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+from sws_dist.cli.family import RIVALS, Family, perform_side_by_side
+from sws_dist.config.paths import escape_path
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is. Its validation set is always the whole public one of 10,000 images."""
+
+    images: int
+    epochs: int
+    """Of everything but fine-tuning, which takes 5."""
+    teacher_epochs: int
+    depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    time: str
+
+
+SIZES = {
+    "tiny": Size(1_000, 2, 3, (6,), (0,), "some minutes"),
+    "small": Size(6_000, 20, 15, (5, 12), (0,), "40 minutes"),
+    "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "days; take a GPU"),
+}
+
+
+def main() -> None:
+    parser = make_parser(__doc__.replace("{SIZES}", _table()))
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder for all runs")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the images")
+    parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", help="instead of the size's")
+    parser.add_argument("--jobs", type=whole_number(1, 64), help="runs at a time (default: one a CPU core or GPU)")
+    args = parse_args(parser, one_process=True)
+    require_packages("matplotlib", "nvidia")
+    size, begun = SIZES[args.size], time.monotonic()
+    ranks = prepare_devices()
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    jobs = args.jobs or (os.cpu_count() or 1 if on_cpu else ranks)
+    data = args.data / f"fashion-mnist-{size.images}"
+    quiet = ("--quiet",) if args.quiet else ()
+    families = make_families(args.output, size, args.seeds or size.seeds, data, quiet)
+
+    module = (Path(sys.executable).name, "-m", "sws_dist.study.fashion", str(data), "--train", str(size.images))
+    perform(Command("the data", module, data / "train"))
+    perform(families[0].teacher_command())
+    log.info(f"\n# 2. auxiliary models; {jobs} runs at a time")
+    perform_side_by_side((c for family in families for c in family.auxiliary_commands(beside_others=True)), jobs)
+    log.info("\n# 3. their learngenes, expanded")
+    for command in (c for family in families for c in family.expand_commands()):
+        perform(command)
+    log.info(f"\n# 4. descendants and models of random weights; {jobs} runs at a time")
+    perform_side_by_side((c for family in families for c in family.depth_commands()), jobs)
+    report = args.output / "study.md"
+    runs = (escape_path(family.folder) for family in families)
+    title = f"Fashion-MNIST, {size.images:,} training images"
+    words = (*sws("report"), "--runs", *runs, "--out", escape_path(report), "--title", title)
+    perform(Command("5. the report", (*words, *quiet), done=None))
+    print_result(f"the report   {report}   ({time.monotonic() - begun:.0f} s)")
+
+
+def make_families(
+    output: Path, size: Size, seeds: tuple[int, ...], data: Path, options: tuple[str, ...]
+) -> list[Family]:
+    """Return a family for each seed. All learn from the first one's teacher, as an ancestor is given, not drawn."""
+    sets = (f"data.root={escape_path(data)}",)
+    return [
+        Family(
+            output / f"seed{seed}", "study", seed, ("auxiliary", "fixed"), size.depths, RIVALS,
+            sets=sets, epochs={"teacher": size.teacher_epochs, "auxiliary": size.epochs}, options=options,
+            teacher=output / f"seed{seeds[0]}" / "teacher",
+        )
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def _table() -> str:
+    rows = []
+    for name, size in SIZES.items():
+        depths = ", ".join(map(str, size.depths)) if len(size.depths) < 4 else f"{size.depths[0]} to {size.depths[-1]}"
+        rows.append(f"  {name:<7} {size.images:>15,} {size.epochs:>8} {depths:>16} {len(size.seeds):>7}   {size.time}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
