@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("launcher", "sws_dist.__main__"),
     ("sws_dist.cli",),
+    ("sws_dist.study",),
     ("sws_dist",),
     ("sws_dist.api",),
     ("sws_dist.trainer",),

@@ -1,0 +1,1 @@
+"""The study: its data sets, its ancestor, and what others have published."""
