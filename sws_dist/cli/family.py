@@ -37,6 +37,7 @@ class Family:
         depths: layers of the descendants that are trained.
         rivals: which of ``RIVALS`` each has.
         sets: config overrides of all runs.
+        scored: depths at which the auxiliary models are scored, instead of the configs'.
         epochs: overrides of the configs: of the ``teacher``, and as ``auxiliary`` of all that have the full budget.
         options: further options of all commands.
         teacher: the run of another family that teaches this one too; None makes one.
@@ -50,6 +51,7 @@ class Family:
     depths: tuple[int, ...]
     rivals: tuple[str, ...]
     sets: tuple[str, ...] = ()
+    scored: tuple[int, ...] | None = None
     epochs: dict[str, int] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     teacher: Path | None = None
@@ -93,6 +95,8 @@ class Family:
         own = [f"distill.teacher={teacher}/model.safetensors"] if config in TAUGHT else []
         if (epochs := self.epochs.get("auxiliary" if config in FULL_BUDGET else config)) is not None:
             own.append(f"train.epochs={epochs}")
+        if self.scored is not None and config in self.auxiliaries:
+            own.append(f"train.eval_depths={list(self.scored)}")
         return train_command(
             title, f"{self.configs}/{config}", output, self.seed, *self.options,
             sets=[*self.sets, *own, *sets], ranks=1 if beside_others else self.ranks, beside_others=beside_others,

@@ -15,17 +15,18 @@ from typing import Any
 
 from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
-from sws_dist.cli.report_chart import draw
+from sws_dist.cli.report_chart import Row, draw
+from sws_dist.config.loader import load_config
 from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
 KINDS = {
     "tuned": "fine-tuned",
-    "scratch": "random weights, as many epochs, with the teacher",
-    "scratch_full": "random weights, full budget",
-    "scratch_taught": "random weights, full budget, with the teacher",
+    "scratch": "random weights, with the teacher",
+    "scratch_full": "random weights",
+    "scratch_taught": "random weights, with the teacher",
 }
-"""What is trained at single depths, with its name in the report."""
+"""What is trained at single depths, with its name in the report; the number of epochs completes it."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,21 @@ class Family:
     """The metrics of one family's runs, with one seed.
 
     Args:
+        stages: the number of the auxiliary model's distinct layers.
         fixed: the auxiliary model that was trained at its own depth alone, or None.
         depths: depth -> kind -> metrics, for the descendants that were trained and their rivals.
     """
 
+    stages: int
     teacher: Metrics
     auxiliary: Metrics
     fixed: Metrics | None
     depths: dict[int, dict[str, Metrics]]
+
+    @property
+    def runs(self) -> tuple[object, ...]:
+        """What there is, to be compared with other seeds."""
+        return self.fixed is not None, self.scored, {depth: sorted(runs) for depth, runs in self.depths.items()}
 
     @property
     def scored(self) -> list[int]:
@@ -56,6 +64,19 @@ class Family:
         (d0, f0), (d1, f1) = min(points.items()), max(points.items())
         return f0 if d0 == d1 else f0 + (f1 - f0) * (depth - d0) / (d1 - d0)
 
+    def stored(self) -> float | None:
+        """Return the parameters of descendants of all scored depths together.
+
+        They grow by a layer's, which is the difference between some descendant and the auxiliary model's distinct
+        layers. None where the only descendant has as many layers as those.
+        """
+        depth, runs = max(self.depths.items())
+        shared = self.auxiliary["parameters"]
+        if depth == self.stages:
+            return None
+        layer = (next(iter(runs.values()))["parameters"] - shared) / (depth - self.stages)
+        return sum(shared + layer * (depth - self.stages) for depth in self.scored)
+
     def flops(self, kind: str, depth: int) -> float:
         """Return the operations of a kind's whole training at any depth, by those of a run at some depth."""
         run = next(runs[kind] for runs in self.depths.values())
@@ -69,9 +90,13 @@ def main() -> None:
     parser.add_argument("--title", default="A family of vision transformers from one learngene")
     args = parse_args(parser, one_process=True)
     families = [read_family(folder) for folder in args.runs]
+    for folder, family in zip(args.runs, families, strict=True):
+        if family.runs != families[0].runs:
+            raise ValueError(f"--runs {folder}: has not the same runs as {args.runs[0]}, so no mean can be taken")
     out = args.out or args.runs[0] / "report.md"
     picture = out.with_suffix(".png")
-    draw(rows_of(families), bills(families), picture)
+    teacher = mean(top1(family.teacher) for family in families)
+    draw(rows_of(families), bills(families), teacher, picture)
     text = write_report(args.title, families, picture.name)
     atomic_write_text(out, text)
     print_result(text)
@@ -102,7 +127,10 @@ def read_family(folder: Path) -> Family:
     if not depths:
         raise ValueError(f"{folder}: holds no depth*/ folders with runs; run sws quickstart or sws study first")
     fixed = metrics(folder / "fixed") if (folder / "fixed").is_dir() else None
-    return Family(metrics(folder / "teacher"), metrics(folder / "auxiliary"), fixed, depths)
+    stages = load_config(folder / "auxiliary" / "config.yaml").model.schedule
+    if stages is None:
+        raise ValueError(f"{folder}/auxiliary/config.yaml: model.schedule is null, so this is no auxiliary model")
+    return Family(len(stages), metrics(folder / "teacher"), metrics(folder / "auxiliary"), fixed, depths)
 
 
 def top1(run: Metrics, epoch: int | None = None) -> float:
@@ -119,26 +147,23 @@ def untuned(run: Metrics, depth: int) -> float | None:
     return None if found is None else 100 * found
 
 
-def rows_of(families: list[Family]) -> dict[str, dict[int, list[float]]]:
-    """Return the report's rows: name -> depth -> top-1 in percent, one value a seed."""
-    rows: dict[str, dict[int, list[float]]] = {}
+def rows_of(families: list[Family]) -> list[Row]:
+    """Return the rows of the report's table."""
     first = families[0]
-    for name, runs in {
-        "untuned": [f.auxiliary for f in families],
-        "untuned, auxiliary model of one depth": [f.fixed for f in families if f.fixed],
-    }.items():
-        for depth in first.scored:
-            values = [value for run in runs if (value := untuned(run, depth)) is not None]
-            if values:
-                rows.setdefault(name, {})[depth] = values
-    for kind, name in KINDS.items():
-        for depth, runs_by_kind in first.depths.items():
-            if kind not in runs_by_kind:
-                continue
-            runs = [f.depths[depth][kind] for f in families if kind in f.depths.get(depth, {})]
-            for epoch in _epochs(kind, runs[0]):
-                rows.setdefault(f"{name}, {_plural(epoch, 'epoch')}", {})[depth] = [top1(run, epoch) for run in runs]
-    return rows
+    rows = []
+    for kind, name, runs in (
+        ("untuned", "untuned", [f.auxiliary for f in families]),
+        ("fixed", "untuned, from an auxiliary model of one depth", [f.fixed for f in families if f.fixed]),
+    ):
+        scores = {depth: [untuned(run, depth) for run in runs] for depth in first.scored}
+        rows.append(Row(kind, name, {d: [v for v in values if v is not None] for d, values in scores.items()}))
+    for kind in KINDS:
+        found = {d: [f.depths[d][kind] for f in families] for d, runs in first.depths.items() if kind in runs}
+        for epoch in _epochs(kind, next(iter(found.values()))[0]) if found else ():
+            last = epoch == max(_epochs(kind, next(iter(found.values()))[0]))
+            values = {depth: [top1(run, epoch) for run in runs] for depth, runs in found.items()}
+            rows.append(Row(kind if last else f"{kind}, early", _name(kind, epoch), values))
+    return [row for row in rows if any(row.values.values())]
 
 
 def _epochs(kind: str, run: Metrics) -> list[int]:
@@ -146,8 +171,8 @@ def _epochs(kind: str, run: Metrics) -> list[int]:
     return sorted({1, run["epochs"]}) if kind == "tuned" else [run["epochs"]]
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("s" if count != 1 else "")
+def _name(kind: str, epochs: int) -> str:
+    return f"{KINDS[kind]}, {epochs} epoch" + ("s" if epochs != 1 else "")
 
 
 def spread(values: list[float]) -> str:
@@ -169,7 +194,7 @@ def bills(families: list[Family]) -> dict[str, float]:
                 yield "learngene, each fine-tuned", shared + total
             elif kind != "scratch":
                 teacher = family.teacher["flops"] if kind == "scratch_taught" else 0
-                yield KINDS[kind], total + teacher
+                yield _name(kind, next(runs[kind]["epochs"] for runs in family.depths.values())), total + teacher
 
     every = [dict(of(family)) for family in families]
     return {name: mean(bill[name] for bill in every) / 1e15 for name in every[0]}
@@ -197,9 +222,9 @@ def write_report(title: str, families: list[Family], picture: str) -> str:
         "| top-1 at depth | " + " | ".join(map(str, first.scored)) + " |",
         "|---|" + "--:|" * len(first.scored),
     ]
-    for name, values in rows_of(families).items():
-        cells = (spread(values[depth]) if depth in values else "" for depth in first.scored)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for row in rows_of(families):
+        cells = (spread(row.values[depth]) if row.values.get(depth) else "" for depth in first.scored)
+        lines.append(f"| {row.name} | {' | '.join(cells)} |")
     lines += ["", _comparison(families), "", "## What the family costs", "", *_costs(families), ""]
     lines += ["## Where it was measured", "", *_origin(auxiliary), ""]
     lines += [
@@ -222,39 +247,56 @@ def _comparison(families: list[Family]) -> str:
         ]
         if pairs:
             ours, theirs = (mean(column) for column in zip(*pairs, strict=True))
-            parts.append(f"{KINDS[kind]}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
+            epochs = next(runs[kind]["epochs"] for runs in families[0].depths.values() if kind in runs)
+            parts.append(f"{_name(kind, epochs)}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
     return "Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + "."
 
 
 def _costs(families: list[Family]) -> list[str]:
     """Return the table of the bill, and that of the single runs."""
     first, bill = families[0], bills(families)
-    scratch = bill[KINDS["scratch_full"]]
+    scratch = next(cost for name, cost in bill.items() if name.startswith("random weights"))
     lines = [
         f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
         "trained are counted from those that were.",
         "",
         "| family | PFLOP | random weights cost |",
         "|---|--:|--:|",
-        *(f"| {name} | {cost:.3f} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
+        *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
         "",
+        *_storage(first),
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
     ]
     runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
     runs |= {"auxiliary model of one depth": [f.fixed for f in families if f.fixed]}
     for depth, kinds in first.depths.items():
-        runs |= {f"{KINDS[kind]}, depth {depth}": [f.depths[depth][kind] for f in families] for kind in kinds}
+        runs |= {
+            f"depth {depth}: {_name(kind, run['epochs'])}": [f.depths[depth][kind] for f in families]
+            for kind, run in kinds.items()
+        }
     for name, found in runs.items():
         if found:
             flops, seconds = mean(r["flops"] for r in found), min(r["rank_seconds"] for r in found)
             run = found[0]
-            lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3f} | {seconds:.0f} |")
+            lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3g} | {seconds:.0f} |")
     return [
         *lines,
         "",
         "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
         "what else a machine does only ever adds to them.",
+    ]
+
+
+def _storage(family: Family) -> list[str]:
+    """Compare what is stored: the learngene, or a file for each descendant."""
+    shared, all_depths = family.auxiliary["parameters"], family.stored()
+    if all_depths is None:
+        return []
+    return [
+        f"The learngene has {shared / 1e6:.2f} M parameters, descendants of these depths {all_depths / 1e6:.2f} M: "
+        f"{all_depths / shared:.1f} times as many.",
+        "",
     ]
 
 

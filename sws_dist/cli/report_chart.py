@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-LOOKS = {  # the start of a row's name -> colour, marker, line
-    "untuned, auxiliary": ("#888888", "o", "--"),
+LOOKS = {  # kind of a row -> colour, marker, line
     "untuned": ("#1b6ca8", "o", "-"),
-    "fine-tuned": ("#7fb2d9", "^", ""),
-    "random weights, full budget, with": ("#c2571a", "D", ""),
-    "random weights, full": ("#e08e2b", "s", ""),
-    "random weights, as": ("#d9b38c", "v", ""),
+    "fixed": ("#888888", "o", "--"),
+    "tuned": ("#7fb2d9", "^", "none"),
+    "scratch": ("#d9b38c", "v", "none"),
+    "scratch_full": ("#e08e2b", "s", "none"),
+    "scratch_taught": ("#c2571a", "D", "none"),
 }
 
 
-def draw(rows: dict[str, dict[int, list[float]]], bill: dict[str, float], path: Path) -> None:
+@dataclass(frozen=True)
+class Row:
+    """One row of the report's table.
+
+    Args:
+        kind: a key of ``LOOKS``; a row of any other kind is not drawn.
+        values: depth -> top-1 in percent, one value a seed.
+    """
+
+    kind: str
+    name: str
+    values: dict[int, list[float]]
+
+
+def draw(rows: list[Row], bill: dict[str, float], teacher: float, path: Path) -> None:
     """Draw both panels.
 
     Args:
-        rows: name -> depth -> top-1 in percent, one value a seed; single points for what was trained at one depth.
         bill: name -> PFLOP of the whole family.
+        teacher: its top-1 in percent.
         path: a ``.png`` file; its folder is made.
     """
     import matplotlib
@@ -28,30 +43,28 @@ def draw(rows: dict[str, dict[int, list[float]]], bill: dict[str, float], path: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(3, 2), layout="constrained")
-    for name, values in rows.items():
-        colour, marker, line = next(look for start, look in LOOKS.items() if name.startswith(start))
-        depths = list(values)
-        faint = name.endswith(", 1 epoch")  # only the end of fine-tuning is drawn
-        if faint:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 2), layout="constrained")
+    for row in rows:
+        if row.kind not in LOOKS:
             continue
-        left.plot(
-            depths, [mean(values[d]) for d in depths], linestyle=line or "none", marker=marker, color=colour, label=name
-        )
-        for depth in depths:
-            left.plot([depth] * len(values[depth]), values[depth], ".", color=colour, alpha=0.5, markersize=4)
+        colour, marker, line = LOOKS[row.kind]
+        values = {depth: seeds for depth, seeds in row.values.items() if seeds}
+        means = [mean(seeds) for seeds in values.values()]
+        left.plot(list(values), means, linestyle=line, marker=marker, color=colour, label=row.name)
+        for depth, seeds in values.items():
+            left.plot([depth] * len(seeds), seeds, ".", color=colour, alpha=0.5, markersize=4)
+    left.axhline(teacher, color="black", linewidth=0.8, linestyle=":", label="teacher")
     left.set(xlabel="layers of the descendant", ylabel="validation top-1 (%)")
-    left.set_xticks(sorted({depth for values in rows.values() for depth in values}))
+    left.set_xticks(sorted({depth for row in rows for depth in row.values}))
     left.grid(alpha=0.3)
     left.legend(fontsize=7)
 
-    names = list(bill)
-    colours = ["#1b6ca8" if name.startswith("learngene") else "#e08e2b" for name in names]
-    right.barh(names, list(bill.values()), color=colours)
+    colours = ["#1b6ca8" if name.startswith("learngene") else "#e08e2b" for name in bill]
+    right.barh(list(bill), list(bill.values()), color=colours)
     for position, cost in enumerate(bill.values()):
         right.text(cost, position, f" {cost:.3g}", va="center", fontsize=8)
     right.invert_yaxis()
-    right.margins(x=0.15)
+    right.margins(x=0.18)
     right.set(xlabel="PFLOP for the family of all these depths")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

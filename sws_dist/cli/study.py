@@ -43,10 +43,12 @@ class Size:
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     time: str
+    scored: tuple[int, ...] = (5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16)
+    """Depths at which the auxiliary models are scored, beside their own, 10."""
 
 
 SIZES = {
-    "tiny": Size(1_000, 2, 3, (6,), (0,), "some minutes"),
+    "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
     "small": Size(6_000, 20, 15, (5, 12), (0,), "40 minutes"),
     "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "days; take a GPU"),
 }
@@ -91,15 +93,22 @@ def make_families(
     output: Path, size: Size, seeds: tuple[int, ...], data: Path, options: tuple[str, ...]
 ) -> list[Family]:
     """Return a family for each seed. All learn from the first one's teacher, as an ancestor is given, not drawn."""
-    sets = (f"data.root={escape_path(data)}",)
     return [
         Family(
-            output / f"seed{seed}", "study", seed, ("auxiliary", "fixed"), size.depths, RIVALS,
-            sets=sets, epochs={"teacher": size.teacher_epochs, "auxiliary": size.epochs}, options=options,
+            output / f"seed{seed}",
+            "study",
+            seed,
+            ("auxiliary", "fixed"),
+            size.depths,
+            RIVALS,
+            sets=(f"data.root={escape_path(data)}",),
+            scored=size.scored,
+            epochs={"teacher": size.teacher_epochs, "auxiliary": size.epochs},
+            options=options,
             teacher=output / f"seed{seeds[0]}" / "teacher",
         )
         for seed in seeds
-    ]  # fmt: skip
+    ]
 
 
 def _table() -> str:
