@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DALI ?= dali
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart study test test-fast test-gpu lint bench docs clean help
+.PHONY: quickstart study test test-fast test-gpu lint gpu-day bench docs clean help
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-day: $(VENV)/ready  ## In nine minutes of a GPU, all that only it can show: tests, steps, operators, decoding
+	$(BIN)/python benchmarks/gpu_day.py --out gpu-day
 
 bench: $(VENV)/ready  ## Measure the input and, on a GPU, the kernels against their alternatives
 	$(BIN)/python benchmarks/data.py

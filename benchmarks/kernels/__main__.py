@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--compile-mode", choices=("max-autotune", "reduce-overhead"), default="max-autotune", help="of torch.compile"
     )
+    parser.add_argument("--warm-up", action="store_true", help="compile the training steps, and measure nothing")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--chart", type=Path, help="draw the results here")
     arguments = parser.parse_args()
@@ -77,6 +78,12 @@ def main() -> None:
         what = f"{', '.join(operators)} of {', '.join(size.name for size in sizes)}"
         print(f"benchmarks.kernels: no CUDA device, so these cannot be measured: {what}. Nothing was written")
         sys.exit(0)
+    if arguments.warm_up:
+        from benchmarks.kernels.training_step import warm_up
+
+        for size in sizes:
+            warm_up(Machine(compile_mode=arguments.compile_mode), size)
+        return
     results = run(Machine(compile_mode=arguments.compile_mode), operators, sizes, arguments.out)
     if arguments.chart:
         from benchmarks.kernels import chart

@@ -204,3 +204,16 @@ class StepCase:
 def cases(machine: Machine, size: Size) -> Iterator[StepCase]:
     yield StepCase(size, teacher=False)
     yield StepCase(size, teacher=True)
+
+
+def warm_up(machine: Machine, size: Size) -> None:
+    """Run what is compiled, without a teacher, so that Inductor's cache on disk holds its code. Nothing is timed."""
+    for name, provider in PROVIDERS.items():
+        if provider.compile:
+            machine.fresh()
+            with provider.context():
+                step = TrainingStep(size, machine, provider, teacher=False)
+                for _ in range(CHECKED_STEPS):
+                    step()
+            machine.synchronize()
+            print(f"{name} of {size.name} has run", flush=True)
