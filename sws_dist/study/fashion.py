@@ -102,7 +102,7 @@ def convert_fashion(
         for split, (images, labels) in splits.items():
             for label in CLASSES:
                 (folder / split / label).mkdir(parents=True)
-            for index in tqdm(chosen[split], desc=f"{out.name}/{split}", unit=" images"):
+            for index in tqdm(chosen[split], desc=f"{out.name}/{split}", unit=" images", disable=None):
                 Image.fromarray(images[index]).save(folder / split / CLASSES[labels[index]] / f"{index:05d}.png")
 
     facts = {split: len(indices) for split, indices in chosen.items()}
