@@ -95,7 +95,7 @@ def _log_plan(folder: LogitsFolder, num_epochs: int, num_missing: int) -> None:
     whole = format_bytes(num_epochs * folder.epoch_size * num_bytes)
     log.info(f"logits   {folder.path}: {num_epochs} epochs of {folder.epoch_size} images, {what}, {whole} in all")
     if num_missing < num_epochs:
-        log.info(f"{num_epochs - num_missing} epochs are there already")
+        log.info(f"{num_epochs - num_missing} of {num_epochs} epochs are there already")
 
 
 class _EpochWriter:
