@@ -31,6 +31,11 @@ class Shard(NamedTuple):
     images: np.ndarray
     """[N] unsigned: the image that was shown at each position, as its place in the list of images."""
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by their names in the file."""
+        found = {"values": self.kept.values, "classes": self.kept.classes, "images": self.images}
+        return {name: array for name, array in found.items() if array is not None}
+
 
 @dataclass(frozen=True)
 class LogitsFolder:
@@ -86,8 +91,7 @@ class LogitsFolder:
 
     def write(self, epoch: int, shard: Shard) -> Path:
         """Write the logits of one epoch; the file appears whole or not at all."""
-        arrays = {"values": shard.kept.values, "images": shard.images}
-        arrays |= {} if shard.kept.classes is None else {"classes": shard.kept.classes}
+        arrays = shard.arrays()
         texts = {"epoch": epoch, "folder": self._identity(), "sha256": _checksum(arrays)}
         return save_arrays(self.shard(epoch), arrays, texts)
 
@@ -121,8 +125,7 @@ class LogitsFolder:
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     checksum = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+    for name, array in sorted(arrays.items()):
         checksum.update(f"{name} {array.dtype} {array.shape} ".encode())
-        checksum.update(array.data)
+        checksum.update(np.ascontiguousarray(array).data)
     return checksum.hexdigest()

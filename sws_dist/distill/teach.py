@@ -68,7 +68,7 @@ def store_logits(config: RunConfig, path: Path, top_k: int, micro_batch: int) ->
     for line in train.notes:
         log.warning(line)
     epochs = broadcast_from_rank0(_missing_epochs(folder, config.train.epochs) if world.is_rank_zero else None)
-    _log_plan(folder, config.train.epochs, len(epochs))
+    _log_plan(folder, len(train), config.train.epochs, len(epochs))
     _EpochWriter(config, data, teacher, folder, micro_batch, world, epochs).write()
     return folder
 
@@ -88,14 +88,21 @@ def _missing_epochs(folder: LogitsFolder, num_epochs: int) -> list[int]:
     return missing
 
 
-def _log_plan(folder: LogitsFolder, num_epochs: int, num_missing: int) -> None:
-    rest = folder.is_truncated
-    num_bytes = 2 * (folder.top_k + rest) + rest * folder.top_k * index_dtype(folder.num_classes).itemsize
+def _log_plan(folder: LogitsFolder, num_images: int, num_epochs: int, num_missing: int) -> None:
+    num_bytes = sum(array.nbytes for array in _allocate(folder, num_images, 1).arrays().values())
     what = f"{folder.top_k} of {folder.num_classes} classes, {num_bytes} bytes an image"
     whole = format_bytes(num_epochs * folder.epoch_size * num_bytes)
     log.info(f"logits   {folder.path}: {num_epochs} epochs of {folder.epoch_size} images, {what}, {whole} in all")
     if num_missing < num_epochs:
         log.info(f"{num_epochs - num_missing} of {num_epochs} epochs are there already")
+
+
+def _allocate(folder: LogitsFolder, num_images: int, rows: int) -> Shard:
+    """Return ``rows`` rows of a shard, for a list of ``num_images`` images, to be filled."""
+    truncated, k = folder.is_truncated, folder.top_k
+    values = np.empty((rows, k + truncated), np.float16)
+    classes = np.empty((rows, k), index_dtype(folder.num_classes)) if truncated else None
+    return Shard(TopK(values, classes), np.empty(rows, index_dtype(num_images)))
 
 
 class _EpochWriter:
@@ -154,20 +161,17 @@ class _EpochWriter:
         Args:
             batches: the micro-batches of ``epoch``.
         """
-        folder, truncated = self.folder, self.folder.is_truncated
-        size, k = folder.epoch_size, folder.top_k
-        values = np.empty((size, k + truncated), np.float16)
-        classes = np.empty((size, k), index_dtype(folder.num_classes)) if truncated else None
-        shown = np.empty(size, index_dtype(len(self.data.train)))
+        size = self.folder.epoch_size
+        shard = _allocate(self.folder, len(self.data.train), size)
         for batch in batches:
-            kept = keep_top_k(self._logits(batch), k, self.config.distill.tau)
             assert batch.positions is not None
+            kept = keep_top_k(self._logits(batch), self.folder.top_k, self.config.distill.tau)
+            found = Shard(kept, batch.indices).arrays()
             rows = batch.positions - epoch * size
             own = (rows >= 0) & (rows < size)
-            values[rows[own]], shown[rows[own]] = kept.values[own], batch.indices[own]
-            if classes is not None and kept.classes is not None:
-                classes[rows[own]] = kept.classes[own]
-        return Shard(TopK(values, classes), shown)
+            for name, column in shard.arrays().items():
+                column[rows[own]] = found[name][own]
+        return shard
 
     def _logits(self, batch: Batch) -> Tensor:
         """Return the teacher's logits of a micro-batch, [B, classes]."""

@@ -60,7 +60,7 @@ def logits(folder: Path) -> Path:
     """The logits of all classes, written by two ranks."""
     done = teach(folder, folder / "logits", ranks=2)
     assert done.returncode == 0, done.stdout
-    assert "3 epochs of 80 images, 10 of 10 classes, 20 bytes an image, 4.80 kB in all" in done.stdout
+    assert "3 epochs of 80 images, 10 of 10 classes, 21 bytes an image, 5.04 kB in all" in done.stdout
     return folder / "logits"
 
 
@@ -112,7 +112,7 @@ def test_a_run_goes_on_at_another_world_size(folder: Path, logits: Path, online:
 
 def test_truncated_logits_are_smaller_and_close(folder: Path, online: Job, tmp_path: Path) -> None:
     done = teach(folder, tmp_path / "logits", "--top-k", "4")
-    assert "4 of 10 classes, 14 bytes an image" in done.stdout
+    assert "4 of 10 classes, 15 bytes an image" in done.stdout
     job = stored(folder, tmp_path / "logits", tmp_path / "run", **{"train.max_steps": 1})
     assert runs.train(job, ranks=1).returncode == 0
     first, exact = losses(job.output)[0], losses(online.output)[0]
