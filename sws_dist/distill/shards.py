@@ -18,7 +18,7 @@ import numpy as np
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.data.mapped_arrays import map_arrays, save_arrays
-from sws_dist.distill.recipe import Recipe, differences
+from sws_dist.distill.fingerprint import Fingerprint, differences
 from sws_dist.distill.topk import TopK
 from sws_dist.text import read_text
 
@@ -39,10 +39,10 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitsFolder:
-    """A folder of logits of one recipe."""
+    """A folder of logits of one fingerprint."""
 
     path: Path
-    recipe: Recipe
+    fingerprint: Fingerprint
     num_classes: int
     top_k: int
     epoch_size: int
@@ -58,11 +58,11 @@ class LogitsFolder:
             about: where the logits come from, for people.
 
         Raises:
-            ValueError: the folder holds the logits of another recipe, or another number of them.
+            ValueError: the folder holds logits of another fingerprint, or another number of them.
         """
         if self._file(self.path).is_file():
             there = LogitsFolder.open(self.path)
-            ours, theirs = self.recipe | {"--top-k": self.top_k}, there.recipe | {"--top-k": there.top_k}
+            ours, theirs = self.fingerprint | {"--top-k": self.top_k}, there.fingerprint | {"--top-k": there.top_k}
             if differ := differences(ours, theirs):
                 raise ValueError(f"{self.path} holds other logits: {'; '.join(differ)}. Give another folder")
             return
@@ -78,7 +78,7 @@ class LogitsFolder:
         """
         try:
             fields = json.loads(read_text(cls._file(path)))
-            return cls(path, **{key: fields[key] for key in ("recipe", "num_classes", "top_k", "epoch_size")})
+            return cls(path, **{key: fields[key] for key in ("fingerprint", "num_classes", "top_k", "epoch_size")})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a folder of logits that sws teach wrote ({error})") from None
 
@@ -119,7 +119,7 @@ class LogitsFolder:
 
     def _identity(self) -> str:
         """Return what the files of this folder have in common, and those of others have not."""
-        about = json.dumps([self.recipe, self.num_classes, self.top_k], sort_keys=True)
+        about = json.dumps([self.fingerprint, self.num_classes, self.top_k, self.epoch_size], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()
 
 

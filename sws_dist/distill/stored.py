@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from torch import Tensor
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.loader import Batch
 from sws_dist.data.manifest import Manifest
-from sws_dist.distill.recipe import describe_recipe, require_same_recipe
+from sws_dist.distill.fingerprint import compute_fingerprint, require_same_fingerprint
 from sws_dist.distill.shards import LogitsFolder
 from sws_dist.distill.topk import TopK, build_logits
 from sws_dist.distributed.init import World
-
-log = logging.getLogger(__name__)
 
 
 class StoredTeacher:
@@ -81,17 +78,17 @@ def open_stored_teacher(
         micro_batch: number of images of a micro-batch.
 
     Raises:
-        ValueError: logits of another recipe, a missing epoch, or a damaged file.
+        ValueError: logits of another fingerprint, a missing epoch, or a damaged file.
     """
     assert config.distill.logits is not None
     folder = LogitsFolder.open(Path(config.distill.logits))
-    recipe = describe_recipe(config, images, micro_batch, world.device, is_truncated=folder.is_truncated)
-    require_same_recipe(recipe, folder.recipe, folder.path)
+    fingerprint = compute_fingerprint(config, images, micro_batch, world.device, is_truncated=folder.is_truncated)
+    require_same_fingerprint(fingerprint, folder.fingerprint, folder.path)
     epochs = range(left.start // epoch_size, -(-left.stop // epoch_size))
-    missing = [epoch + 1 for epoch in epochs if not folder.shard(epoch).is_file()]
+    missing = [folder.shard(epoch).name for epoch in epochs if not folder.shard(epoch).is_file()]
     if missing:
         raise ValueError(
-            f"distill.logits {folder.path}: {len(missing)} of the run's epochs are not there, the first is epoch "
+            f"distill.logits {folder.path}: {len(missing)} of the run's epochs are not there, the first is "
             f"{missing[0]}; sws teach writes those that are missing"
         )
     for epoch in epochs[world.rank :: world.size]:

@@ -16,13 +16,14 @@ from sws_dist.data import pipeline, sampler
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.loader import Batch
 from sws_dist.data.mixup import augment_batch
-from sws_dist.distill.recipe import describe_recipe
+from sws_dist.distill.fingerprint import compute_fingerprint
 from sws_dist.distill.shards import LogitsFolder, Shard
 from sws_dist.distill.teacher import OnlineTeacher, count_teacher_flops, load_teacher
 from sws_dist.distill.topk import TopK, index_dtype, keep_top_k
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.errors import ConfigError
+from sws_dist.logging.startup import describe_left_out
 from sws_dist.provenance import collect_provenance
 from sws_dist.units import format_bytes
 
@@ -60,12 +61,12 @@ def store_logits(config: RunConfig, path: Path, top_k: int, micro_batch: int) ->
         teacher.to(world.device)
         num_classes = len(train.classes)
         is_truncated = top_k < num_classes
-        recipe = describe_recipe(config, train, micro_batch, world.device, is_truncated=is_truncated)
-        folder = LogitsFolder(path, recipe, num_classes, min(top_k, num_classes), data.order.epoch_size)
+        fingerprint = compute_fingerprint(config, train, micro_batch, world.device, is_truncated=is_truncated)
+        folder = LogitsFolder(path, fingerprint, num_classes, min(top_k, num_classes), data.order.epoch_size)
         if world.is_rank_zero:
             flops = count_teacher_flops(config.distill, config.data.image_size)
             folder.create({"teacher": config.distill.teacher, "flops_forward": flops, **collect_provenance()})
-    for line in train.notes:
+    for line in describe_left_out("training", train):
         log.warning(line)
     epochs = broadcast_from_rank0(_missing_epochs(folder, config.train.epochs) if world.is_rank_zero else None)
     _log_plan(folder, len(train), config.train.epochs, len(epochs))

@@ -172,7 +172,7 @@ def test_other_logits_are_refused(folder: Path, logits: Path, tmp_path: Path) ->
     job = stored(folder, logits, tmp_path / "run")
     assert "images in a micro-batch is 32, in the folder 16" in refused(replace(job, ds={}))
     message = refused(stored(folder, logits, tmp_path / "run", **{"train.epochs": 5}))
-    assert "2 of the run's epochs are not there, the first is epoch 4" in message
+    assert "2 of the run's epochs are not there, the first is epoch-00003.safetensors; sws teach" in message
     assert "not a folder of logits" in refused(stored(folder, tmp_path, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a teacher's logits, the files that hold it, and the recipe that they belong to."""
+"""What is kept of a teacher's logits, the files that hold it, and the fingerprint of what they belong to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from sws_dist.config.loader import load_config
 from sws_dist.config.schema import DistillConfig, RunConfig
 from sws_dist.data import manifest
-from sws_dist.distill.recipe import Recipe, describe_recipe, differences, require_same_recipe
+from sws_dist.distill.fingerprint import Fingerprint, compute_fingerprint, differences, require_same_fingerprint
 from sws_dist.distill.shards import LogitsFolder, Shard
 from sws_dist.distill.topk import build_logits, keep_top_k
 from sws_dist.models.losses import DistillationLoss
@@ -144,7 +144,7 @@ def test_a_shard_that_was_cut_is_refused(folder: LogitsFolder, length: int) -> N
 
 def test_a_shard_of_another_folder_or_epoch_is_refused(folder: LogitsFolder, tmp_path: Path) -> None:
     shutil.copy(folder.shard(4), folder.shard(5))
-    other = replace(folder, path=tmp_path / "other", recipe={"train.seed": 1})
+    other = replace(folder, path=tmp_path / "other", fingerprint={"train.seed": 1})
     other.path.mkdir()
     shutil.copy(folder.shard(4), other.shard(4))
     for where, epoch in ((folder, 5), (other, 4)):
@@ -157,12 +157,12 @@ def test_a_folder_goes_on_only_with_the_same_logits(folder: LogitsFolder, tmp_pa
     with pytest.raises(
         ValueError, match=r"--top-k is 3, in the folder 2; train\.seed is 1, in the folder 0\. Give anot"
     ):
-        replace(folder, recipe={"train.seed": 1}, top_k=3).create({})
+        replace(folder, fingerprint={"train.seed": 1}, top_k=3).create({})
     with pytest.raises(ValueError, match="not a folder of logits that sws teach wrote"):
         LogitsFolder.open(tmp_path)
 
 
-# ---- the recipe ----
+# ---- fingerprints ----
 
 
 @pytest.fixture
@@ -172,11 +172,11 @@ def config(few_digits: Path, tmp_path: Path) -> RunConfig:
     return load_config("quickstart/auxiliary", sets)
 
 
-def recipe_of(
+def print_of(
     config: RunConfig, micro_batch: int = 32, is_truncated: bool = False, device: torch.device = CPU
-) -> Recipe:
+) -> Fingerprint:
     images = manifest.scan(config.data.root, config.data.train_split)
-    return describe_recipe(config, images, micro_batch, device, is_truncated=is_truncated)
+    return compute_fingerprint(config, images, micro_batch, device, is_truncated=is_truncated)
 
 
 def with_keys(config: RunConfig, group: str, **keys: object) -> RunConfig:
@@ -198,18 +198,18 @@ def with_keys(config: RunConfig, group: str, **keys: object) -> RunConfig:
         ("augment", "re_prob", 0.25),
     ],
 )
-def test_what_changes_an_image_changes_the_recipe(config: RunConfig, group: str, key: str, value: object) -> None:
-    changed = recipe_of(with_keys(config, group, **{key: value}))
-    assert any(text.startswith(f"{group}.{key} is ") for text in differences(changed, recipe_of(config)))
+def test_what_changes_an_image_changes_the_fingerprint(config: RunConfig, group: str, key: str, value: object) -> None:
+    changed = print_of(with_keys(config, group, **{key: value}))
+    assert any(text.startswith(f"{group}.{key} is ") for text in differences(changed, print_of(config)))
 
 
-def test_what_changes_no_image_does_not_change_the_recipe(config: RunConfig) -> None:
+def test_what_changes_no_image_does_not_change_the_fingerprint(config: RunConfig) -> None:
     other = replace(config, output="elsewhere", model=replace(config.model, schedule=(1, 2)))
     other = with_keys(other, "train", epochs=3, global_batch=8, eval_batch=7)
     other = with_keys(other, "augment", smoothing=0.1)
     other = with_keys(other, "data", crop_pct=0.9, num_threads=3)
     other = with_keys(other, "distill", alpha=0.3, tau=2.0, kind="hard")
-    assert recipe_of(other, micro_batch=4) == recipe_of(config)
+    assert print_of(other, micro_batch=4) == print_of(config)
 
 
 @pytest.mark.parametrize(
@@ -217,47 +217,47 @@ def test_what_changes_no_image_does_not_change_the_recipe(config: RunConfig) -> 
 )
 def test_what_depends_on_the_micro_batch_belongs_to_it(config: RunConfig, keys: dict[str, object]) -> None:
     config = with_keys(config, "augment", **keys)
-    found = differences(recipe_of(config, micro_batch=16), recipe_of(with_keys(config, "train", global_batch=64)))
+    found = differences(print_of(config, micro_batch=16), print_of(with_keys(config, "train", global_batch=64)))
     assert found == ["images in a micro-batch is 16, in the folder 32", "train.global_batch is 32, in the folder 64"]
-    on_gpu = differences(recipe_of(config, device=torch.device("cuda")), recipe_of(config))
+    on_gpu = differences(print_of(config, device=torch.device("cuda")), print_of(config))
     assert len(on_gpu) == ("re_prob" in keys)
 
 
 def test_a_box_of_one_colour_does_not_depend_on_the_micro_batch(config: RunConfig) -> None:
     config = with_keys(config, "augment", re_prob=0.2, re_mode="const")
-    assert recipe_of(config, micro_batch=16) == recipe_of(config)
+    assert print_of(config, micro_batch=16) == print_of(config)
 
 
 def test_the_temperature_counts_where_classes_are_left_out(config: RunConfig) -> None:
     warm = with_keys(config, "distill", tau=2.0)
-    found = differences(recipe_of(warm, is_truncated=True), recipe_of(config, is_truncated=True))
+    found = differences(print_of(warm, is_truncated=True), print_of(config, is_truncated=True))
     assert found == ["distill.tau is 2.0, in the folder 1.0"]
 
 
-def test_other_images_are_another_recipe(config: RunConfig, few_digits: Path, tmp_path: Path) -> None:
-    stored = recipe_of(config)
+def test_other_images_have_another_fingerprint(config: RunConfig, few_digits: Path, tmp_path: Path) -> None:
+    stored = print_of(config)
     moved = tmp_path / "moved"
     shutil.copytree(few_digits, moved)
     config = with_keys(config, "data", root=str(moved))
-    assert recipe_of(config) == stored
+    assert print_of(config) == stored
     first, *_, last = sorted((moved / "train").rglob("*.jpg"))
     shutil.copy(last, first)
-    assert [text.split(" is ")[0] for text in differences(recipe_of(config), stored)] == ["contents of some images"]
+    assert [text.split(" is ")[0] for text in differences(print_of(config), stored)] == ["contents of some images"]
     last.rename(last.with_name("other.jpg"))
-    assert any(text.startswith("names of the images is ") for text in differences(recipe_of(config), stored))
+    assert any(text.startswith("names of the images is ") for text in differences(print_of(config), stored))
     last.with_name("other.jpg").unlink()
-    assert "number of images is 79, in the folder 80" in differences(recipe_of(config), stored)
+    assert "number of images is 79, in the folder 80" in differences(print_of(config), stored)
 
 
 def test_another_teacher_is_refused_and_none_is_not(config: RunConfig, tmp_path: Path) -> None:
-    stored = recipe_of(config)
-    require_same_recipe(recipe_of(with_keys(config, "distill", teacher=None)), stored, tmp_path)
+    stored = print_of(config)
+    require_same_fingerprint(print_of(with_keys(config, "distill", teacher=None)), stored, tmp_path)
     (tmp_path / "other.pth").write_bytes(b"other weights")
     keys = {"teacher": "resnet10t", "teacher_weights": str(tmp_path / "other.pth")}
     with pytest.raises(
         ValueError, match=r"not the logits of this run: .*timm model of the teacher.*; weights of the tea"
     ):
-        require_same_recipe(recipe_of(with_keys(config, "distill", **keys)), stored, tmp_path)
+        require_same_fingerprint(print_of(with_keys(config, "distill", **keys)), stored, tmp_path)
     (tmp_path / "teacher.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no such file\. A run that reads stored logits needs no teacher"):
-        recipe_of(config)
+        print_of(config)

@@ -1,6 +1,6 @@
-"""Describe all that decides a teacher's logits at a position of a run: a run reads no logits of another recipe.
+"""Describe all that decides a teacher's logits at a position of a run: a run reads no logits of another fingerprint.
 
-The recipe is a flat dictionary. Its keys are those of the run config where there is one, so that a message about a
+A fingerprint is a flat dictionary. Its keys are those of the run config where there is one, so that a message about a
 difference says what to set. A key that is new in ``data`` or ``augment`` belongs to it, unless it is named here.
 """
 
@@ -30,13 +30,13 @@ _LEFT_OUT = {
     *("data.crop_pct", "augment.smoothing"),  # evaluation; labels
 }
 
-Recipe = dict[str, Any]
+Fingerprint = dict[str, Any]
 """Plain values by key, as JSON has them."""
 
 
-def describe_recipe(
+def compute_fingerprint(
     config: RunConfig, images: Manifest, micro_batch: int, device: torch.device, *, is_truncated: bool
-) -> Recipe:
+) -> Fingerprint:
     """Describe what decides the logits of a run.
 
     Where neither mixing nor noise depends on which images share a micro-batch, its size is left out, and so is the
@@ -47,30 +47,30 @@ def describe_recipe(
         images: its training images.
         micro_batch: number of images of a micro-batch.
         device: where the noise of erased boxes is drawn.
-        is_truncated: not all classes are kept. Then the temperature belongs to the recipe.
+        is_truncated: not all classes are kept. Then the temperature belongs to it.
 
     Raises:
         ValueError: the teacher has no file of weights.
     """
     may_change = set(marked_keys(MAY_CHANGE))
-    recipe = {
+    fingerprint = {
         key: value
         for key, value in flatten_config(config).items()
         if key.startswith(("data.", "augment.")) and key not in may_change and key not in _LEFT_OUT
     }
-    recipe |= {"format": FORMAT, "train.seed": config.train.seed} | _describe_images(images)
+    fingerprint |= {"format": FORMAT, "train.seed": config.train.seed} | _describe_images(images)
     if config.distill.teacher is not None:
-        recipe |= _describe_teacher(config.distill)
-    if depends_on_micro_batch(config.augment):
-        recipe |= {"train.global_batch": config.train.global_batch, "images in a micro-batch": micro_batch}
+        fingerprint |= _describe_teacher(config.distill)
+    if _depends_on_micro_batch(config.augment):
+        fingerprint |= {"train.global_batch": config.train.global_batch, "images in a micro-batch": micro_batch}
     if _draws_noise(config.augment):
-        recipe["device that draws the noise of erased boxes"] = device.type
+        fingerprint["device that draws the noise of erased boxes"] = device.type
     if is_truncated:
-        recipe["distill.tau"] = config.distill.tau
-    return {key: value for key, value in json.loads(json.dumps(recipe)).items() if value is not None}
+        fingerprint["distill.tau"] = config.distill.tau
+    return {key: value for key, value in json.loads(json.dumps(fingerprint)).items() if value is not None}
 
 
-def require_same_recipe(ours: Recipe, stored: Recipe, folder: Path) -> None:
+def require_same_fingerprint(ours: Fingerprint, stored: Fingerprint, folder: Path) -> None:
     """Raise ValueError, naming what differs, if stored logits are not those of this run.
 
     A run without a teacher of its own takes the logits of any.
@@ -84,7 +84,7 @@ def require_same_recipe(ours: Recipe, stored: Recipe, folder: Path) -> None:
         )
 
 
-def differences(ours: Recipe, stored: Recipe) -> list[str]:
+def differences(ours: Fingerprint, stored: Fingerprint) -> list[str]:
     """Return one text for each key whose values differ."""
     return [
         f"{key} is {_short(ours.get(key))}, in the folder {_short(stored.get(key))}"
@@ -93,7 +93,7 @@ def differences(ours: Recipe, stored: Recipe) -> list[str]:
     ]
 
 
-def depends_on_micro_batch(config: AugmentConfig) -> bool:
+def _depends_on_micro_batch(config: AugmentConfig) -> bool:
     """Return True if an image's pixels depend on which images share its micro-batch."""
     return config.mixup > 0 or config.cutmix > 0 or _draws_noise(config)
 
@@ -102,7 +102,7 @@ def _draws_noise(config: AugmentConfig) -> bool:
     return config.re_prob > 0 and config.re_mode != "const"
 
 
-def _describe_images(images: Manifest) -> Recipe:
+def _describe_images(images: Manifest) -> Fingerprint:
     """Describe the list of images, and the bytes of a few of them: their labels do not matter to the teacher."""
     names = [images.paths.data, images.paths.ends.astype(np.uint64)]
     places = [] if images.spans is None else [np.asarray(images.spans)]
@@ -124,7 +124,7 @@ def _read(images: Manifest, index: int) -> bytes:
         return b""
 
 
-def _describe_teacher(config: DistillConfig) -> Recipe:
+def _describe_teacher(config: DistillConfig) -> Fingerprint:
     file = weights_file(config)
     if not file.is_file():
         raise ValueError(
