@@ -2,9 +2,9 @@
 
     python benchmarks/stored_logits.py --runs runs/stored --out benchmarks/results/stored_logits.json
 
-Trains the quickstart's auxiliary model (digits, 5 epochs) with its teacher online, then with the logits of each number
+Trains the quickstart's auxiliary model (digits, 10 epochs) with its teacher online, then with the logits of each number
 of classes. All begin with the same weights and see the same images. `make quickstart` writes data and teacher. It takes
-five minutes of two cores.
+some ten minutes of two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sws_dist.distill.shards import LogitsFolder
 from sws_dist.provenance import collect_provenance
 
 ROOT = Path(__file__).parents[1]
-EPOCHS = 5
+EPOCHS = 10
 CONFIG = ("--config", "configs/runs/quickstart/auxiliary.yaml")
 
 
