@@ -1,7 +1,7 @@
 """Build a run from its configs: ``build_run`` makes everything that a ``Trainer`` needs, in this order:
 
 process group -> resolved configs -> output folder -> checkpoint to resume -> images -> models -> input pipeline
--> DeepSpeed engine with its weights -> moving average -> restored state -> recorder
+-> DeepSpeed engine with its weights -> moving average -> restored state -> stored logits -> recorder
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.moved import follow_move, is_data_moved
 from sws_dist.data.sampler import TrainOrder
+from sws_dist.distill.stored import open_stored_teacher
+from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
@@ -77,6 +79,8 @@ class RunParts:
     heartbeat: Heartbeat
     data: DataParts
     models: ModelParts
+    teacher: Teacher | None
+    """The teacher itself, or its stored logits."""
     dtype: torch.dtype
     total_steps: int
     lr_schedule: LRSchedule
@@ -117,6 +121,11 @@ def build_run(
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
         models = build_models(config, train.classes, world.device, dtype, provenance)
+    teacher: Teacher | None = None
+    if config.distill.logits is None:
+        with raise_on_all_ranks("load the teacher"):
+            online = load_teacher(config.distill, train.classes, config.data)
+            teacher = online and online.to(world.device, dtype)
     expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
@@ -129,6 +138,11 @@ def build_run(
         stream = describe_stream(config, data.order, total_steps)
         resumed = restore_run(checkpoint, engine, ema, output, world, stream)
     global_batch = config.train.global_batch
+    if config.distill.logits is not None:
+        with raise_on_all_ranks("open the stored logits"):
+            left = range((resumed.state.step if resumed else 0) * global_batch, total_steps * global_batch)
+            micro_batch = global_batch // (engine.gradient_accumulation_steps() * world.size)
+            teacher = open_stored_teacher(config, train, data.order.epoch_size, left, micro_batch, world)
     return RunParts(
         config=config,
         ds=ds,
@@ -138,6 +152,7 @@ def build_run(
         heartbeat=heartbeat,
         data=data,
         models=models,
+        teacher=teacher,
         dtype=dtype,
         total_steps=total_steps,
         lr_schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),

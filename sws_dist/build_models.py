@@ -1,27 +1,26 @@
-"""Build the models of a run: the student with its initial weights, and its teacher."""
+"""Build the model of a run, the student, with its initial weights, and count what the run computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import use_reentrant_ckpt
 from torch import nn
 
-from sws_dist.checkpoint.load_model import load_initial_weights, load_model
+from sws_dist.checkpoint.load_model import load_initial_weights
 from sws_dist.checkpoint.model_file import ModelInfo, is_described, read_model_info
-from sws_dist.config.schema import DataConfig, DistillConfig, ElasticConfig, ModelConfig, RunConfig
+from sws_dist.config.schema import ElasticConfig, ModelConfig, RunConfig
+from sws_dist.distill.teacher import count_teacher_flops
 from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
 from sws_dist.models.image_size import image_size_arguments, require_image_size
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
-from sws_dist.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class ModelParts:
     student: Any
     """With its initial weights; on the meta device if it starts from a learngene, which is written into its shards
     later."""
-    teacher: Teacher | None
     kernels: str
     """A log message: which code runs the student's stages."""
     flops: Flops
@@ -53,17 +51,17 @@ class Flops(NamedTuple):
     layer: int
     """The operations of one layer more, where the depth is drawn for each step; else 0."""
     teacher: int | None
-    """None: torch cannot count the operations of this model."""
+    """0 where none runs; None: torch cannot count the operations of this model."""
 
 
 def build_models(
     config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype, provenance: dict[str, Any]
 ) -> ModelParts:
-    """Build student and teacher.
+    """Build the student.
 
     Args:
         provenance: what ``collect_provenance`` returned, for the run's weight files.
-        device, dtype: where and in what they will run. The teacher is moved there, the student by DeepSpeed later.
+        device, dtype: where and in what it will run, once DeepSpeed has moved it there.
 
     Raises:
         ValueError: an unknown model or argument, weights that do not fit, kernels that cannot run.
@@ -81,13 +79,9 @@ def build_models(
             "set optim.ema_decay to null"
         )
     kernels = _configure_execution(config.model, student, device, dtype)
-    teacher = load_teacher(config.distill, classes, config.data)
-    if teacher is not None:
-        teacher.to(device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     return ModelParts(
         student=student,
-        teacher=teacher,
         kernels=kernels,
         flops=count_flops(config, len(classes)),
         elastic=elastic,
@@ -198,17 +192,8 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
 
     student = forward_flops(lambda: build_student(config, num_classes), size)
     layer = forward_flops(deeper, size) - student if config.model.elastic else 0
-    if config.distill.teacher is None:
-        return Flops(student, layer, 0)
-    name = config.distill.teacher
-    info = read_model_info(name) if _is_file(name) else None
-    model = info.name if info else name
-    sized = image_size_arguments(model, size)
-    try:
-        teacher = forward_flops(lambda: info.build(**sized) if info else create_model(name, **sized), size)
-        return Flops(student, layer, teacher)
-    except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
-        return Flops(student, layer, None)
+    online = config.distill.logits is None
+    return Flops(student, layer, count_teacher_flops(config.distill, size) if online else 0)
 
 
 def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
@@ -245,6 +230,7 @@ def _describe_student(
             "epochs": config.train.epochs,
             "seed": config.train.seed,
             "teacher": config.distill.teacher,
+            "teacher_logits": config.distill.logits,
             "initial_checkpoint": config.model.initial_checkpoint,
             "initial_learngene": config.model.initial_learngene,
             **provenance,
@@ -257,46 +243,3 @@ def _describe_student(
             about["trained_depths"] = [elastic.min_depth, elastic.max_depth] if elastic else [own, own]
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
     return ModelInfo("model", config.model.name, _model_arguments(config), len(classes), **about)
-
-
-def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig) -> Teacher | None:
-    """Load the configured teacher with its local weights. Returns None where none is configured.
-
-    Args:
-        classes: the labels' names.
-        data: how the student's images are normalised, and their size.
-
-    Raises:
-        ValueError: unknown model, missing or unfit weights, or other labels than the data's.
-    """
-    if config.teacher is None:
-        return None
-    num_classes, size = len(classes), data.image_size
-    if _is_file(config.teacher):
-        info = read_model_info(config.teacher)
-        if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
-            raise ValueError(
-                f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
-            )
-        model = load_model(config.teacher, image_size=size)
-        own = info.preprocessing or {"mean": data.mean, "std": data.std}
-    else:
-        if config.teacher_weights is None:
-            raise ValueError(
-                f"distill.teacher {config.teacher}: set distill.teacher_weights to a local file of its weights; "
-                "nothing is fetched from a hub"
-            )
-        model = load_model(config.teacher_weights, config.teacher, image_size=size, use_ema=config.teacher_ema)
-        own = model.pretrained_cfg
-    if model.num_classes != num_classes:
-        raise ValueError(
-            f"distill.teacher {config.teacher} knows {model.num_classes} labels, the data has {num_classes}; "
-            "fit a teacher to these data first (sws finetune does it)"
-        )
-    require_image_size(model, f"distill.teacher {config.teacher}", size)
-    return Teacher(model, (data.mean, data.std), (own["mean"], own["std"]))
-
-
-def _is_file(teacher: str) -> bool:
-    """Return True if ``distill.teacher`` is a file of this trainer, and no timm name."""
-    return Path(teacher).suffix == ".safetensors"

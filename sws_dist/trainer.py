@@ -20,6 +20,7 @@ from sws_dist.atomic import atomic_write_json
 from sws_dist.build import RunParts, describe_stream
 from sws_dist.build_models import num_layers, training_flops
 from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
+from sws_dist.config.schema import DistillConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
@@ -138,7 +139,7 @@ class Trainer:
         parts, config = self.parts, self.parts.config
         images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
-        teacher_logits = None if parts.models.teacher is None else parts.models.teacher(images)
+        teacher_logits = None if parts.teacher is None else parts.teacher.logits(images, batch)
         if is_first:
             log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
         return parts.loss(parts.engine(images), targets, teacher_logits)
@@ -297,7 +298,7 @@ class Trainer:
             output=parts.output,
             model=parts.config.model.name,
             num_parameters=parts.models.num_parameters,
-            teacher=parts.config.distill.teacher,
+            teacher=_describe_teacher(parts.config.distill),
             first_step=self.step,
             total_steps=parts.total_steps,
             global_batch=parts.config.train.global_batch,
@@ -326,7 +327,7 @@ class Trainer:
                 lr=parts.lr_schedule(self.step - 1),
                 grad_norm=math.nan if grad_norm is None else float(grad_norm),
                 num_bad_images=len(parts.data.bad_train),
-                is_distilled=parts.models.teacher is not None,
+                is_distilled=parts.teacher is not None,
             )
             log_progress(parts.recorder, means, now, parts.world.device)
             self._window.reset()
@@ -371,10 +372,18 @@ class Trainer:
 
     def _failure(self) -> Exception | None:
         """Return why this rank cannot go on, or None."""
-        return self._loader.failure or self.parts.recorder.failure
+        teacher = self.parts.teacher
+        return self._loader.failure or (teacher and teacher.failure) or self.parts.recorder.failure
 
     def _require_no_failure(self, status: StepStatus) -> None:
         if status.failed:
             with raise_on_all_ranks(f"take step {status.step}"):
                 if (failure := self._failure()) is not None:
                     raise failure
+
+
+def _describe_teacher(config: DistillConfig) -> str | None:
+    """Return what the log says of the teacher; None without one."""
+    if config.logits is None:
+        return config.teacher
+    return f"logits in {config.logits}" + (f", of {config.teacher}" if config.teacher else "")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sws_dist.config.paths import expand_path
+from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, rank
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
@@ -88,6 +89,26 @@ def add_deepspeed_option(parser: argparse.ArgumentParser, required: bool = True)
         required=required,
         help="how it is sharded: a JSON file, or the name of a shipped config (zero2_bf16, ...)",
     )
+
+
+def add_micro_batch_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--batch``; ``micro_batch_of`` reads it."""
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1, MAX_BATCH),
+        help="images in a micro-batch of training: the global batch / (ranks x accumulation) (default: all of it)",
+    )
+
+
+def micro_batch_of(args: argparse.Namespace, config: RunConfig) -> int:
+    """Return the number of images of a micro-batch that ``--batch`` asks for."""
+    global_batch = config.train.global_batch
+    micro: int = args.batch or global_batch
+    if global_batch % micro or micro > MAX_BATCH:
+        raise ConfigError(
+            f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
+        )
+    return micro
 
 
 def add_local_rank_option(parser: argparse.ArgumentParser) -> None:

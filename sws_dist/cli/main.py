@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "Train a model: a teacher, an auxiliary model with shared weights, a descendant, or one from scratch",
     "expand": "Expand a learngene into a descendant of any depth, ready to be fine-tuned",
     "finetune": "Fine-tune a learngene, a descendant or any timm checkpoint on a folder of one's own labelled images",
+    "teach": "Store a teacher's logits for every image that a run will show, so that its students need no teacher",
     "evaluate": "Score a model on a folder of images (<class>/<image>), each image counted once",
     "convert": "Convert learngenes and checkpoints: from the paper's released code, and to plain timm",
     "scan": "Read and decode every file of a data set once, and list the bad ones with their reasons",

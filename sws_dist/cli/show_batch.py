@@ -16,10 +16,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import add_config_options, make_parser, parse_args, whole_number
+from sws_dist.cli.common import (
+    add_config_options,
+    add_micro_batch_option,
+    make_parser,
+    micro_batch_of,
+    parse_args,
+    whole_number,
+)
 from sws_dist.config.loader import load_config
-from sws_dist.config.schema import MAX_BATCH, RunConfig
-from sws_dist.errors import ConfigError
+from sws_dist.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +41,7 @@ def main() -> None:
         "--images", type=whole_number(1, 1024), default=32, help="how many of the batch to show (default 32)"
     )
     parser.add_argument("--step", type=whole_number(0), default=0, help="which optimizer step (default: the first)")
-    parser.add_argument(
-        "--batch", type=whole_number(1, MAX_BATCH), help="images in a micro-batch (default: the global batch)"
-    )
+    add_micro_batch_option(parser)
     args = parse_args(parser, one_process=True)
     write_picture(load_config(args.config, args.overrides), args)
 
@@ -45,11 +49,7 @@ def main() -> None:
 def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     """Read, augment and mix the images of one micro-batch as a training step does, and write them with captions."""
     augment, seed, global_batch = config.augment, config.train.seed, config.train.global_batch
-    micro = args.batch or global_batch
-    if global_batch % micro or micro > MAX_BATCH:
-        raise ConfigError(
-            f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
-        )
+    micro = micro_batch_of(args, config)
     # torch and DALI take seconds to import; a wrong key should not wait for them.
     import torch
     from PIL import Image

@@ -68,7 +68,7 @@ def compare_with_own_config(
 
 def changed_keys(own: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose values differ, with both values. Paths to one place are equal, however they are written."""
-    before, after = _flat(own), _flat(now)
+    before, after = flatten_config(own), flatten_config(now)
     paths = set(marked_keys(IS_PATH))
     return {
         key: (before[key], after[key])
@@ -99,7 +99,7 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     return json.loads(read_text(finished))
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def flatten_config(config: RunConfig) -> dict[str, Any]:
     """Return the value of every key that is no group; None where its group is null."""
     flat = {}
     for dotted in valid_keys():

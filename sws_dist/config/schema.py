@@ -297,6 +297,9 @@ class DistillConfig:
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
     teacher_ema: bool = True
     """Take the averaged weights where ``teacher_weights`` has them beside others."""
+    logits: PathStr | None = None
+    """A folder that ``sws teach`` wrote: its logits are read, and no teacher runs. They have to be those of this run's
+    images, augmentation and seed, and of ``teacher``; without a ``teacher`` they are taken whosever they are."""
     kind: Literal["soft", "hard"] = "soft"
     """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)

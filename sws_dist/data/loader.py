@@ -49,8 +49,13 @@ class Batch:
     """[B] bool: False for an image that does not count, in evaluation (the filling of the last batch, a bad image)."""
     erase: np.ndarray | None = None
     """[B, 4] int32: the box to erase in each image (``Draws.erase``), or None."""
-    position: int = 0
-    """The first image's position in the stream (``sampler.py``)."""
+    positions: np.ndarray | None = None
+    """[B] int64: the images' positions in the stream (``sampler.py``), rising; None in evaluation."""
+
+    @property
+    def position(self) -> int:
+        """The first image's position in the stream; 0 in evaluation."""
+        return 0 if self.positions is None else int(self.positions[0])
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class Loader:
                 plan.indices,
                 plan.valid,
                 plan.erase,
-                0 if plan.positions is None else int(plan.positions[0]),
+                plan.positions,
             )
 
     def _start_pass(self) -> None:

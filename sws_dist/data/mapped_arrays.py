@@ -14,12 +14,13 @@ import numpy as np
 
 from sws_dist.atomic import atomic_write
 
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "I32": np.int32, "I64": np.int64}
+_TYPES = (np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float16)
+_DTYPES = dict(zip(("U8", "U16", "U32", "U64", "I32", "I64", "F16"), _TYPES, strict=True))
 _TEXTS = "sws_dist"
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Path:
-    """Write arrays of whole numbers, and texts that JSON can hold; the file appears whole or not at all."""
+    """Write arrays, and texts that JSON can hold; the file appears whole or not at all."""
     header: dict[str, Any] = {"__metadata__": {_TEXTS: json.dumps(texts)}}
     end = 0
     for name, array in arrays.items():

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sws_dist.build_models import load_teacher
 from sws_dist.checkpoint.checkpoint import read_state
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.shards import ShardReader
@@ -18,6 +17,7 @@ from sws_dist.config.loader import load_config
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
+from sws_dist.distill.teacher import load_teacher
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss

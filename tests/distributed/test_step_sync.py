@@ -120,7 +120,7 @@ def batches_until_told() -> tuple[list[int], int, bool]:
         for position in range(10):
             if position == 3:
                 send(0, signal.SIGTERM)
-            yield Batch(torch.empty(0), torch.empty(0), np.empty(0), np.empty(0), position=position)
+            yield Batch(torch.empty(0), torch.empty(0), np.empty(0), np.empty(0), positions=np.array([position]))
 
     moves: list[None] = []
     until = StopAwareIterator(batches(), torch.device("cpu"), lambda: moves.append(None))

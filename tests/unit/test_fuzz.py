@@ -38,6 +38,7 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import list_images
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing
+from sws_dist.distill.teacher import load_teacher
 from sws_dist.distributed.init import close_distributed
 from sws_dist.errors import RunError, Stopped
 from sws_dist.learngene.file import describe_model
@@ -292,6 +293,7 @@ def read_files(overrides: list[str]) -> None:
     config = load_config(SMALL, overrides)
     train, _ = list_images(config.data)
     build_models(config, train.classes, CPU, torch.float32, {})
+    load_teacher(config.distill, train.classes, config.data)
 
 
 FILE_KEYS = ["data.root", "data.train_split", "data.val_split", "data.classes", "distill.teacher"]

@@ -23,7 +23,7 @@ LAYERS = (
     ("sws_dist.validation",),
     ("sws_dist.build",),
     ("sws_dist.build_models",),
-    ("sws_dist.learngene", "sws_dist.run_dir", "sws_dist.scoring", "sws_dist.class_names"),
+    ("sws_dist.learngene", "sws_dist.distill", "sws_dist.run_dir", "sws_dist.scoring", "sws_dist.class_names"),
     ("sws_dist.checkpoint",),
     ("sws_dist.logging", "sws_dist.zero"),
     ("sws_dist.models", "sws_dist.data", "sws_dist.optim", "sws_dist.provenance"),

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sws_dist.build_models import load_teacher
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.config.schema import DataConfig, DistillConfig
+from sws_dist.distill.teacher import OnlineTeacher, load_teacher
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.models.teacher import Teacher
 
 HALF = (0.5, 0.5, 0.5)
 DIGITS = list("0123456789")
@@ -72,12 +71,12 @@ def test_a_teacher_sees_its_own_normalisation() -> None:
     own = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     pixels = torch.rand(2, 3, 8, 8)
     mean, std = ((torch.tensor(own[k]).view(1, 3, 1, 1)) for k in ("mean", "std"))
-    seen = Teacher(torch.nn.Identity(), (HALF, HALF), (own["mean"], own["std"]))((pixels - 0.5) / 0.5)
+    seen = OnlineTeacher(torch.nn.Identity(), (HALF, HALF), (own["mean"], own["std"]))((pixels - 0.5) / 0.5)
     torch.testing.assert_close(seen, (pixels - mean) / std)
 
 
 def test_a_teacher_stays_as_it_is() -> None:
-    teacher = Teacher(create_model("resnet10t", num_classes=10), (HALF, HALF), (HALF, HALF))
+    teacher = OnlineTeacher(create_model("resnet10t", num_classes=10), (HALF, HALF), (HALF, HALF))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     out = teacher(torch.randn(4, 3, 32, 32, requires_grad=True))
     assert not out.requires_grad
