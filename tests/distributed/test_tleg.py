@@ -11,10 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import sws_dist
-from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.learngene.expand import expand_learngene, plan_layers
-from sws_dist.learngene.file import load_learngene
-from tests import runs
+from tests import ranks, runs
 from tests.launching import Job, losses
 
 RUN = """
@@ -38,14 +35,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
     run.write_text(RUN.replace("ROOT", str(few_digits)))
     jobs = [Job(run, out / f"zero{stage}", zero(stage)) for stage in (1, 2, 3)]
     jobs += [Job(run, out / "recomputed", zero(3), {"model.grad_checkpointing": True})]
+    jobs += [Job(run, out / "elastic", zero(3), {"model.elastic": {"min_depth": 2, "max_depth": 5}})]
     runs.train_all(jobs, 2)
 
-    learngene = load_learngene(out / "zero2" / "learngene.safetensors")
-    described, weights = expand_learngene(*learngene, plan_layers(learngene.info, 3))
-    save_model_file(out / "expanded.safetensors", described, weights)
+    learngene, expanded = out / "zero2" / "learngene.safetensors", out / "expanded.safetensors"
+    command = ("launcher/expand.py", "--learngene", learngene, "--depth", "3", "--out", expanded)
+    done = ranks.script(*command, world=1)
+    assert "3 layers theta_A + i/3 theta_B" in done.stdout
+    assert done.returncode == 0
     descendant = {"model.name": "sws_vit", "model.depth": 3, "train.epochs": 1, "train.eval_depths": []}
-    gene = descendant | {"model.initial_learngene": str(out / "zero2" / "learngene.safetensors")}
-    offline = descendant | {"model.initial_checkpoint": str(out / "expanded.safetensors")}
+    gene = descendant | {"model.initial_learngene": str(learngene)}
+    offline = descendant | {"model.initial_checkpoint": str(expanded)}
     jobs = [Job(run, out / "offline", zero(3), offline)]
     jobs += [Job(run, out / way, zero(3), gene | {"model.expand": way}) for way in ("read", "broadcast")]
     runs.train_all(jobs, 2)
@@ -63,12 +63,19 @@ def test_sharding_and_recomputing_change_nothing(trained: Path) -> None:
 
 
 @pytest.mark.usefixtures("temporary_group")
-@pytest.mark.parametrize("file", ["learngene", "learngene_ema"])
-@pytest.mark.parametrize("depth", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("name", "file", "depth"),
+    [
+        ("zero3", "learngene", 3),
+        ("zero3", "learngene", 4),
+        ("zero3", "learngene_ema", 7),
+        ("elastic", "learngene", 7),
+    ],
+)
 def test_an_untuned_descendant_has_the_score_of_its_depth(
-    trained: Path, few_digits: Path, file: str, depth: int
+    trained: Path, few_digits: Path, name: str, file: str, depth: int
 ) -> None:
-    run = trained / "zero3"
+    run = trained / name
     last = json.loads((run / "metrics.json").read_text())["history"][-1]
     group = ("val_ema" if file.endswith("ema") else "val") + ("" if depth == 4 else f"_depth{depth}")
     found = sws_dist.evaluate(sws_dist.expand(run / f"{file}.safetensors", depth), few_digits / "val")
@@ -81,6 +88,8 @@ def test_the_learngene_says_what_was_trained(trained: Path) -> None:
     assert learngene.info.trained_depths == [4, 4]
     metrics = json.loads((trained / "zero3" / "metrics.json").read_text())
     assert metrics["parameters"] == learngene.num_parameters
+    elastic = sws_dist.load_learngene(trained / "elastic" / "learngene.safetensors")
+    assert elastic.info.trained_depths == [2, 5]
 
 
 @pytest.mark.parametrize("way", ["read", "broadcast"])

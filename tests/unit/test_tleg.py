@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 import sws_dist
 from sws_dist.checkpoint.load_model import load_model
 from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.cli.finetune import model_settings
 from sws_dist.learngene.expand import expand_learngene, plan_layers, untrained_depth
 from sws_dist.learngene.file import describe_model, load_learngene, read_learngene_header
 from sws_dist.learngene.plan import expansion_plan
@@ -185,6 +187,13 @@ def test_half_a_learngene_is_refused(file: Path) -> None:
     save_model_file(file, info, weights)
     with pytest.raises(ValueError, match=r"blocks.0.slope.norm1.bias: missing in the learngene"):
         sws_dist.expand(file, DEPTH)
+
+
+def test_fine_tuning_a_learngene_makes_an_ordinary_descendant(file: Path) -> None:
+    args = argparse.Namespace(weights=file, depth=6, model=None, no_ema=False, image_size=None)
+    sets = model_settings(args)
+    assert (sets["model.name"], sets["model.depth"]) == ("sws_vit", 6)
+    assert sets["model.initial_learngene"] == str(file)
 
 
 # ---- layers of a model that shares nothing ----
