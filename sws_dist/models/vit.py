@@ -39,7 +39,7 @@ TRAINING_ARGUMENTS = {
 
 
 class Layer(Block):
-    """Run one transformer block whose drop-path rate is an argument of each pass."""
+    """Run one transformer block whose drop-path rate is an argument of each pass, and not timm's ``drop_path``."""
 
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, drop_path=0.0, **kwargs)
