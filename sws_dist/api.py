@@ -24,9 +24,8 @@ from sws_dist.config.resume import finished_metrics
 from sws_dist.config.schema import DataConfig, RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
-from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.expand import expand_learngene, plan_layers
 from sws_dist.learngene.file import Learngene, load_learngene
-from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.image_size import require_image_size
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
@@ -98,11 +97,15 @@ def expand(
 ) -> SWSVisionTransformer:
     """Expand a learngene into a descendant: copy each stage's layer to as many layers as the plan says.
 
+    The layers of TLEG's learngene are not copied, but computed from theta_A and theta_B; they need no plan.
+
     Args:
-        learngene: what ``load_learngene`` returned, or its file.
+        learngene: what ``load_learngene`` returned, or its file. With ``spaced`` or explicit layers it may be a
+            ``model.safetensors`` too, whose layers are then taken.
         depth: the descendant's layers. A depth below the number of stages drops stages, with a warning in the log.
         plan: ``even`` (as many layers to each stage, the remainder to the earliest), ``proportional`` to the
-            learngene's own schedule, or the stage of each layer: ``[0, 0, 1, 2, 3, 4]``.
+            learngene's own schedule, ``spaced`` (stages at even distances), or the stage of each layer:
+            ``[0, 0, 1, 2, 3, 4]``.
         num_classes: another number than the learngene's gives a fresh head.
         image_size: height and width in pixels; another size than the learngene's resamples the position embedding.
         seed: of a fresh head.
@@ -122,7 +125,7 @@ def expand(
     (8, torch.Size([2, 37]))
     """
     source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
-    layers = expansion_plan(source.schedule, depth, plan)
+    layers = plan_layers(source.info, depth, plan)
     info, weights = expand_learngene(*source, layers, num_classes=num_classes, image_size=image_size, seed=seed)
     model = info.build()
     load_weights_strict(model, weights, "the learngene")

@@ -68,12 +68,11 @@ def convert_released_file(args: argparse.Namespace) -> None:
 def unroll_learngene(args: argparse.Namespace) -> None:
     """Write a learngene's descendant of the auxiliary model's own depth."""
     from sws_dist.checkpoint.model_file import save_model_file
-    from sws_dist.learngene.expand import expand_learngene
+    from sws_dist.learngene.expand import expand_learngene, plan_layers
     from sws_dist.learngene.file import load_learngene
-    from sws_dist.learngene.plan import expansion_plan
 
     learngene = load_learngene(args.learngene)
-    layers = expansion_plan(learngene.schedule, sum(learngene.schedule))
+    layers = plan_layers(learngene.info, sum(learngene.schedule))
     info, weights = expand_learngene(*learngene, layers)
     save_model_file(args.out, info, weights)
     log_timm_call(args.out, info)

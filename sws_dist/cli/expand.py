@@ -10,6 +10,9 @@ examples:
   # an explicit plan: which stage each layer is copied from
   sws expand --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
 
+  # a model whose layers share nothing: six of its layers, at even distances
+  sws expand --learngene runs/des12/model.safetensors --depth 6 --plan spaced --out des6.safetensors
+
 Fine-tune the result with
   sws train --set model.initial_checkpoint=des12.safetensors --set model.depth=12 ...
 """
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
     parser.add_argument("--depth", type=whole_number(1, MAX_LAYERS), required=True, help="the descendant's layers")
     parser.add_argument(
-        "--plan", default="even", help="even (default), proportional, or the stage of each layer: 0,0,1,2,..."
+        "--plan", default="even", help="even (default), proportional, spaced, or the stage of each layer: 0,0,1,2,..."
     )
     parser.add_argument(
         "--num-classes", type=whole_number(), help="another count than the learngene's gives a fresh head"
@@ -43,12 +46,12 @@ def main() -> None:
     args = parse_args(parser, one_process=True)
     # torch takes seconds to import; --help and a wrong option should not wait for it.
     from sws_dist.checkpoint.model_file import save_model_file
-    from sws_dist.learngene.expand import expand_learngene
+    from sws_dist.learngene.expand import describe_layers, expand_learngene, plan_layers
     from sws_dist.learngene.file import load_learngene, read_learngene_info
-    from sws_dist.learngene.plan import expansion_plan, parse_plan
+    from sws_dist.learngene.plan import parse_plan
 
-    schedule = read_learngene_info(args.learngene).kwargs["schedule"]
-    layers = expansion_plan(schedule, args.depth, parse_plan(args.plan))  # checked before any tensor is read
+    about = read_learngene_info(args.learngene)
+    layers = plan_layers(about, args.depth, parse_plan(args.plan))  # checked before any tensor is read
     learngene = load_learngene(args.learngene)
     info, weights = expand_learngene(
         *learngene, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
@@ -58,6 +61,6 @@ def main() -> None:
     save_model_file(args.out, info, weights)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
     log.info(
-        f"{args.out}: {args.depth} layers from stages {','.join(map(str, layers))}; "
+        f"{args.out}: {describe_layers(about, layers)}; "
         f"{num_parameters / 1e6:.2f} M parameters from a learngene of {learngene.num_parameters / 1e6:.2f} M"
     )

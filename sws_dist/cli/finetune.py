@@ -149,8 +149,9 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         if args.model not in (None, info.name):
             raise ValueError(f"--model {args.model}: {path} says that it is of {info.name}")
         kwargs = {key: value for key, value in info.kwargs.items() if key not in ("schedule", "img_size")}
-        sets, about = {"model.name": info.name, "model.kwargs": kwargs}, info.preprocessing
-        if info.name == "sws_vit":
+        name = "sws_vit" if is_learngene else info.name  # TLEG's descendants too are ordinary models
+        sets, about = {"model.name": name, "model.kwargs": kwargs}, info.preprocessing
+        if name == "sws_vit":
             schedule = info.kwargs["schedule"]
             sets["model.depth"] = len(schedule) if not is_learngene else sum(schedule)
             if args.depth is not None:

@@ -88,9 +88,10 @@ class ModelConfig:
     """The model that is trained, and what it starts from."""
 
     name: str
-    """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``."""
+    """Any timm model; ours are ``sws_vit``, ``sws_aux_{tiny,small,base}_patch16_224``, ``sws_des_...``, and
+    ``tleg_vit`` (the auxiliary model of TLEG, another method)."""
     depth: int | None = Field(default=None, ge=1, le=MAX_LAYERS)
-    """Layers of a descendant (``sws_des_*``)."""
+    """Layers of a descendant (``sws_des_*``) or of ``tleg_vit``."""
     schedule: tuple[int, ...] | None = None
     """Repeats of each stage's layer in an auxiliary model (``sws_aux_*``), for example ``[3, 3, 4, 3, 3]``."""
     elastic: ElasticConfig | None = None
@@ -119,7 +120,7 @@ class ModelConfig:
     initial_learngene: MayChange[PathStr | None] = None
     """A learngene to start a descendant from, without an expanded file: each rank fills its own shards from it. A head
     for other labels is drawn from ``train.seed``, the position embedding resampled to ``data.image_size``."""
-    plan: Literal["even", "proportional"] | tuple[int, ...] = "even"
+    plan: Literal["even", "proportional", "spaced"] | tuple[int, ...] = "even"
     """With ``initial_learngene``: the layers of each stage, as ``sws expand --plan`` takes them."""
     expand: MayChange[Literal["auto", "read", "broadcast"]] = "auto"
     """The way in which the ranks get the learngene: each reads its part of the file (``read``), or rank 0 sends it

@@ -2,7 +2,7 @@
 
 ``map_weights`` says where each weight of a descendant comes from, before anything is loaded; ``expand_learngene``
 copies them into a state dict under timm's names. ``sharded_init.py`` uses the same mapping for models whose weights lie
-sharded over many ranks. Source: SWS (IJCAI 2024), section 3.3.
+sharded over many ranks. Source: SWS (IJCAI 2024), section 3.3; for TLEG's learngene, ``models/tleg.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from sws_dist.checkpoint.model_file import ModelInfo
-from sws_dist.learngene.file import BLOCK, describe_model
+from sws_dist.learngene.file import BLOCK, describe_model, is_linear
+from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer, geometry
+from sws_dist.models.tleg import linear_expansion
 
 HEAD = ("head.weight", "head.bias")
 
@@ -36,7 +38,9 @@ class WeightMapping:
     """The expansion plan: the stage of each layer."""
     copies: dict[str, tuple[str, ...]]
     """For each tensor of the learngene, in its order: the descendant's tensors that are copies of it; none where its
-    stage is dropped."""
+    stage is dropped. With TLEG each is the sum of it and of its layer's share of the tensor in ``slopes``."""
+    slopes: dict[str, str]
+    """For each tensor of TLEG's theta_A, the one of theta_B; empty where layers are copies."""
     fresh: tuple[str, ...]
     """The head's tensors, where the learngene's head is of other labels; else empty."""
     grid: tuple[int, int] | None
@@ -50,11 +54,47 @@ class WeightMapping:
             return tensor
         return resample_abs_pos_embed(tensor, new_size=list(self.grid), num_prefix_tokens=self.prefix_tokens)
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Return the tensors that those of ``copies[name]`` are made of: ``name`` and, with TLEG, its slope."""
+        return (name, self.slopes[name]) if name in self.slopes else (name,)
+
+    def compute(self, target: str, base: Tensor, slope: Tensor | None = None) -> Tensor:
+        """Return the descendant's tensor ``target``, or a slice of it, from the same of its ``sources``."""
+        match = BLOCK.match(target)
+        if match is None or slope is None:
+            return base
+        return linear_expansion(base, slope, int(match[1]), len(self.layers))
+
     @property
     def dropped(self) -> list[int]:
         """Stages of the learngene that no layer is copied from."""
         stages = {int(match[1]) for name in self.copies if (match := BLOCK.match(name))}
         return sorted(stages - set(self.layers))
+
+
+def plan_layers(info: ModelInfo, depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
+    """Return the expansion plan of a descendant of ``depth`` layers, for ``kind`` see ``expansion_plan``.
+
+    Raises:
+        ValueError: a plan that this learngene cannot follow, or one that ``expansion_plan`` refuses.
+    """
+    schedule = info.kwargs["schedule"]
+    if is_linear(info) and kind != "even":
+        raise ValueError(f"plan {kind}: TLEG's layers are not copied from stages, so there is no plan; leave it out")
+    if info.kind == "model" and kind in ("even", "proportional"):
+        raise ValueError(
+            f"plan {kind}: the file holds a model, not a learngene: its {len(schedule)} layers share nothing; the plan "
+            "spaced takes layers of it at even distances, a list such as 0,2,4 those that it names"
+        )
+    return expansion_plan(schedule, depth, kind)
+
+
+def describe_layers(info: ModelInfo, layers: Sequence[int]) -> str:
+    """Return a part of a log message: where the layers of a descendant come from."""
+    if is_linear(info):
+        return f"{len(layers)} layers theta_A + i/{len(layers)} theta_B"
+    of_what = "stages" if info.kind == "learngene" else "layers"
+    return f"{len(layers)} layers from {of_what} {','.join(map(str, layers))}"
 
 
 def map_weights(
@@ -90,18 +130,22 @@ def map_weights(
     renamed = classes is not None and bool(info.classes) and list(classes) != info.classes
     fresh = HEAD if renamed or info.num_classes != model.num_classes else ()
     resampled = ours["img_size"] != theirs["img_size"]
+    slopes: dict[str, str] = {}
     problems = []
     for name, parameter in model.named_parameters():
-        match = BLOCK.match(name)
-        source = f"blocks.{layers[int(match[1])]}.{match[2]}" if match else name
         if name in fresh:
             continue
-        if source not in shapes:
-            problems.append(f"{source}: missing in the learngene")
-        elif not (resampled and name == "pos_embed") and tuple(shapes[source]) != tuple(parameter.shape):
-            problems.append(f"{name}: {tuple(shapes[source])} in the learngene, {tuple(parameter.shape)} in the model")
-        else:
-            targets[source].append(name)
+        sources = _sources(name, layers, is_linear(info))
+        for source in sources:
+            if source not in shapes:
+                problems.append(f"{source}: missing in the learngene")
+            elif not (resampled and name == "pos_embed") and tuple(shapes[source]) != tuple(parameter.shape):
+                problems.append(
+                    f"{name}: {tuple(shapes[source])} in the learngene, {tuple(parameter.shape)} in the model"
+                )
+        targets.setdefault(sources[0], []).append(name)
+        if len(sources) == 2:
+            slopes[sources[0]] = sources[1]
     problems += [
         f"{name}: not in the model"
         for name, copies in targets.items()
@@ -113,17 +157,30 @@ def map_weights(
     return WeightMapping(
         layers=tuple(layers),
         copies={name: tuple(copies) for name, copies in targets.items()},
+        slopes=slopes,
         fresh=fresh,
         grid=tuple(model.patch_embed.grid_size) if resampled else None,
         prefix_tokens=model.num_prefix_tokens,
     )
 
 
+def _sources(name: str, layers: Sequence[int], linear: bool) -> list[str]:
+    """Return the learngene's tensor that a descendant's tensor is copied from, or those of theta_A and theta_B."""
+    match = BLOCK.match(name)
+    if match is None:
+        return [name]
+    if linear:
+        return [f"blocks.0.{part}.{match[2]}" for part in ("base", "slope")]
+    return [f"blocks.{layers[int(match[1])]}.{match[2]}"]
+
+
 def untrained_depth(info: ModelInfo, depth: int) -> str | None:
     """Return a log message if the learngene's auxiliary model was never trained at ``depth``, or None."""
-    if not info.trained_depths or info.trained_depths[0] <= depth <= info.trained_depths[1]:
+    own = len(info.kwargs["schedule"])
+    trained_depths = info.trained_depths or ([own, own] if info.kind == "model" else [])
+    if not trained_depths or trained_depths[0] <= depth <= trained_depths[1]:
         return None
-    low, high = info.trained_depths
+    low, high = trained_depths
     trained = f"{low} layers alone" if low == high else f"{low} to {high} layers"
     return f"the learngene was trained at {trained}: a descendant of {depth} needs fine-tuning before it is used"
 
@@ -157,7 +214,7 @@ def expand_learngene(
 
     Args:
         info, learngene: what ``load_learngene`` returned.
-        layers: the expansion plan (``expansion_plan``).
+        layers: the expansion plan (``plan_layers``).
         num_classes: another count than the learngene's gives a fresh head, drawn from ``seed``.
         image_size: another size than the learngene's resamples the position embedding as timm does.
 
@@ -173,17 +230,21 @@ def expand_learngene(
             **(info.kwargs | changed), num_classes=info.num_classes if num_classes is None else num_classes
         )
     mapping = map_weights(info, {name: tensor.shape for name, tensor in learngene.items()}, model, layers)
-    if mapping.dropped:
+    if mapping.dropped and info.kind == "learngene":
         log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), mapping.dropped)
     weights = fresh_head(model, seed) if mapping.fresh else {}
     for source, targets in mapping.copies.items():
-        adapted = mapping.adapt(source, learngene[source])
-        weights |= {name: adapted.clone() for name in targets}
+        adapted = [mapping.adapt(name, learngene[name]) for name in mapping.sources(source)]
+        weights |= {name: mapping.compute(name, *adapted).clone() for name in targets}
     described = describe_model(
         model,
         "model",
         preprocessing=info.preprocessing | {"image_size": size[0]},
         classes=[] if mapping.fresh else info.classes,
-        provenance={"plan": list(layers), "fresh_head": bool(mapping.fresh), "learngene": info.provenance},
+        provenance={
+            "plan": "linear" if mapping.slopes else list(layers),
+            "fresh_head": bool(mapping.fresh),
+            "learngene": info.provenance,
+        },
     )
     return described, {name: weights[name] for name, _ in model.named_parameters()}

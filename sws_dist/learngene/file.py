@@ -1,7 +1,9 @@
 """Read learngene files: an auxiliary model's distinct layers, the only thing that has to be kept of it.
 
 A learngene is one ``.safetensors`` file (see ``checkpoint/model_file.py``) of kind ``learngene``. Its tensors carry
-timm's names, with ``blocks.i`` the layer of stage i; schedule and geometry stand in the metadata's ``kwargs``.
+timm's names, with ``blocks.i`` the layer of stage i; schedule and geometry stand in the metadata's ``kwargs``. TLEG's
+learngene has ``blocks.0.base`` and ``blocks.0.slope`` instead (``models/tleg.py``). A model whose layers share nothing
+can be read as a learngene too: each layer is a stage of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from sws_dist.checkpoint.model_file import ModelInfo, read_model_info
 from sws_dist.checkpoint.weight_file import load_tensors
-from sws_dist.models import SWSVisionTransformer, geometry
+from sws_dist.models import SWSVisionTransformer, TLEGVisionTransformer, geometry
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -30,15 +32,21 @@ def describe_model(model: SWSVisionTransformer, kind: str, **fields: Any) -> Mod
     """Return the metadata of one of our models; ``fields`` are ModelInfo's other fields, such as ``classes``."""
     kwargs = geometry(model)
     num_classes = kwargs.pop("num_classes")
-    return ModelInfo(kind=kind, name="sws_vit", kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
+    name = model.timm_name
+    return ModelInfo(kind=kind, name=name, kwargs=kwargs, num_classes=num_classes, **fields)  # type: ignore[arg-type]
 
 
 def read_learngene_info(path: str | Path) -> ModelInfo:
-    """Read a learngene's metadata. Raises ``ValueError`` for any other file."""
+    """Read the metadata of a learngene, or of one of our models. Raises ``ValueError`` for any other file."""
     info = read_model_info(path)
-    if info.kind != "learngene":
+    if info.kind != "learngene" and info.name != SWSVisionTransformer.timm_name:
         raise ValueError(f"{path}: holds a {info.kind}, not a learngene; an auxiliary run writes learngene.safetensors")
     return info
+
+
+def is_linear(info: ModelInfo) -> bool:
+    """Return True if a learngene's layers are not copied but made of theta_A and theta_B (TLEG)."""
+    return info.name == TLEGVisionTransformer.timm_name
 
 
 class Learngene(NamedTuple):
@@ -50,7 +58,7 @@ class Learngene(NamedTuple):
 
     @property
     def schedule(self) -> tuple[int, ...]:
-        """Repeats of each stage's layer in the auxiliary model."""
+        """Repeats of each stage's layer in the auxiliary model; for TLEG, its number of layers alone."""
         return tuple(self.info.kwargs["schedule"])
 
     @property

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+NAMED_PLANS = ("even", "proportional", "spaced")
+
 
 def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
     """Return the expansion plan: for each of the descendant's ``depth`` layers, the stage that it is copied from.
@@ -15,7 +17,8 @@ def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int
         schedule: repeats of each stage of the auxiliary model.
         kind: ``even`` gives each stage depth // stages layers and the remainder to the earliest stages; at the
             auxiliary's own depth it is the auxiliary's own schedule. ``proportional`` follows the schedule by
-            largest remainder. A sequence is an explicit plan.
+            largest remainder. ``spaced`` gives layer j stage j * stages // depth: stages at even distances, whether
+            they have to be left out or repeated. A sequence is an explicit plan.
 
     Raises:
         ValueError: a depth below 1, or a plan of the wrong length, range or order.
@@ -25,23 +28,29 @@ def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int
         raise ValueError(f"depth {depth}: a descendant needs at least one layer")
     if not isinstance(kind, str):
         return _check(tuple(kind), depth, stages)
+    if kind == "spaced":
+        return tuple(layer * stages // depth for layer in range(depth))
     if kind == "even":
         counts = list(schedule) if depth == sum(schedule) else _even(stages, depth)
     elif kind == "proportional":
         counts = _proportional(schedule, depth)
     else:
-        raise ValueError(f"plan {kind!r}: expected even, proportional, or stage numbers such as 0,0,1,2,3,4")
+        raise ValueError(_unknown(kind))
     return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
 
 
 def parse_plan(text: str) -> str | tuple[int, ...]:
     """Parse ``expansion_plan``'s ``kind`` from a command line: a name, or comma-separated stage numbers."""
-    if text in ("even", "proportional"):
+    if text in NAMED_PLANS:
         return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"plan {text!r}: expected even, proportional, or stage numbers such as 0,0,1,2,3,4") from None
+        raise ValueError(_unknown(text)) from None
+
+
+def _unknown(plan: str) -> str:
+    return f"plan {plan!r}: expected {', '.join(NAMED_PLANS)}, or stage numbers such as 0,0,1,2,3,4"
 
 
 def _even(stages: int, depth: int) -> list[int]:

@@ -6,8 +6,9 @@
     init_from_learngene(model, master_slices(engine), expansion, seed, device)
 
 In mode ``read`` nothing moves between ranks: each reads the rows that it needs from the file, which all of them see.
-In mode ``broadcast`` each tensor of the learngene goes over the wire once, however many layers are copies of it, and
-each rank cuts its own slices from it. Both hold no more than the largest tensor beside the shards.
+In mode ``broadcast`` each tensor of the learngene goes over the wire once, however many layers are made of it, and
+each rank cuts its own slices from it. Both hold no more than the largest tensor beside the shards (for TLEG's
+learngene, the largest of theta_A and of theta_B).
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ from torch import Tensor
 from sws_dist.config.schema import ModelConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0, raise_on_all_ranks
 from sws_dist.errors import RunError
-from sws_dist.learngene.expand import WeightMapping, fresh_head, map_weights, untrained_depth
+from sws_dist.learngene.expand import (
+    WeightMapping,
+    describe_layers,
+    fresh_head,
+    map_weights,
+    plan_layers,
+    untrained_depth,
+)
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
-from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.units import format_bytes
 from sws_dist.zero.shard_writer import Fetch, MasterSlice, ShardWriter
@@ -76,8 +83,8 @@ def prepare_expansion(config: ModelConfig, model: Any, classes: Sequence[str] | 
     with raise_on_all_ranks("plan the expansion"):
         if not isinstance(model, SWSVisionTransformer):
             raise ValueError(f"model.initial_learngene: {config.name} is not one of our models (sws_...)")
-        layers = expansion_plan(header.info.kwargs["schedule"], len(model.blocks), config.plan)
         try:
+            layers = plan_layers(header.info, len(model.blocks), config.plan)
             mapping = map_weights(header.info, header.shapes, model, layers, classes)
         except ValueError as error:
             raise ValueError(f"model.initial_learngene {path}: {error}") from None
@@ -133,11 +140,10 @@ def init_from_learngene(
 def log_expansion(expansion: Expansion, report: InitReport, num_classes: int) -> None:
     """Log where the descendant's layers come from, and what it took to get them."""
     mapping, known = expansion.mapping, expansion.header.info.num_classes
-    stages = ",".join(map(str, mapping.layers))
-    log.info("%d layers from stages %s of %s", len(mapping.layers), stages, expansion.path)
+    log.info("%s of %s", describe_layers(expansion.header.info, mapping.layers), expansion.path)
     if (note := untrained_depth(expansion.header.info, len(mapping.layers))) is not None:
         log.info(note)
-    if mapping.dropped:
+    if mapping.dropped and expansion.header.info.kind == "learngene":
         log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
     if mapping.fresh:
         other = "" if num_classes != known else " of other names, or in another order"
@@ -153,25 +159,37 @@ def _read_slices(writer: ShardWriter, expansion: Expansion) -> int:
     num_bytes = 0
     for name, targets in expansion.mapping.copies.items():
         if targets:
-            reader = _SliceReader(expansion, name)
-            writer.write(targets, reader.fetch)
-            num_bytes += reader.num_bytes
+            readers = [_SliceReader(expansion, source) for source in expansion.mapping.sources(name)]
+            _write_targets(writer, expansion.mapping, name, [reader.fetch for reader in readers])
+            num_bytes += sum(reader.num_bytes for reader in readers)
     return num_bytes
+
+
+def _write_targets(writer: ShardWriter, mapping: WeightMapping, name: str, sources: Sequence[Fetch]) -> None:
+    """Write all that is made of the learngene's tensor ``name``; ``sources`` fetch ``mapping.sources(name)``."""
+    for target in mapping.copies[name]:
+
+        def fetch(start: int, stop: int, target: str = target) -> Tensor:
+            return mapping.compute(target, *(source(start, stop) for source in sources))
+
+        writer.write((target,), fetch)
 
 
 def _broadcast(writer: ShardWriter, expansion: Expansion, device: torch.device) -> int:
     """Let rank 0 read the file and broadcast each tensor once. Returns the bytes broadcast. A collective.
 
-    Buckets are no larger than the largest tensor. The wire carries the model's dtype, or fp32 where there are fp32
-    masters of a low-precision model to be filled; never more than the file holds.
+    Buckets are no larger than the largest tensor (with TLEG, and its slope). The wire carries the model's dtype, or
+    fp32 where there are fp32 masters of a low-precision model to be filled; never more than the file holds.
     """
     mapping, num_bytes = expansion.mapping, 0
     sizes = {name: writer.numel(targets[0]) for name, targets in mapping.copies.items() if targets}
+    totals = {name: size * len(mapping.sources(name)) for name, size in sizes.items()}
     needed = torch.float32 if writer.has_masters else writer.dtype
     wire = min(expansion.header.dtype, needed, key=lambda dtype: dtype.itemsize)
-    for names in _buckets(sizes):
-        bucket = torch.empty(sum(sizes[name] for name in names), dtype=wire, device=device)
-        parts = dict(zip(names, bucket.split([sizes[name] for name in names]), strict=True))
+    for names in _buckets(totals):
+        bucket = torch.empty(sum(totals[name] for name in names), dtype=wire, device=device)
+        sources = {source: sizes[name] for name in names for source in mapping.sources(name)}
+        parts = dict(zip(sources, bucket.split(list(sources.values())), strict=True))
         if dist.get_rank() == 0:
             # Opened anew for each bucket: the pages of an open file stay in memory.
             with safe_open(expansion.path, framework="pt") as file:
@@ -179,8 +197,8 @@ def _broadcast(writer: ShardWriter, expansion: Expansion, device: torch.device) 
                     part.copy_(mapping.adapt(name, file.get_tensor(name)).reshape(-1))
         dist.broadcast(bucket, src=0)
         num_bytes += bucket.numel() * bucket.element_size()
-        for name, part in parts.items():
-            writer.write(mapping.copies[name], _slices_of(part))
+        for name in names:
+            _write_targets(writer, mapping, name, [_slices_of(parts[source]) for source in mapping.sources(name)])
     return num_bytes
 
 

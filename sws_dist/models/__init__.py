@@ -1,5 +1,6 @@
 """Models: importing this package registers ours with timm's ``create_model``."""
 
+from sws_dist.models.tleg import LinearStage, TLEGVisionTransformer
 from sws_dist.models.vit import Stage, SWSVisionTransformer, create_model, geometry
 
-__all__ = ["SWSVisionTransformer", "Stage", "create_model", "geometry"]
+__all__ = ["LinearStage", "SWSVisionTransformer", "Stage", "TLEGVisionTransformer", "create_model", "geometry"]

@@ -88,6 +88,8 @@ def _model_obstacle(model: Any) -> str | None:
     """Return why the kernels cannot run ``model``, or None."""
     if not hasattr(model, "use_kernels"):
         return f"{type(model).__name__} is not one of our models (sws_...)"
+    if model.kernel_obstacle is not None:
+        return model.kernel_obstacle
     return next((reason for block in model.blocks if (reason := _stage_obstacle(block)) is not None), None)
 
 

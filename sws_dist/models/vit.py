@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import timm
 from timm.layers import LayerNorm, calculate_drop_path_rates, drop_path
@@ -38,7 +38,23 @@ TRAINING_ARGUMENTS = {
 """Arguments of timm's VisionTransformer that matter in training alone."""
 
 
-class Stage(Block):
+class Layer(Block):
+    """Run one transformer block whose drop-path rate is an argument of each pass, and not timm's ``drop_path``."""
+
+    def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, drop_path=0.0, **kwargs)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, drop_rate: float = 0.0
+    ) -> Tensor:
+        """Run the layer: x [batch, tokens, width] -> the same shape."""
+        branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        x = x + drop_path(branch, drop_rate, self.training)
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + drop_path(branch, drop_rate, self.training)
+
+
+class Stage(Layer):
     """Run one transformer block several times in a row, with one set of weights.
 
     ``drop_rates`` holds the drop-path rate of each *position*: its length is the number of repeats, which share the
@@ -47,7 +63,7 @@ class Stage(Block):
     """
 
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, drop_path=0.0, **kwargs)
+        super().__init__(*args, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
         self.kernels: Literal["reference", "triton"] = "reference"
         self.recompute = False
@@ -55,7 +71,12 @@ class Stage(Block):
         self.graphed: Any = None
         """A ``sws_kernels.GraphedStage`` if training launches the kernels as CUDA graphs."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    @property
+    def recomputes_itself(self) -> bool:
+        """True if the stage has its own activation checkpointing (``recompute``), which then replaces timm's."""
+        return self.kernels == "triton"
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]
         """Run the stage: x [batch, tokens, width] -> the same shape.
 
         Raises:
@@ -68,10 +89,7 @@ class Stage(Block):
                 )
             return fused_stage_forward(self, x)
         for rate in self.drop_rates:
-            branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
-            x = x + drop_path(branch, rate, self.training)
-            branch = self.ls2(self.mlp(self.norm2(x)))
-            x = x + drop_path(branch, rate, self.training)
+            x = super().forward(x, attn_mask, is_causal, rate)
         return x
 
 
@@ -108,6 +126,12 @@ class SWSVisionTransformer(VisionTransformer):
             listed.
     """
 
+    stage_class: ClassVar[type[nn.Module]] = Stage
+    timm_name: ClassVar[str] = "sws_vit"
+    """The name under which timm builds a model of any geometry; weight files say it."""
+    kernel_obstacle: ClassVar[str | None] = None
+    """Why the Triton kernels cannot run models of this class, or None."""
+
     def __init__(
         self,
         schedule: Sequence[int] | None = None,
@@ -135,7 +159,8 @@ class SWSVisionTransformer(VisionTransformer):
             )
         kwargs = {"global_pool": "token" if class_token else "avg", "fc_norm": False} | kwargs
         norm_layer = partial(LayerNorm, eps=norm_eps)
-        super().__init__(depth=len(schedule), block_fn=Stage, class_token=class_token, norm_layer=norm_layer, **kwargs)
+        blocks: dict[str, Any] = {"depth": len(schedule), "block_fn": self.stage_class}
+        super().__init__(class_token=class_token, norm_layer=norm_layer, **blocks, **kwargs)
         self.schedule = schedule
         self.norm_eps = norm_eps
         self.drop_path_rate = drop_path_rate
@@ -171,8 +196,8 @@ class SWSVisionTransformer(VisionTransformer):
         self.patch_embed.proj.__class__ = PatchProjection if kernels == "triton" else nn.Conv2d
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in backward: of each stage as timm does, or of each repeat with the kernels."""
-        own = self.blocks[0].kernels == "triton"
+        """Recompute activations in backward: of each stage as timm does, or as the stages do it themselves."""
+        own = self.blocks[0].recomputes_itself
         for stage in self.blocks:
             stage.recompute = enable and own
         super().set_grad_checkpointing(enable and not own)
@@ -183,7 +208,8 @@ def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
 
     Arguments that matter in training alone, such as drop-path, are not among them.
     """
-    block, embed = model.blocks[0], model.patch_embed
+    block = next(module for module in model.modules() if isinstance(module, Block))
+    embed = model.patch_embed
     return {
         "schedule": list(model.schedule),
         "img_size": list(embed.img_size),
@@ -276,9 +302,12 @@ def timm_config(name: str) -> Any:
         raise ValueError(f"model {name}: {error}") from None
 
 
-def _build_variant(variant: str, pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
+def build_variant(
+    variant: str, pretrained: bool, model_class: type[SWSVisionTransformer] = SWSVisionTransformer, **kwargs: Any
+) -> SWSVisionTransformer:
+    """Build a model that is registered with timm under the name ``variant``."""
     return build_model_with_cfg(
-        SWSVisionTransformer,
+        model_class,
         variant,
         pretrained,
         pretrained_filter_fn=partial(checkpoint_filter_fn, interpolation="bicubic", antialias=True),
@@ -287,7 +316,7 @@ def _build_variant(variant: str, pretrained: bool = False, **kwargs: Any) -> SWS
     )
 
 
-def _default_cfg(**kwargs: Any) -> dict[str, Any]:
+def default_cfg(**kwargs: Any) -> dict[str, Any]:
     """Return what timm has to know of a model (its ``default_cfg``)."""
     return {
         "num_classes": 1000,
@@ -311,22 +340,22 @@ SIZES = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {"sws_vit": _default_cfg()}
-    | {f"sws_{kind}_{size}_patch16_224.untrained": _default_cfg() for kind in ("aux", "des") for size in SIZES}
+    {"sws_vit": default_cfg()}
+    | {f"sws_{kind}_{size}_patch16_224.untrained": default_cfg() for kind in ("aux", "des") for size in SIZES}
 )
 
 
 @register_model
 def sws_vit(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
     """Build a model of any geometry from the arguments of ``SWSVisionTransformer``."""
-    return _build_variant("sws_vit", pretrained, **kwargs)
+    return build_variant("sws_vit", pretrained, **kwargs)
 
 
 def _register(name: str, **defaults: Any) -> None:
     """Register one name of a family with timm, as ``@register_model`` does for a function."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> SWSVisionTransformer:
-        return _build_variant(name, pretrained, **(defaults | kwargs))
+        return build_variant(name, pretrained, **(defaults | kwargs))
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     globals()[name] = register_model(entrypoint)

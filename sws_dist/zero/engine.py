@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sws_dist.config.schema import OptimConfig
 from sws_dist.distributed.collectives import gather_scalars
-from sws_dist.models import Stage
+from sws_dist.models import LinearStage, Stage
 from sws_dist.optim import parameter_groups
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.partition import fragments, master_weights
@@ -44,9 +44,9 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
         ds: the resolved DeepSpeed config (``config.resolve_deepspeed_config``).
     """
     deepspeed_logger.setLevel(logging.WARNING)
-    if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, Stage) for m in model.modules()):
+    if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, (Stage, LinearStage)) for m in model.modules()):
         # Gather a stage's weights once a pass, not once for each of its layers and repeats.
-        set_z3_leaf_modules(model, [Stage])
+        set_z3_leaf_modules(model, [Stage, LinearStage])
     engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(optim, model), config=ds)
     return engine
 

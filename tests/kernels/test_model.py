@@ -104,6 +104,7 @@ def test_auto_on_a_cpu_takes_pytorch_and_says_why() -> None:
     ("changes", "reason"),
     [
         ({"name": "resnet10t"}, "ResNet is not one of our models"),
+        ({"name": "tleg_vit"}, "the weights of a TLEG model's layers are sums"),
         ({"embed_dim": 48}, "width 48 and MLP width 96 are not both divisible by 32"),
         ({"embed_dim": 96, "num_heads": 2}, "heads of 48 are not of 32, 64, 128"),
         ({"attn_drop_rate": 0.1}, "the model has dropout"),

@@ -324,7 +324,9 @@ def test_a_run_starts_from_one_thing(file: Path) -> None:
     assert "no model.initial_learngene" in refused(file, "model.plan=proportional")
     assert "no model.initial_learngene" in refused(file, "model.expand=read", checkpoint)
     assert load_config(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
-    assert "model.plan = 'odd': input should be 'even' or 'proportional'" in refused(file, gene, "model.plan=odd")
+    assert "model.plan = 'odd': input should be 'even', 'proportional' or 'spaced'" in refused(
+        file, gene, "model.plan=odd"
+    )
     assert "model.expand" in refused(file, gene, "model.expand=gather")
 
 

@@ -80,8 +80,9 @@ def test_bad_plans(depth: int, kind: Any, said: str) -> None:
 
 def test_plans_from_the_command_line() -> None:
     assert parse_plan("even") == "even"
+    assert parse_plan("spaced") == "spaced"
     assert parse_plan("0,0,1") == (0, 0, 1)
-    with pytest.raises(ValueError, match="expected even, proportional, or stage numbers"):
+    with pytest.raises(ValueError, match="expected even, proportional, spaced, or stage numbers"):
         parse_plan("0;1")
 
 

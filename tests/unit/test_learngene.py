@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sws_dist.checkpoint import model_file
-from sws_dist.checkpoint.model_file import load_weights_strict, save_model_file
+from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict, save_model_file
 from sws_dist.learngene.expand import expand_learngene
 from sws_dist.learngene.file import describe_model, load_learngene, read_learngene_info
 from sws_dist.learngene.plan import expansion_plan
@@ -68,8 +68,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="no description of a model"):
         load_learngene(tmp_path / "bare.safetensors")
-    model = small(schedule=[1, 1])
-    save_model_file(tmp_path / "model.safetensors", describe_model(model, "model"), model.state_dict())
+    model = create_model("vit_tiny_patch16_224", depth=1, num_classes=10)
+    info = ModelInfo("model", "vit_tiny_patch16_224", {"depth": 1}, 10)
+    save_model_file(tmp_path / "model.safetensors", info, model.state_dict())
     with pytest.raises(ValueError, match="holds a model, not a learngene"):
         load_learngene(tmp_path / "model.safetensors")
     weights = small().state_dict()
