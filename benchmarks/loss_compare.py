@@ -10,7 +10,7 @@ examples:
       --deepspeed_config configs/deepspeed/zero2.json configs/deepspeed/zero3.json --ranks 1 2 [--resume-across]
 
   # do ZeRO-1 and ZeRO-3 compute the same, up to rounding?
-  python benchmarks/loss_compare.py --config configs/runs/quickstart/descendant.yaml --rtol 1e-4 --atol 1e-6 \\
+  python benchmarks/loss_compare.py --config configs/runs/quickstart/tuned.yaml --rtol 1e-4 --atol 1e-6 \\
       --deepspeed_config_before configs/deepspeed/zero1.json --deepspeed_config_after configs/deepspeed/zero3.json
 
 A relative path, on this command line and inside a config, is looked up in each checkout.

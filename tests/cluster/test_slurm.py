@@ -173,7 +173,7 @@ def check_resumed(job: Job, lost: int) -> None:
 def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, report: Report) -> None:
     """And one of them, told to stop, starts again alone."""
     first = Job(job.config, job.output / "auxiliary", job.ds, {"train.epochs": 6})
-    config = job.config.with_name("descendant.yaml")
+    config = job.config.with_name("tuned.yaml")
     config.write_text(f"base: {job.config.name}\nmodel: {{schedule: null, depth: 2}}\n")
     others = Job(config, job.output / "descendants", job.ds)
     auxiliary = submit(slurm, "auxiliary", first)

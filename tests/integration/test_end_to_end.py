@@ -42,7 +42,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path
     data = {"data.root": str(digits_root)}
     done = runs.train(Job(CONFIGS / "teacher.yaml", out / "teacher", ZERO2, SMALL | data), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
-    sets = {"distill.teacher": str(out / "teacher" / "model.safetensors"), "optim.ema_decay": 0.9}
+    teacher = {"distill.teacher": str(out / "teacher" / "model.safetensors")}
+    sets = teacher | {"optim.ema_decay": 0.9, "model.elastic": None, "train.eval_depths": [7]}
     done = train(Job(CONFIGS / "auxiliary.yaml", out / "auxiliary", ZERO2, SMALL | data | sets), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
     learngene_file = out / "auxiliary/learngene.safetensors"
@@ -50,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path
         file = out / f"des{depth}.safetensors"
         run_script("launcher/expand.py", "--learngene", learngene_file, "--depth", str(depth), "--out", file)
     start = {"model.depth": 7, "model.initial_checkpoint": str(out / "des7.safetensors"), "train.epochs": 1}
-    done = train(Job(CONFIGS / "descendant.yaml", out / "des7", ZERO3, SMALL | data | start), ranks=2)
+    done = train(Job(CONFIGS / "tuned.yaml", out / "des7", ZERO3, SMALL | data | teacher | start), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
     return out
 
