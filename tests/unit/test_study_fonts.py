@@ -43,7 +43,7 @@ def rename_family(source: Path, target: Path, family: str) -> None:
 
 
 def build_font(path: Path, characters: str, blank: str = "") -> None:
-    """Build a font whose characters are triangles of different shapes, ``blank`` ones empty, .notdef another triangle."""
+    """Build a font: characters are triangles of different shapes, ``blank`` ones empty, .notdef another triangle."""
     glyphs, cmap = {}, {}
     for number, character in enumerate(["", *characters]):
         pen = TTGlyphPen(None)
