@@ -131,8 +131,8 @@ class _EpochWriter:
     def write(self) -> None:
         """Write the files. A collective."""
         batches, rank, size = iter(self._loader), self.world.rank, self.folder.epoch_size
-        show_bar = self.world.is_rank_zero and log.isEnabledFor(logging.INFO)
         total = sum(map(len, self._rounds)) * size
+        show_bar = total > 0 and self.world.is_rank_zero and log.isEnabledFor(logging.INFO)
         with tqdm(total=total, unit="image", disable=not show_bar, leave=False) as bar:
             for epochs in self._rounds:
                 with raise_on_all_ranks("store the logits of an epoch"):
