@@ -1,4 +1,4 @@
-"""Write a report of families of runs and their picture, as they came out: accuracy against depth, and the bill.
+"""Write a report of families of runs and their picture: accuracy against depth, and the bill.
 
 examples:
   sws report --runs runs/quickstart                               # report.md and report.png in that folder

@@ -1,8 +1,8 @@
-"""Compare the method with its rivals on Fashion-MNIST, whose scores are public: families of runs, and their report.
+"""Compare the method with its rivals on Fashion-MNIST, and write the report.
 
-Each family has a teacher, an auxiliary model that is trained at many depths, one that is trained at its own depth
-alone, and at some depths fine-tuned descendants beside models of random weights. A study that was interrupted goes on
-where it stopped; the same seeds give the same table.
+The data set's scores are public. A study is made of families of runs. Each has a teacher, an auxiliary model that is
+trained at many depths, one that is trained at its own depth alone, and at some depths fine-tuned descendants beside
+models of random weights. A study that was interrupted goes on where it stopped; the same seeds give the same table.
 
   size    training images   epochs   trained depths   seeds   time on 2 CPU cores
 {SIZES}

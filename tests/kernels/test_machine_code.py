@@ -35,7 +35,7 @@ def select(*kernels: str, arch: int | None = None) -> list[Case]:
 
 
 def test_every_kernel_is_compiled_for_every_gpu() -> None:
-    for operator in ("add_layer_norm", "linear_gelu", "packed_attention"):
+    for operator in ("add_layer_norm", "column_sum", "linear_gelu", "packed_attention"):
         module = importlib.import_module(f"sws_kernels.{operator}_kernels")
         for name in (name for name in vars(module) if name.endswith("_kernel")):
             found = {(case.dtype, case.arch) for case in CASES if f"{case.kernel}_kernel" == name}
@@ -49,7 +49,10 @@ def test_no_spills_and_shared_memory_fits(case: Case, compiled: Rows) -> None:
     assert row["shared_bytes"] <= SHARED_MEMORY_LIMIT[case.arch], row
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.operator != "add_layer_norm"], ids=str)
+PRODUCTS = [case for case in CASES if case.operator in ("linear_gelu", "packed_attention")]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_products_use_the_tensor_cores(case: Case, compiled: Rows) -> None:
     """fp32 does not, because tensor cores lack its accuracy.
 

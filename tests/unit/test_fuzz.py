@@ -31,7 +31,7 @@ from pydantic import ValidationError
 import sws_dist.api
 from sws_dist.build_models import build_models, build_student
 from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.cli import quickstart
+from sws_dist.cli import family, quickstart, study
 from sws_dist.cli.main import COMMANDS
 from sws_dist.config.loader import config_to_dict, config_to_yaml, load_config, valid_keys
 from sws_dist.config.schema import RunConfig
@@ -395,7 +395,8 @@ def call(command: str, arguments: list[str]) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let commands run inside this process, and undo what they do to it. Nothing trains: that part is left out."""
     monkeypatch.setattr(sws_dist.api, "train", lambda *_, **__: None)
-    monkeypatch.setattr(quickstart, "perform", lambda command: None)
+    for module in (quickstart, study, family):
+        monkeypatch.setattr(module, "perform", lambda command: None)
     monkeypatch.setattr("sws_dist.cli.train.install_handlers", lambda: None)
     monkeypatch.setattr("sws_dist.cli.finetune.install_handlers", lambda: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -419,9 +420,11 @@ COMPLETE = {
     "show-batch": "--config quickstart/auxiliary --set data.root=digits --set train.global_batch=8 --out out.png",
     "submit": "auxiliary --time 9 --dry-run --config quickstart/auxiliary --deepspeed_config zero2",
     "report": "--runs runs",
+    "teach": "--config quickstart/auxiliary --set data.root=digits --out logits",
     "quickstart": "",
+    "study": "--size tiny",
 }
-"""Command -> arguments with which it works, but for ``convert`` and ``report``, which need a run."""
+"""Command -> arguments with which it works, but for ``convert``, ``report`` and ``teach``, which need a run."""
 
 
 def test_every_command_has_arguments() -> None:
