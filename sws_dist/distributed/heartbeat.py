@@ -55,7 +55,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._monitor, name="heartbeat", daemon=True)
         if world.is_rank_zero:
             folder.mkdir(exist_ok=True)
-            for old in folder.glob("*.json"):  # of a run with more ranks
+            for old in (*folder.glob("rank-*.json"), *folder.glob("rank-*.tmp")):  # of a run with more ranks
                 old.unlink(missing_ok=True)
 
     # ---- progress of this rank -----------------------------------------------------------------------------------
@@ -177,16 +177,18 @@ class Heartbeat:
             "beat": self._num_written,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        path = self._path(self._world.rank)
         with suppress(OSError):  # a full or absent disk is for the run itself to report
-            self._path(self._world.rank).write_text(json.dumps(own) + "\n")
+            temporary = path.with_suffix(f".{threading.get_ident()}.tmp")  # two threads may write
+            temporary.write_text(json.dumps(own) + "\n")
+            os.replace(temporary, path)  # a rank that is stopped while it writes keeps its name
 
     def _read(self, rank: int) -> str:
-        """Return a rank's file as text; empty where there is none, or where it is being written."""
+        """Return a rank's file as text; empty where there is none."""
         try:
-            text = self._path(rank).read_text()
+            return self._path(rank).read_text()
         except OSError:
             return ""
-        return text if text.endswith("\n") else ""
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
