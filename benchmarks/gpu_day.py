@@ -8,7 +8,7 @@ the kernels' tests compile a hundred kernels, so that nothing is timed meanwhile
 
 What was learned on an H200 (November 2026): a machine without a network needs DeepSpeed, DALI and their dependencies as
 wheels; `PYTHONPATH` can stand for an installation (a link sws_kernels -> kernels/ and the checkout itself). Run nothing
-else on the GPU while steps are timed: a small job beside them costs 5 to 30 %.
+else on the GPU while steps are timed: a small job beside them cost up to a third.
 """
 
 from __future__ import annotations

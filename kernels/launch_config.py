@@ -1,9 +1,10 @@
 """Choose how each kernel is launched: its tile sizes, warps, load stages and register limit.
 
 There is one function for each operator. It takes shapes and a dtype and returns {kernel: launch}, where a launch
-holds the constexprs and the options of that kernel's call. All values were found by compiling without spills
-(benchmarks/results/machine-code.md lists what the machine code needs) and none by timing, so this is the file to tune
-on a GPU. ``hopper`` means compute capability 9.x.
+holds the constexprs and the options of that kernel's call. All values compile without spills
+(benchmarks/results/machine-code.md lists what the machine code needs). Those for Hopper, half precision and 196 tokens
+were timed on an H200 (`python -m benchmarks.kernels.tune`, benchmarks/results/tune.json); the others were not.
+``hopper`` means compute capability 9.x.
 """
 
 from typing import Any
@@ -85,7 +86,7 @@ def linear_gelu(inner: int, hidden: int, dtype: torch.dtype, *, hopper: bool) ->
     return {"forward": common, "backward": common | {"maxnreg": 128 if hopper else None}}
 
 
-def packed_attention(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool, bias: bool) -> dict[str, Launch]:
+def packed_attention(tokens: int, head_dim: int, dtype: torch.dtype, *, hopper: bool) -> dict[str, Launch]:
     """Return the launches of "forward", "backward_keys" and, where the backward takes two passes, "backward_queries".
 
     A tile has M queries and N keys of a head. The registers of a backward program, which hold the fp32 gradients of K

@@ -39,10 +39,9 @@ HEAD_DIMS = (32, 64, 128)
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def _launches(qkv: Tensor, bias: Tensor | None) -> dict[str, launch_config.Launch]:
+def _launches(qkv: Tensor) -> dict[str, launch_config.Launch]:
     _, tokens, _, _, head_dim = qkv.shape
-    hopper = launch_config.is_hopper(qkv.device)
-    return launch_config.packed_attention(tokens, head_dim, qkv.dtype, hopper=hopper, bias=bias is not None)
+    return launch_config.packed_attention(tokens, head_dim, qkv.dtype, hopper=launch_config.is_hopper(qkv.device))
 
 
 @torch.library.custom_op("sws_kernels::packed_attention", mutates_args=())
@@ -59,7 +58,7 @@ def packed_attention_forward(qkv: Tensor, bias: Tensor | None, scale: float) -> 
     out = torch.empty((num_samples, tokens, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((num_samples, heads, tokens), dtype=torch.float32, device=qkv.device)
     if out.numel():
-        launch = _launches(qkv, bias)["forward"]
+        launch = _launches(qkv)["forward"]
         num_blocks = 1 if launch["SINGLE_KV_BLOCK"] else triton.cdiv(tokens, launch["M"])
         with torch.cuda.device_of(qkv):  # Triton launches on the current device, not on the tensors'
             packed_attention_forward_kernel[(num_blocks * num_samples * heads,)](
@@ -98,7 +97,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return (d_qkv, d_bias). d_bias is empty without a bias, because an operator may not return None."""
     num_samples, tokens, _, heads, head_dim = qkv.shape
-    launches = _launches(qkv, bias)
+    launches = _launches(qkv)
     keys, queries = launches["backward_keys"], launches.get("backward_queries")
     num_blocks = triton.cdiv(tokens, keys["N"])
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

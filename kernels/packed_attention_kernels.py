@@ -20,7 +20,7 @@ already at hand (`out` is not read).
 passes, dQ by blocks of queries (which leaves delta), then dK and dV by blocks of keys. That computes the scores twice,
 which is the price for sums in a fixed order without atomics.
 
-`launch_config.py` chooses by what registers hold: a single block up to 256 tokens at D = 64 on Hopper. Every element of
+`launch_config.py` chooses by what registers hold: a single block up to 128 tokens at D = 64 on Hopper. Every element of
 d_qkv is written by one program, and d_bias is summed in two stages of fixed order, so equal inputs give equal bits.
 
 Source: Dao et al. 2022, arXiv 2205.14135 and Dao 2023, arXiv 2307.08691 (FlashAttention, FlashAttention-2).

@@ -26,7 +26,7 @@ KINDS = {
     "scratch_full": "random weights",
     "scratch_taught": "random weights, with the teacher",
 }
-"""What is trained at single depths, with its name in the report; the number of epochs completes it."""
+"""Name what is trained at single depths; in the report the number of epochs completes the name."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Family:
 
     @property
     def runs(self) -> tuple[object, ...]:
-        """What there is, to be compared with other seeds."""
+        """Return what there is, to be compared with other seeds."""
         return self.fixed is not None, self.scored, {depth: sorted(runs) for depth, runs in self.depths.items()}
 
     @property
     def scored(self) -> list[int]:
-        """The depths at which the auxiliary model was evaluated: those of untuned descendants."""
+        """Return the depths at which the auxiliary model was evaluated: those of untuned descendants."""
         last, own = self.auxiliary["history"][-1], self.auxiliary["depth"]
         others = (key.removeprefix("val_depth").removesuffix("/top1") for key in last if key.startswith("val_depth"))
         return sorted({own, *(int(depth) for depth in others if depth.isdecimal())})
@@ -79,7 +79,7 @@ class Family:
 
     def flops(self, kind: str, depth: int) -> float:
         """Return the operations of a kind's whole training at any depth, by those of a run at some depth."""
-        run = next(runs[kind] for runs in self.depths.values())
+        run = next(runs[kind] for runs in self.depths.values() if kind in runs)
         return run["images"] * (3 * self.forward_flops(depth) + run["flops_teacher"])
 
 
@@ -124,8 +124,11 @@ def read_family(folder: Path) -> Family:
         kinds = [kind for kind in KINDS if (place / kind).is_dir()]
         if kinds:
             depths[int(place.name.removeprefix("depth"))] = {kind: metrics(place / kind) for kind in kinds}
-    if not depths:
-        raise ValueError(f"{folder}: holds no depth*/ folders with runs; run sws quickstart or sws study first")
+    if not any("scratch_full" in kinds for kinds in depths.values()):
+        raise ValueError(
+            f"{folder}: holds no depth*/scratch_full, with which descendants are compared; run sws quickstart or "
+            "sws study first"
+        )
     fixed = metrics(folder / "fixed") if (folder / "fixed").is_dir() else None
     stages = load_config(folder / "auxiliary" / "config.yaml").model.schedule
     if stages is None:
@@ -171,6 +174,10 @@ def _epochs(kind: str, run: Metrics) -> list[int]:
     return sorted({1, run["epochs"]}) if kind == "tuned" else [run["epochs"]]
 
 
+def _epochs_of(kind: str, family: Family) -> int:
+    return next(runs[kind]["epochs"] for runs in family.depths.values() if kind in runs)
+
+
 def _name(kind: str, epochs: int) -> str:
     return f"{KINDS[kind]}, {epochs} epoch" + ("s" if epochs != 1 else "")
 
@@ -185,7 +192,7 @@ def bills(families: list[Family]) -> dict[str, float]:
     """Return what the family of all scored depths costs each way, in PFLOP; the mean over the seeds."""
 
     def of(family: Family) -> Iterator[tuple[str, float]]:
-        kinds = next(iter(family.depths.values()))
+        kinds = [kind for kind in KINDS if any(kind in runs for runs in family.depths.values())]
         shared = family.teacher["flops"] + family.auxiliary["flops"]
         yield "learngene, untuned", shared
         for kind in kinds:
@@ -194,7 +201,7 @@ def bills(families: list[Family]) -> dict[str, float]:
                 yield "learngene, each fine-tuned", shared + total
             elif kind != "scratch":
                 teacher = family.teacher["flops"] if kind == "scratch_taught" else 0
-                yield _name(kind, next(runs[kind]["epochs"] for runs in family.depths.values())), total + teacher
+                yield _name(kind, _epochs_of(kind, family)), total + teacher
 
     every = [dict(of(family)) for family in families]
     return {name: mean(bill[name] for bill in every) / 1e15 for name in every[0]}
@@ -247,15 +254,15 @@ def _comparison(families: list[Family]) -> str:
         ]
         if pairs:
             ours, theirs = (mean(column) for column in zip(*pairs, strict=True))
-            epochs = next(runs[kind]["epochs"] for runs in families[0].depths.values() if kind in runs)
-            parts.append(f"{_name(kind, epochs)}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
+            name = _name(kind, _epochs_of(kind, families[0]))
+            parts.append(f"{name}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
     return "Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + "."
 
 
 def _costs(families: list[Family]) -> list[str]:
     """Return the table of the bill, and that of the single runs."""
     first, bill = families[0], bills(families)
-    scratch = next(cost for name, cost in bill.items() if name.startswith("random weights"))
+    scratch = bill[_name("scratch_full", _epochs_of("scratch_full", first))]
     lines = [
         f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
         "trained are counted from those that were.",

@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is. Its validation set is always the whole public one of 10,000 images."""
+    """Say how large a study is. Its validation set is always the whole public one of 10,000 images."""
 
     images: int
     epochs: int
-    """Of everything but fine-tuning, which takes 5."""
+    """Number of epochs of everything but fine-tuning, which takes 5."""
     teacher_epochs: int
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -49,8 +49,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
-    "small": Size(6_000, 20, 15, (5, 12), (0,), "40 minutes"),
-    "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "days; take a GPU"),
+    "small": Size(6_000, 20, 15, (5, 12), (0,), "45 minutes"),
+    "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
 }
 
 
@@ -60,19 +60,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder for all runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the images")
     parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", help="instead of the size's")
-    parser.add_argument("--jobs", type=whole_number(1, 64), help="runs at a time (default: one a CPU core or GPU)")
+    parser.add_argument("--jobs", type=whole_number(1, 64), help="runs at a time (default: one a core; 1 on a GPU)")
     args = parse_args(parser, one_process=True)
     require_packages("matplotlib", "nvidia")
     size, begun = SIZES[args.size], time.monotonic()
-    ranks = prepare_devices()
+    prepare_devices()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
-    jobs = args.jobs or (os.cpu_count() or 1 if on_cpu else ranks)
+    jobs = args.jobs or (os.cpu_count() if on_cpu else None) or 1
     data = args.data / f"fashion-mnist-{size.images}"
     quiet = ("--quiet",) if args.quiet else ()
     families = make_families(args.output, size, args.seeds or size.seeds, data, quiet)
 
-    module = (Path(sys.executable).name, "-m", "sws_dist.study.fashion", str(data), "--train", str(size.images))
-    perform(Command("the data", module, data / "train"))
+    convert = (Path(sys.executable).name, "-m", "sws_dist.study.fashion", escape_path(data))
+    perform(Command("the data", (*convert, "--train", str(size.images), *quiet), data / "train"))
     perform(families[0].teacher_command())
     log.info(f"\n# 2. auxiliary models; {jobs} runs at a time")
     perform_side_by_side((c for family in families for c in family.auxiliary_commands(beside_others=True)), jobs)

@@ -13,7 +13,7 @@ _LEAST = torch.finfo(torch.float16).min
 
 
 class TopK(NamedTuple):
-    """What is kept of the logits of B images over C classes."""
+    """Hold what is kept of the logits of B images over C classes."""
 
     values: np.ndarray
     """[B, C] float16 where all classes are kept: log-probabilities in the order of the classes. Else [B, k + 1]: those

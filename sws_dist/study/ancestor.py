@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.weight_file import read_weight_file
+from sws_dist.cli.common import make_parser, parse_args, run_command
 from sws_dist.models import create_model
-from sws_dist.study.command import make_parser, run_command
 
 MODEL = "tf_efficientnet_lite0"
 """timm's model with TensorFlow's padding and epsilon. ``efficientnet_lite0`` has the same shapes, but neither."""
@@ -37,7 +37,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--weights", type=Path, help="the package's .pth file (default: the installed package's)")
-    args = parser.parse_args()
+    args = parse_args(parser, one_process=True)
     import_ancestor(args.weights or find_weights(), args.out)
 
 

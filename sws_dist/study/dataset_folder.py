@@ -14,7 +14,7 @@ from sws_dist.atomic import atomic_write_json, fsync_path
 from sws_dist.text import read_json
 
 FACTS = "dataset.json"
-"""What a data set was made from, beside its splits."""
+"""Name the file, beside the splits, that says what a data set was made from."""
 
 log = logging.getLogger(__name__)
 

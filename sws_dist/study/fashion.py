@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sws_dist.study.command import make_parser, run_command
+from sws_dist.cli.common import make_parser, parse_args, run_command
 from sws_dist.study.dataset_folder import write_dataset
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -75,7 +75,7 @@ def main() -> None:
         "--source", type=Path, default=DEBIAN_FOLDER, help=f"folder of the idx files (default {DEBIAN_FOLDER})"
     )
     parser.add_argument("--train", type=int, metavar="N", help="keep the first N/10 training images of each class")
-    args = parser.parse_args()
+    args = parse_args(parser, one_process=True)
     convert_fashion(args.source, args.out, args.train)
 
 

@@ -174,7 +174,7 @@ def _in_box(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    from sws_dist.study.command import make_parser
+    from sws_dist.cli.common import make_parser
 
     make_parser(__doc__).parse_args()
     print(*(f"fonts-{package}" for package in PACKAGES))

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,8 @@ import PIL
 from PIL import Image, ImageFilter, features
 from tqdm import tqdm
 
+from sws_dist.cli.common import make_parser, parse_args, run_command, whole_number
 from sws_dist.study.characters import CLASSES
-from sws_dist.study.command import make_parser, run_command
 from sws_dist.study.dataset_folder import write_dataset
 from sws_dist.study.font_files import HOW_TO_GET, FontFile, draw_glyph, find_fonts, group_families, load_font
 
@@ -57,13 +58,15 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write, for example data/characters")
     parser.add_argument("--fonts", type=Path, required=True, help="folder of TrueType and OpenType fonts, however deep")
-    parser.add_argument("--train", type=int, default=60_000, help="training images (default 60000)")
-    parser.add_argument("--val", type=int, default=10_000, help="validation images (default 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that draw (default: one a core)")
-    args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: expected a whole number from 0 on")
+    parser.add_argument("--train", type=whole_number(), default=60_000, help="training images (default 60000)")
+    parser.add_argument("--val", type=whole_number(), default=10_000, help="validation images (default 10000)")
+    parser.add_argument(
+        "--seed", type=whole_number(0, 2**32 - 1), default=0, help="of everything that is drawn (default 0)"
+    )
+    parser.add_argument(
+        "--processes", type=whole_number(1, 1024), default=os.cpu_count(), help="that draw (default: one a core)"
+    )
+    args = parse_args(parser, one_process=True)
     draw_dataset(args.out, args.fonts, {"train": args.train, "val": args.val}, args.seed, args.processes)
 
 
@@ -113,8 +116,8 @@ def _workers(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
     if processes == 1:
         yield map
     else:
-        with get_context("spawn").Pool(processes) as pool:
-            yield partial(pool.imap, chunksize=32)
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            yield partial(pool.map, chunksize=32)
 
 
 def split_families(folder: Path, fonts: Sequence[FontFile], families: list[list[int]], seed: int) -> list[Split]:

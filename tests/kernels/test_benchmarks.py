@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.kernels import chart, training_step
+from benchmarks.kernels import chart, training_step, tune
 from benchmarks.kernels.__main__ import OPERATORS, cases_of, run
 from benchmarks.kernels.measure import Ceilings, Machine, Size, rows_of
 from benchmarks.kernels.operator_case import OperatorCase, Provider
+from sws_kernels import launch_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; on a GPU, make bench")
 CPU = Machine("cpu", torch.float32, rounds=1)
@@ -103,3 +104,29 @@ def test_without_a_gpu_it_says_what_it_cannot_measure(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no CUDA device, so these cannot be measured: stage of Ti, S, B" in done.stdout
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("kernel", tune.CANDIDATES)
+def test_a_candidate_is_what_runs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tiles give the same results, and the launcher has asked for them."""
+    run = tune.prepare(kernel, CPU, TINY, TINY.batch)
+    expected = run()
+    candidate = {  # small enough for the interpreter; the real ones are for bf16 on a GPU
+        "add_layer_norm": {kernel.rpartition("_")[2]: {"R": 1}},
+        "linear_gelu": {kernel.rpartition("_")[2]: {"BM": 32}},
+        "packed_attention": {"forward": {"M": 16, "N": 16}, "backward_keys": {"M": 16, "N": 32}},
+    }[tune.operator_of(kernel)]
+    with tune.chosen(tune.operator_of(kernel), tune.Candidate(candidate)):
+        asked = []
+        patched = getattr(launch_config, tune.operator_of(kernel))
+        monkeypatch.setattr(
+            launch_config, tune.operator_of(kernel), lambda *a, **k: asked.append(patched(*a, **k)) or asked[-1]
+        )
+        for found, want in zip(run(), expected, strict=True):
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+        monkeypatch.undo()
+    assert all(asked[0][name].items() >= changed.items() for name, changed in candidate.items())
+    assert all(
+        set(new.launches) <= {"forward", "backward", "backward_keys", "backward_queries"}
+        for new in tune.CANDIDATES[kernel]
+    )

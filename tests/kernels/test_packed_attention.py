@@ -54,7 +54,7 @@ def test_577_tokens() -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_single_block_in_fp32(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
     """Run the structure that half precision takes in fp32, whose rounding hides nothing."""
-    launches = launch_config.packed_attention(50, 32, torch.float16, hopper=True, bias=bias)
+    launches = launch_config.packed_attention(50, 32, torch.float16, hopper=True)
     monkeypatch.setattr(launch_config, "packed_attention", lambda *_, **__: launches)
     check.accuracy(make_inputs((2, 50, 2, 32), torch.float32, DEVICE, bias=bias))
 

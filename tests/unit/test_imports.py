@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 # From the top down. A module may import from its own package and from the lines below its own.
 LAYERS = (
     ("launcher", "sws_dist.__main__"),
-    ("sws_dist.cli",),
     ("sws_dist.study",),
+    ("sws_dist.cli",),
     ("sws_dist",),
     ("sws_dist.api",),
     ("sws_dist.trainer",),

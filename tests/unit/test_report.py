@@ -104,6 +104,15 @@ def test_seeds_must_have_the_same_runs(tmp_path: Path, missing: str) -> None:
     assert "has not the same runs as" in done.stderr
 
 
+def test_there_must_be_something_to_compare_with(tmp_path: Path) -> None:
+    folder = family(tmp_path / "a", 0, tuned=0.9)
+    for depth in (3, 4):
+        shutil.rmtree(folder / f"depth{depth}" / "scratch_full")
+    done = report("--runs", folder)
+    assert done.returncode == 1
+    assert "holds no depth*/scratch_full" in done.stderr
+
+
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     done = report("--runs", tmp_path)
     assert done.returncode == 1
