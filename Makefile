@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DALI ?= dali
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart study test test-fast test-gpu lint gpu-day bench docs clean help
+.PHONY: quickstart study test test-fast test-gpu test-kernels-ir lint gpu-day bench docs clean help
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test-fast: $(VENV)/ready  ## The tests that start no training: before each push
 
 test-gpu: $(VENV)/ready  ## The tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu tests/kernels
+
+test-kernels-ir: $(VENV)/ready  ## The kernels' compiler IR, run on the CPU: real bf16, races, bounds (3 minutes of a core)
+	tests/kernels_ir/run.sh
 
 lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 	$(BIN)/ruff check .
