@@ -276,6 +276,7 @@ def _costs(families: list[Family]) -> list[str]:
         "|---|--:|--:|",
         *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
         "",
+        *_without_teacher(families, bill),
         *_storage(first),
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
@@ -296,6 +297,21 @@ def _costs(families: list[Family]) -> list[str]:
         "",
         "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
         "what else a machine does only ever adds to them.",
+    ]
+
+
+def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str]:
+    """Compare the costs where the teacher was there before, so that its training is not paid for."""
+    learngene = mean(family.auxiliary["flops"] for family in families) / 1e15
+    parts = []
+    for kind in ("scratch_full", "scratch_taught"):
+        if any(kind in runs for runs in families[0].depths.values()):
+            name = _name(kind, _epochs_of(kind, families[0]))
+            teacher = mean(family.teacher["flops"] for family in families) / 1e15 if kind == "scratch_taught" else 0.0
+            parts.append(f"{name} {(bill[name] - teacher) / learngene:.1f} x as much")
+    return [
+        f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
+        "",
     ]
 
 
