@@ -48,7 +48,7 @@ def test_every_run_of_a_depth(families: list[Family]) -> None:
         sets = overrides(command)
         expanded = f"out/seed4/depth{sets['model.depth']}/expanded.safetensors"
         assert sets.get("model.initial_checkpoint") == (expanded if config(command).endswith("tuned") else None)
-        assert sets.get("train.epochs") == ("20" if config(command).endswith(("_full", "_taught")) else None)
+        assert sets.get("train.epochs") == ("10" if config(command).endswith(("_full", "_taught")) else None)
     assert len({command.done for command in commands}) == len(commands)
 
 
