@@ -44,7 +44,7 @@ make_debian() {
 python=$(find_python)
 made_of="${python:-debian} ${packages[*]} $(sha256sum <constraints.txt)"
 if [ "$(cat "$cache/made_of" 2>/dev/null)" != "$made_of" ]; then
-    rm -rf "$cache"
+    rm -rf --one-file-system "$cache" # debootstrap that was stopped may have left /proc mounted
     mkdir -p "$cache"
     [ "$(df --output=avail -BG "$cache" | tr -dc '0-9\n' | tail -1)" -ge $gigabytes ] ||
         skip "$cache has less than $gigabytes GB of free space"
