@@ -1,4 +1,8 @@
-"""Muon under every ZeRO stage, against a plain PyTorch loop with ``torch.optim.Muon`` and ``torch.optim.AdamW``."""
+"""Muon under every ZeRO stage, against a plain PyTorch loop with ``torch.optim.Muon`` and ``torch.optim.AdamW``.
+
+The iteration runs in bf16 and multiplies rounding of directions that hardly occur by hundreds, so two programs agree
+within some percent of the way that a matrix has moved; one program agrees with itself at every stage far better.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ from sws_dist.zero.partition import fragments, master_weights
 from tests import ranks
 
 STEPS, BATCH, CLIPPING, LR = 4, 8, 0.5, 0.02
+NON_FINITE = 99
+"""A step whose gradients are NaN; it is to leave no trace."""
 OPTIM = OptimConfig(name="muon", weight_decay=0.1, momentum=0.9)
 STAGES = (0, 1, 2, 3)
 NUM_HEADS = 2
@@ -32,17 +38,19 @@ def build_model() -> Any:
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    images = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    images = torch.randn(BATCH, 3, 16, 16, generator=generator) * (torch.nan if step == NON_FINITE else 1)
     return images, torch.randint(5, (BATCH,), generator=generator)
 
 
-def train_plainly() -> dict[str, Tensor]:
+def train_plainly(split_heads: bool = True) -> dict[str, Tensor]:
     """Train without DeepSpeed. Each head's rows of a qkv weight are a parameter of their own, in the same memory."""
     model = build_model()
     matrices, muons, adams = hidden_matrices(model), [], []
     for name, p in model.named_parameters():
         if name in matrices:
-            muons += [(nn.Parameter(rows), p, i) for i, rows in enumerate(p.data.chunk(matrices[name]))]
+            muons += [
+                (nn.Parameter(rows), p, i) for i, rows in enumerate(p.data.chunk(matrices[name] if split_heads else 1))
+            ]
         else:
             is_decayed = name in ("patch_embed.proj.weight", "head.weight")
             adams.append({"params": [p], "weight_decay": 0.1 if is_decayed else 0.0})
@@ -82,7 +90,7 @@ def _train(stage: int, precision: str) -> dict[str, Any]:
     counts, original = [], muon.orthogonalize
     muon.orthogonalize = lambda matrices: counts.append(len(matrices)) or original(matrices)
     norms = []
-    for step in range(STEPS):
+    for step in (0, NON_FINITE, *range(1, STEPS)):
         images, labels = (part.chunk(2) for part in batch_of(step))
         for group in engine.optimizer.param_groups:
             group["lr"] = LR
@@ -91,8 +99,9 @@ def _train(stage: int, precision: str) -> dict[str, Any]:
             engine.backward(nn.functional.cross_entropy(engine(images[own].to(_dtype(engine))).float(), labels[own]))
             result = take_step(engine)
         assert result is not None
-        assert result.applied
-        norms.append(float(result.grad_norm or 0))
+        assert result.applied == (step != NON_FINITE)
+        if result.applied:
+            norms.append(float(result.grad_norm or 0))
     muon.orthogonalize = original
     masters = master_weights(engine)
     pieces = [(p.name, p.start, p.of(masters).clone()) for p in fragments(engine)]
@@ -128,9 +137,71 @@ def plain() -> dict[str, Tensor]:
     return train_plainly()
 
 
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> float:
+    """Return how far a weight is off, as a share of the way that it has moved."""
+    start = dict(build_model().named_parameters())[name]
+    return float((found[name] - expected[name]).norm() / (expected[name] - start).norm())
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_equal_plain_pytorch(trained: Any, plain: dict[str, Tensor], world: int, stage: int) -> None:
-    found = whole_weights(trained[world, stage, "fp32"])
-    for name, expected in plain.items():
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-1, msg=lambda m, name=name: f"{name}: {m}")
+    found, matrices = whole_weights(trained[world, stage, "fp32"]), hidden_matrices(build_model())
+    far = {name: d for name in plain if (d := distance(found, plain, name)) > (0.15 if name in matrices else 2e-3)}
+    assert not far
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_takes_the_steps_of_stage_0(trained: Any, stage: int, precision: str) -> None:
+    found, expected = (whole_weights(trained[2, s, precision]) for s in (stage, 0))
+    assert max(distance(found, expected, name) for name in expected) < 0.02
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_follows_fp32(trained: Any, stage: int) -> None:
+    found, expected = (whole_weights(trained[2, stage, precision]) for precision in ("bf16", "fp32"))
+    assert max(distance(found, expected, name) for name in hidden_matrices(build_model())) < 0.5
+
+
+def test_the_comparison_can_fail(plain: dict[str, Tensor]) -> None:
+    """Negative control: the iteration over all heads at once is far outside the tolerance."""
+    assert distance(train_plainly(split_heads=False), plain, "blocks.0.attn.qkv.weight") > 0.3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_matrix_is_orthogonalised_once_a_step(trained: Any, stage: int, precision: str) -> None:
+    """On one rank each; on two, below stage 3, only those that are cut in two are on both. Accumulation adds none."""
+    blocks = sorted(hidden_matrices(build_model()).values())
+    alone = trained[1, stage, precision][0]["counts"]
+    assert sorted(alone) == sorted(blocks * STEPS)
+    both = [len(own["counts"]) for own in trained[2, stage, precision]]
+    if stage in (0, 3):
+        assert both == [len(alone)] * 2
+    else:
+        assert len(alone) <= sum(both) <= len(alone) + STEPS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_norm_is_that_of_the_gradient(trained: Any, stage: int) -> None:
+    model = build_model()
+    images, labels = batch_of(0)
+    nn.functional.cross_entropy(model(images), labels).backward()
+    expected = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    assert expected > CLIPPING
+    assert trained[2, stage, "fp32"][0]["norms"][0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 32), (2, 40, 12)])
+def test_orthogonalising_gives_what_torch_gives(shape: tuple[int, ...]) -> None:
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    for found, matrix in zip(muon.orthogonalize(matrices), matrices, strict=True):
+        expected = _zeropower_via_newtonschulz(matrix, muon.COEFFICIENTS, muon.ITERATIONS, 1e-7)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+        values = torch.linalg.svdvals(found.float())
+        assert values.min() > 0.3
+        assert values.max() < 1.3

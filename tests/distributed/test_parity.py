@@ -19,9 +19,10 @@ from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
 from sws_dist.distill.teacher import load_teacher
 from sws_dist.learngene.elastic import ElasticDepth
+from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.optim import parameter_groups
 from sws_dist.seed import seed_everything
 from tests import runs
 from tests.launching import Job, losses

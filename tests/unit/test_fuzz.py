@@ -42,8 +42,8 @@ from sws_dist.distill.teacher import load_teacher
 from sws_dist.distributed.init import close_distributed
 from sws_dist.errors import RunError, Stopped
 from sws_dist.learngene.file import describe_model
+from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import SWSVisionTransformer, create_model
-from sws_dist.optim import LRSchedule
 from sws_dist.zero import config as deepspeed_config
 from sws_dist.zero import schema as deepspeed_schema
 from tests.unit import images

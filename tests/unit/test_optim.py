@@ -7,8 +7,9 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from sws_dist.config.schema import OptimConfig
+from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import create_model
-from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.optim import parameter_groups
 
 
 def test_biases_norms_and_positions_do_not_decay() -> None:
