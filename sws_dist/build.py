@@ -25,6 +25,7 @@ from sws_dist.checkpoint.checkpoint import (
     set_aside_newer,
     verify,
 )
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
@@ -40,7 +41,6 @@ from sws_dist.distributed.nonfinite import NonFiniteGuard
 from sws_dist.errors import RunError
 from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion, prepare_expansion
 from sws_dist.logging.recorder import Recorder
-from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.provenance import collect_provenance

@@ -1,6 +1,6 @@
 """Run the training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
 
-What a step does is a function of its number (see ``data/sampler.py``, ``lr_schedule.py``, ``data/mixup.py``),
+What a step does is a function of its number (see ``data/sampler.py``, ``config/lr_schedule.py``, ``data/mixup.py``),
 so a run that is stopped and resumed takes the steps that it would have taken.
 """
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sws_dist.config.loader import load_config, marked_keys, valid_keys
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import IS_PATH, MAY_CHANGE, RunConfig
 from sws_dist.errors import ConfigError
-from sws_dist.lr_schedule import LRSchedule
 from sws_dist.text import read_text
 
 CLIPPING = "gradient_clipping"

@@ -274,8 +274,9 @@ def test_a_stable_checkpoint_goes_on_to_another_length(short: Job, tmp_path: Pat
         assert said in done.stdout
 
 
-def test_a_model_without_blocks_is_refused(short: Job, tmp_path: Path) -> None:
-    sets = {"model": {"name": "test_resnet"}, "optim.ema_decay": None}
-    done = runs.train(Job(short.config, tmp_path / "run", short.ds, sets), ranks=1)
+def test_a_model_without_blocks_is_refused(few_digits: Path, tmp_path: Path) -> None:
+    text = f"output: unused\nmodel: {{name: test_resnet}}\ndata: {{root: {few_digits}, image_size: 32}}\n"
+    (tmp_path / "run.yaml").write_text(text + "optim: {name: muon}\ntrain: {global_batch: 16}\n")
+    done = runs.train(Job(tmp_path / "run.yaml", tmp_path / "run", {}), ranks=1)
     assert done.returncode == 1
     assert "error: optim.name: muon is for the weights of the Linear layers inside a model's blocks" in done.stdout

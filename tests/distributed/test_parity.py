@@ -14,12 +14,12 @@ from sws_dist.checkpoint.checkpoint import read_state
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.shards import ShardReader
 from sws_dist.config.loader import load_config
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
 from sws_dist.distill.teacher import load_teacher
 from sws_dist.learngene.elastic import ElasticDepth
-from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.optim import parameter_groups

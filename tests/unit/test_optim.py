@@ -6,8 +6,8 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import OptimConfig
-from sws_dist.lr_schedule import LRSchedule
 from sws_dist.models import create_model
 from sws_dist.optim import hidden_matrices, parameter_groups
 
