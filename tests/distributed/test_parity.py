@@ -168,6 +168,7 @@ def test_gradients_equal_plain_pytorch(trained: Path, plain: dict[str, Any], sta
 def test_bf16_follows_fp32_with_fp32_masters(trained: Path, plain: dict[str, Any], stage: int) -> None:
     output = trained / f"bf16-zero{stage}"
     np.testing.assert_allclose(losses(output), plain["losses"], rtol=0.05)
+    assert read_state(output / "checkpoints" / f"step-{STEPS:08d}").optimizer_steps == STEPS
     head = load_file(output / "learngene.safetensors")["head.weight"]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float()), "the saved weights are the rounded ones, not the masters"
