@@ -21,9 +21,11 @@ from sws_dist.checkpoint.checkpoint import (
     describe_layout,
     latest_valid,
     load_checkpoint,
+    read_state,
     set_aside_newer,
     verify,
 )
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
@@ -41,7 +43,6 @@ from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule
 from sws_dist.provenance import collect_provenance
 from sws_dist.run_dir import prepare_output
 from sws_dist.seed import seed_everything
@@ -136,6 +137,8 @@ def build_run(
     resumed = None
     if checkpoint is not None:
         stream = describe_stream(config, data.order, total_steps)
+        if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
+            del stream["total_steps"]
         resumed = restore_run(checkpoint, engine, ema, output, world, stream)
     global_batch = config.train.global_batch
     if config.distill.logits is not None:
@@ -155,7 +158,7 @@ def build_run(
         teacher=teacher,
         dtype=dtype,
         total_steps=total_steps,
-        lr_schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
+        lr_schedule=LRSchedule.of_run(config, data.order.epoch_size),
         loss=DistillationLoss(config.distill),
         engine=engine,
         ema=ema,
@@ -204,7 +207,10 @@ def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, An
         RunError: they differ in what a run may not change.
     """
     with raise_on_all_ranks("compare the config with the run's own"):
-        return compare_with_own_config(run_folder(checkpoint), config, ds) if checkpoint is not None else None
+        if checkpoint is None:
+            return None
+        state = read_state(checkpoint)
+        return compare_with_own_config(run_folder(checkpoint), config, ds, reached=(state.step, state.epoch_size))
 
 
 def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:

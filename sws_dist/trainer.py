@@ -1,6 +1,6 @@
 """Run the training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
 
-What a step does is a function of its number (see ``data/sampler.py``, ``optim.LRSchedule``, ``data/mixup.py``),
+What a step does is a function of its number (see ``data/sampler.py``, ``config/lr_schedule.py``, ``data/mixup.py``),
 so a run that is stopped and resumed takes the steps that it would have taken.
 """
 
@@ -224,10 +224,11 @@ class Trainer:
 
     def _prune(self) -> None:
         """Delete checkpoints that are no longer to be kept."""
-        keep = self.parts.config.checkpoint
+        keep, schedule = self.parts.config.checkpoint, self.parts.lr_schedule
+        before_decay = schedule.decay_start if schedule.is_wsd else None
         if self.parts.world.is_rank_zero:
             try:
-                prune_checkpoints(self.parts.output / "checkpoints", keep.keep_last, keep.keep_best)
+                prune_checkpoints(self.parts.output / "checkpoints", keep.keep_last, keep.keep_best, before_decay)
             except OSError as error:  # the newest checkpoint is whole: what is left of old ones costs room, no more
                 log.warning("an old checkpoint could not be deleted: %s", error)
 

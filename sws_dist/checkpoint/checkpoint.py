@@ -294,17 +294,23 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
                 if _is_unfinished(hidden):  # a kill in the middle of saving leaves one
                     _delete(hidden)
             for later in list_checkpoints(folder):
-                if int(later.name.removeprefix("step-")) > step:
+                if _step(later) > step:
                     aside = later.with_name(f"abandoned-{later.name}")
                     _delete(aside)
                     renamed.append(later.rename(aside).name)
     return renamed
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all checkpoints but the newest ``keep_last`` and the best, and what kills have left behind. For rank 0."""
+def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool, before_decay: int | None = None) -> None:
+    """Delete all checkpoints but those to keep, and what kills have left behind. For rank 0.
+
+    The newest ``keep_last`` are kept, the best if ``keep_best``, and the newest whose step is ``before_decay`` at most:
+    the run may go on from there to another length.
+    """
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
+    if before_decay is not None:
+        keep.update([c for c in checkpoints if _step(c) <= before_decay][-1:])
     if keep_best:
         scored = [(top1, c) for c in checkpoints if (top1 := _read_top1(c)) is not None]
         if scored:
@@ -337,6 +343,10 @@ def _delete(checkpoint: Path) -> None:
         file.unlink()
     with suppress(OSError):  # something of the user's is in it
         checkpoint.rmdir()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _read_top1(checkpoint: Path) -> float | None:

@@ -317,8 +317,14 @@ class OptimConfig:
     """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = Field(default=512, ge=1)
     """``lr`` is meant for this global batch and scales with it linearly; null takes ``lr`` as it is."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up the learning rate falls along a cosine over the whole run, or it stays and falls in the last
+    ``decay_epochs`` alone (``wsd``: warm-up, stable, decay). From a checkpoint before the decay a run of ``wsd`` may go
+    on with other ``epochs`` and ``decay_epochs``."""
+    decay_epochs: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Length of the decay of ``wsd`` in epochs; a fraction is allowed."""
     min_lr: float = Field(default=1e-5, ge=0, le=1000)
-    """The learning rate at the end of the cosine; never above the highest rate."""
+    """The learning rate at the end of the run; never above the highest rate."""
     warmup_lr: float = Field(default=1e-6, ge=0, le=1000)
     """The learning rate at the start of the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0, le=1_000_000)
@@ -338,6 +344,16 @@ class OptimConfig:
     def _check_ranges(self) -> OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise KeyConflictError("betas", f"optim.betas {list(self.betas)}: each has to be at least 0 and below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimConfig:
+        if (self.schedule == "wsd") != (self.decay_epochs > 0):
+            raise KeyConflictError(
+                "decay_epochs",
+                f"optim.decay_epochs {self.decay_epochs:g}: schedule wsd needs a number above 0, and cosine needs none "
+                f"(optim.schedule is {self.schedule})",
+            )
         return self
 
 
@@ -382,7 +398,8 @@ class CheckpointConfig:
     keep_last: MayChange[int] = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
     keep_best: MayChange[bool] = True
-    """Keep the checkpoint with the best validation top-1 as well."""
+    """Keep the checkpoint with the best validation top-1 as well. The last one before the decay of ``wsd`` is always
+    kept."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -403,4 +420,15 @@ class RunConfig:
     def _check_output(self) -> RunConfig:
         if not self.output.strip():
             raise KeyConflictError("output", "output is empty; give the folder that the run is to write")
+        return self
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> RunConfig:
+        warmup, decay = self.optim.warmup_epochs, self.optim.decay_epochs
+        if decay and warmup + decay > self.train.epochs:
+            raise KeyConflictError(
+                "optim.decay_epochs",
+                f"optim.decay_epochs {decay:g} and optim.warmup_epochs {warmup:g} are more than the "
+                f"{self.train.epochs} of train.epochs",
+            )
         return self

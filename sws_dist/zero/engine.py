@@ -52,6 +52,9 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
     optimizer = _optimizer(optim, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     optimizer.state.clear()  # in fp16 and bf16 DeepSpeed begins stage 0 with a step: its gradients and its lr are 0
+    if ds["zero_optimization"]["stage"] == 0 and precision_of(ds) == "fp32":
+        # DeepSpeed's own clipping fails where a skipped step has left no gradient.
+        engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(model.parameters(), engine.gradient_clipping())
     if isinstance(optimizer, Muon):
         optimizer.place_matrices(_matrix_pieces(engine, hidden_matrices(model)))
     return engine

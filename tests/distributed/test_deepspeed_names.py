@@ -26,7 +26,7 @@ IMPORTED = {
 # ZeRO stage, precision -> path from the engine (or from a parameter, or zero.Init) -> attributes.
 ENGINE = (
     "module optimizer config global_rank zero_optimization_stage gradient_accumulation_steps "
-    "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm"
+    "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm gradient_clipping clip_fp32_gradients"
 )
 FLAT = "single_partition_of_fp32_groups round_robin_bit16_groups round_robin_bit16_offsets partition_size"
 LIVE: dict[tuple[int, str], dict[str, str]] = {

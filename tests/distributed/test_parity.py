@@ -14,6 +14,7 @@ from sws_dist.checkpoint.checkpoint import read_state
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.shards import ShardReader
 from sws_dist.config.loader import load_config
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
@@ -21,7 +22,7 @@ from sws_dist.distill.teacher import load_teacher
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.optim import parameter_groups
 from sws_dist.seed import seed_everything
 from tests import runs
 from tests.launching import Job, losses
@@ -167,6 +168,7 @@ def test_gradients_equal_plain_pytorch(trained: Path, plain: dict[str, Any], sta
 def test_bf16_follows_fp32_with_fp32_masters(trained: Path, plain: dict[str, Any], stage: int) -> None:
     output = trained / f"bf16-zero{stage}"
     np.testing.assert_allclose(losses(output), plain["losses"], rtol=0.05)
+    assert read_state(output / "checkpoints" / f"step-{STEPS:08d}").optimizer_steps == STEPS
     head = load_file(output / "learngene.safetensors")["head.weight"]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float()), "the saved weights are the rounded ones, not the masters"
