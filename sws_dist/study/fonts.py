@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """What one split is drawn from."""
+    """Hold what one split is drawn from."""
 
     name: str
     seed: tuple[int, int]
