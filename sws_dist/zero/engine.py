@@ -40,7 +40,7 @@ def connect_deepspeed() -> None:
 def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> ZeroEngine:
     """Build the DeepSpeed engine around ``model``. A collective.
 
-    The trainer sets the learning rate before each step. DeepSpeed's own log is reduced to warnings.
+    The learning rate is 0 until the trainer sets it, before each step. DeepSpeed's own log is reduced to warnings.
 
     Args:
         ds: the resolved DeepSpeed config (``config.resolve_deepspeed_config``).
