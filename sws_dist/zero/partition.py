@@ -20,11 +20,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def master_weights(engine: ZeroEngine) -> list[Tensor]:
     """Return the fp32 tensors that this rank's optimizer updates, in a fixed order."""
-    return [flat.data for flat in _flats(engine)]
+    return [flat.data for flat in flat_parameters(engine)]
 
 
-def _flats(engine: ZeroEngine) -> list[Tensor]:
-    """Return the masters as the optimizer knows them: the keys of its state."""
+def flat_parameters(engine: ZeroEngine) -> list[Tensor]:
+    """Return the masters as the optimizer knows them: the keys of its state, with their gradients in a step."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return optimizer.fp32_partitioned_groups_flat
@@ -109,23 +109,29 @@ def _whole_parameters(engine: ZeroEngine) -> Iterator[Fragment]:
 def optimizer_moments(engine: ZeroEngine) -> dict[str, list[Tensor]]:
     """Return Adam's two moments, each laid out like the masters; empty before the first step."""
     inner = _inner_optimizer(engine)
-    states = [inner.state[flat] for flat in _flats(engine) if flat in inner.state]
+    states = [inner.state[flat] for flat in flat_parameters(engine) if flat in inner.state]
     return {name: [state[name] for state in states] for name in MOMENTS} if states else {}
 
 
 def optimizer_steps(engine: ZeroEngine) -> int:
     """Return the number of the optimizer's steps: fewer than the run's where fp16 skipped some."""
-    state, first = _inner_optimizer(engine).state, _flats(engine)[0]
+    state, first = _inner_optimizer(engine).state, flat_parameters(engine)[0]
     return int(state[first]["step"]) if first in state else 0
 
 
 def init_optimizer_state(engine: ZeroEngine, steps: int) -> None:
     """Give the optimizer moments of zero and a count of ``steps``, as if it had taken them."""
     inner = _inner_optimizer(engine)
-    for flat in _flats(engine):
+    for flat in flat_parameters(engine):
         # torch's fused AdamW counts on the device, DeepSpeed's optimizers count in Python.
         count = torch.tensor(float(steps), device=flat.device) if type(inner) is torch.optim.AdamW else steps
         inner.state[flat] = {"step": count} | {name: torch.zeros_like(flat.data) for name in MOMENTS}
+
+
+def inner_optimizers(engine: ZeroEngine) -> list[torch.optim.Optimizer]:
+    """Return what takes the steps: the optimizer proper, and the one of what a partial offload leaves on the GPU."""
+    second = getattr(engine.optimizer, "backup_optimizer", None)
+    return [_inner_optimizer(engine), *([] if second is None else [second])]
 
 
 def _inner_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:
