@@ -10,7 +10,7 @@ from typing import Any
 from sws_dist.build import RunParts
 from sws_dist.build_models import num_layers, training_flops
 from sws_dist.checkpoint.checkpoint import describe_layout
-from sws_dist.units import format_duration
+from sws_dist.units import format_duration, format_flop
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def log_summary(result: dict[str, Any], output: Path, weights: Path, device: str
         device: ``cuda`` or ``cpu``.
     """
     averaged = "" if result["top1_ema"] is None else f", averaged weights {100 * result['top1_ema']:.2f} %"
-    flops = "" if result["flops"] is None else f", {result['flops'] / 1e15:.3g} PFLOP"
+    flops = "" if result["flops"] is None else f", {format_flop(result['flops'])}"
     unit = "GPU" if device == "cuda" else "CPU rank"
     lines = [
         ("done", f"{result['steps']} steps, {result['images']:,} images"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,10 @@ class StepProfiler:
         self._folder, self._on_gpu = folder, device.type == "cuda"
         self._due = range(0) if steps is None else range(max(steps[0], taken.start), min(steps[1] + 1, taken.stop))
         self._profiler: Any = None
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's tracer tells standard error of its stages
         if steps is not None and not self._due:
-            log.warning(
-                f"train.profile {list(steps)}: not among the steps {taken.start} to {taken.stop - 1} to be taken"
-            )
+            now = f"{taken.start} to {taken.stop - 1}"
+            log.warning(f"train.profile {list(steps)}: nothing is traced, since this start takes the steps {now}")
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
