@@ -147,9 +147,12 @@ class Trainer:
         clock.begin(step_clock.AUGMENT)
         images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
-        clock.begin(step_clock.TEACHER)
-        teacher_logits = None if parts.teacher is None else parts.teacher.logits(images, batch)
+        teacher_logits = None
+        if parts.teacher is not None:
+            clock.begin(step_clock.TEACHER)
+            teacher_logits = parts.teacher.logits(images, batch)
         if is_first:
+            clock.begin(step_clock.OTHER)
             log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
         clock.begin(step_clock.FORWARD)
         return parts.loss(parts.engine(images), targets, teacher_logits)

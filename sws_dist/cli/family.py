@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, sws, train_command
 from sws_dist.config.paths import escape_path
+from sws_dist.progress import track
 
 RIVALS = ("scratch", "scratch_full", "scratch_taught")
 FULL_BUDGET = ("auxiliary", "fixed", "scratch_full", "scratch_taught")
@@ -109,5 +110,6 @@ def perform_side_by_side(commands: Iterable[Command], jobs: int) -> None:
     Raises:
         RunError: one failed; those that had begun were finished.
     """
+    due = list(commands)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(perform, commands))
+        list(track(pool.map(perform, due), "runs", len(due), "runs"))
