@@ -213,10 +213,8 @@ def test_steps_are_traced_and_deepspeeds_monitor_is_fed(trained: Path) -> None:
 
 
 def test_the_end_of_a_run_is_summed_up(trained: Path) -> None:
-    said, metrics = (
-        (trained / "auxiliary.txt").read_text(),
-        json.loads((trained / "auxiliary/metrics.json").read_text()),
-    )
+    said = (trained / "auxiliary.txt").read_text()
+    metrics = json.loads((trained / "auxiliary" / "metrics.json").read_text())
     summary = said[said.index("\ndone ") :].split("\n")
     assert [line.split()[0] for line in summary[1:8]] == [
         "done", "accuracy", "time", "cost", "weights", "figures", "curves",
