@@ -165,12 +165,6 @@ class ModelConfig:
                 "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
                 "false",
             )
-        if self.cuda_graphs and self.elastic is not None:
-            raise KeyConflictError(
-                "cuda_graphs",
-                "model.cuda_graphs: a graph is captured for one depth, and model.elastic draws another for each step; "
-                "set model.cuda_graphs to false",
-            )
         return self
 
 
@@ -317,8 +311,10 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer, its learning rate, and the moving average of the weights."""
 
-    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam"]] = "adamw"
-    """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
+    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam", "muon"]] = "adamw"
+    """torch's AdamW, DeepSpeed's FusedAdam (GPU), DeepSpeed's CPUAdam (for CPU offload), or Muon for the weights of
+    the Linear layers inside ``blocks`` and torch's AdamW for the rest. A resumed run may change from one Adam to
+    another."""
     lr: float = Field(default=5e-4, gt=0, le=1000)
     """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = Field(default=512, ge=1)
@@ -335,6 +331,8 @@ class OptimConfig:
     """Adam's averaging factors of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0, le=1)
     """Added to Adam's denominator."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's averaging factor of the gradient."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null keeps none."""
 
@@ -362,7 +360,10 @@ class TrainConfig:
     eval_every: MayChange[int] = Field(default=1, ge=1)
     """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
     eval_depths: MayChange[tuple[int, ...]] = ()
-    """Further depths at which an auxiliary model is scored in each evaluation, as if it had been expanded to them."""
+    """Further depths at which a model of ours is scored in each evaluation, as if it had been expanded to them."""
+    eval_plan: MayChange[Literal["even", "proportional", "spaced"] | None] = None
+    """The expansion plan of ``eval_depths``; null takes that of ``model.elastic``, else ``even``. Only ``spaced`` may
+    leave layers out, so that a model whose layers share no weights can be scored below its own depth."""
     eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: MayChange[int] = Field(default=50, ge=1)

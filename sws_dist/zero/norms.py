@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
-from sws_dist.zero.partition import flat_parameters, fragments, inner_optimizers, master_weights
+from sws_dist.zero.partition import fragments, inner_optimizers, master_keys, master_weights
 from sws_dist.zero.protocol import ZeroEngine
 
 _PART = re.compile(r"[^.]+(\.\d+)?")
@@ -44,12 +44,14 @@ class NormMeter:
         self._device = next(engine.module.parameters()).device
         self._is_armed = False
         self._squares: Tensor | None = None
+        self._counted: set[int] = set()
         for optimizer in inner_optimizers(engine):
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._add_gradients(optimizer))
 
     def arm(self) -> None:
         """Measure the gradient of the step that follows."""
         self._is_armed, self._squares = True, None
+        self._counted.clear()
 
     def gradient_norms(self, grad_norm: float | None) -> dict[str, float]:
         """Return the norm of each part of the gradient, before clipping; empty if the step was not taken. A collective.
@@ -72,8 +74,9 @@ class NormMeter:
     def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradients that ``optimizer`` is about to use: DeepSpeed steps one group of them after another."""
         if self._is_armed:
-            due = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
-            flats = flat_parameters(self._engine)
+            due = {id(flat) for group in optimizer.param_groups for flat in group["params"]} - self._counted
+            self._counted |= due  # Muon's step ends in AdamW's, which may call the hook once more
+            flats = master_keys(self._engine)
             squares = self._sum_squares([flat.grad if id(flat) in due else None for flat in flats])
             self._squares = squares if self._squares is None else self._squares + squares
 
