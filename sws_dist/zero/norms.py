@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
-from sws_dist.zero.partition import fragments, inner_optimizers, master_keys, master_weights
+from sws_dist.zero.partition import fragments, inner_optimizers, master_keys
 from sws_dist.zero.protocol import ZeroEngine
 
 _PART = re.compile(r"[^.]+(\.\d+)?")
@@ -40,7 +40,7 @@ class NormMeter:
         self._engine = engine
         self._clipping = float(engine.config.get("gradient_clipping", 0.0))
         self._parts = sorted({part_of(name) for name, _ in engine.module.named_parameters()}, key=_natural)
-        self._fragments = fragments(engine)
+        self._masters, self._fragments = list(master_keys(engine)), fragments(engine)
         self._device = next(engine.module.parameters()).device
         self._is_armed = False
         self._squares: Tensor | None = None
@@ -69,15 +69,14 @@ class NormMeter:
 
     def weight_norms(self) -> dict[str, float]:
         """Return the norm of each part of the weights. A collective."""
-        return self._root_of_sum(self._sum_squares(master_weights(self._engine)))
+        return self._root_of_sum(self._sum_squares([flat.data for flat in self._masters]))
 
     def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradients that ``optimizer`` is about to use: DeepSpeed steps one group of them after another."""
         if self._is_armed:
             due = {id(flat) for group in optimizer.param_groups for flat in group["params"]} - self._counted
             self._counted |= due  # Muon's step ends in AdamW's, which may call the hook once more
-            flats = master_keys(self._engine)
-            squares = self._sum_squares([flat.grad if id(flat) in due else None for flat in flats])
+            squares = self._sum_squares([flat.grad if id(flat) in due else None for flat in self._masters])
             self._squares = squares if self._squares is None else self._squares + squares
 
     @torch.no_grad()
