@@ -28,6 +28,7 @@ from sws_dist.learngene.expand import expand_learngene, plan_layers
 from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.image_size import require_image_size
+from sws_dist.progress import track
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
 
 __all__ = ["evaluate", "expand", "train"]
@@ -206,18 +207,19 @@ def evaluate(
         log.warning(line)
     modes = {module: module.training for module in scored.modules()}
     scored.to(world.device).eval()
-    bad = BadImages(images.bad)
+    dtype, bad = next(scored.parameters()).dtype, BadImages(images.bad)
     batches = sampler.eval_batches(len(images), world.rank, world.size, batch_size)
     loader = pipeline.eval_loader(images, batches, config, world.device, bad)
-    kept: list[Predictions] | None = None if predictions is None else []
+    kept: list[Predictions] = []
+    keep = None if predictions is None else lambda batch, logits: kept.append(Predictions.of(batch, logits))
     try:
-        scores = score_batches(scored, loader, next(scored.parameters()).dtype, kept)
+        scores = score_batches(scored, track(loader, "evaluating", len(batches), "batches"), dtype, keep)
     finally:
         for module, mode in modes.items():
             module.training = mode
     for line in bad.exchange(world.device, 0, len(images), config.max_bad_share):
         log.warning(line)
-    if kept is not None and predictions is not None:
+    if predictions is not None:
         gathered = gather_on_rank0(kept)
         with raise_on_all_ranks("write the predictions"):
             if gathered is not None:

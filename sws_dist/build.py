@@ -49,6 +49,7 @@ from sws_dist.seed import seed_everything
 from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
+from sws_dist.zero.monitor import Monitors, open_monitors
 from sws_dist.zero.protocol import ZeroEngine
 from sws_dist.zero.schema import check_against_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
@@ -146,6 +147,8 @@ def build_run(
             left = range((resumed.state.step if resumed else 0) * global_batch, total_steps * global_batch)
             micro_batch = global_batch // (engine.gradient_accumulation_steps() * world.size)
             teacher = open_stored_teacher(config, train, data.order.epoch_size, left, micro_batch, world)
+    with raise_on_all_ranks("start the monitors"):
+        monitors = open_monitors(ds, global_batch, output)
     return RunParts(
         config=config,
         ds=ds,
@@ -163,7 +166,7 @@ def build_run(
         engine=engine,
         ema=ema,
         resumed=resumed,
-        recorder=build_recorder(output, resumed, total_steps, world),
+        recorder=build_recorder(output, resumed, world, monitors),
         nonfinite=NonFiniteGuard(
             config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
         ),
@@ -304,13 +307,14 @@ def count_steps(config: RunConfig, order: TrainOrder) -> int:
     return total_steps
 
 
-def build_recorder(output: Path, resumed: Resumed | None, total_steps: int, world: World) -> Recorder:
+def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:
     """Build what records the run's numbers, from where the checkpoint is."""
+    follow = None if monitors is None else monitors.write
     if resumed is None:
-        return Recorder(output, world.is_rank_zero, total_steps)
+        return Recorder(output, world.is_rank_zero, follow=follow)
     step, history = resumed.state.step, resumed.state.history
     is_evaluated = bool(history) and history[-1]["step"] == step
-    return Recorder(output, world.is_rank_zero, total_steps, step, is_evaluated)
+    return Recorder(output, world.is_rank_zero, step, is_evaluated, follow)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------

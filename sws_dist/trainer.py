@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,27 @@ import torch
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.build import RunParts, describe_stream
-from sws_dist.build_models import num_layers, training_flops
 from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
 from sws_dist.config.schema import DistillConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
+from sws_dist.distributed import step_clock
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.signals import deferred_signals
+from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
-from sws_dist.distributed.step_timer import DATA, LOG
+from sws_dist.distributed.step_timer import DATA
 from sws_dist.errors import RunError, Stopped
 from sws_dist.logging.images import log_first_batch
+from sws_dist.logging.peaks import describe_peak
 from sws_dist.logging.startup import RunHeader, log_run_header
-from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
+from sws_dist.logging.throughput import SlowStepDetector
 from sws_dist.models.losses import LossParts
+from sws_dist.results import collect_results, log_summary
 from sws_dist.run_dir import write_configs
-from sws_dist.validation import OWN, log_bad_images, score_run
+from sws_dist.validation import OWN, score_run
+from sws_dist.watch import StepWatch
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
 
 log = logging.getLogger(__name__)
@@ -57,8 +62,8 @@ class Trainer:
             self._seconds_before, self._checkpoint = state.seconds, parts.resumed.checkpoint
         config = parts.config.train
         self._last_step = min(parts.total_steps, config.max_steps or parts.total_steps)
+        self._watch = StepWatch(parts, range(self.step + 1, self._last_step + 1))
         self._loader = self._build_loader()
-        self._window = LogWindow(config.global_batch, parts.world.size)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -71,44 +76,42 @@ class Trainer:
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``distributed/signals.py``).
         """
-        with deferred_signals(), self.parts.heartbeat.monitoring():
+        with deferred_signals(), self.parts.heartbeat.monitoring(), closing(self._watch) as watch:
             try:
                 self._log_start()
                 self._prune()  # a kill after saving leaves one checkpoint too many
-                self._train()
+                self._train(watch)
                 return self._finish() if self.step == self.parts.total_steps else None
             finally:
                 self.parts.recorder.close()
 
-    def _train(self) -> None:
+    def _train(self, watch: StepWatch) -> None:
         heartbeat, batches = self.parts.heartbeat, iter(self._loader)
         sync = StepSync([self._require_no_failure, self.parts.nonfinite.check, SlowStepDetector().check])
         self._run_pending_evaluation()
         heartbeat.finish_step()
-        self._window.reset()
+        watch.reset()
         while self.step < self._last_step:
-            losses = self._train_step(batches)
+            with watch.step(self.step + 1):
+                losses = self._train_step(batches, watch.clock)
             stop = sync.collect()  # of the step before
             self.step += 1
             heartbeat.step = self.step
             times = heartbeat.finish_step()
             failed = self._failure() is not None
             sync.post(self.step, losses.total, times, applied=self._result.applied, failed=failed)
-            self._window.add(losses, times.data)
-            self.parts.recorder.advance()
-            if self.step % self.parts.config.train.log_every == 0 or self.step == self._last_step:
-                self._log_step()
+            watch.finish_step(self.step, losses, times.data, self._result.grad_norm)
             if stop or self._ends_epoch() or self.step == self._last_step:
                 stop = sync.collect() or stop
                 self._evaluate_and_save(stop)
-                self._window.reset()
+                watch.reset()
                 heartbeat.finish_step()
         if self.step < self.parts.total_steps:
             log.info(
                 f"stopped at step {self.step} of {self.parts.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[Batch]) -> LossParts:
+    def _train_step(self, batches: Iterator[Batch], clock: StepClock) -> LossParts:
         """Take one optimizer step. Returns the losses' means over this rank's micro-batches."""
         parts, engine = self.parts, self.parts.engine
         losses: list[LossParts] = []
@@ -120,28 +123,38 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = parts.lr_schedule(self.step)
         for _ in range(engine.gradient_accumulation_steps()):
+            clock.begin(step_clock.DATA)
             with parts.heartbeat.phase(DATA):
-                batch = next(batches)
+                batch = next(batches)  # from decoding on, the clock counts step_clock.TO_DEVICE
             seen.append(batch.indices)
-            losses.append(self._compute_losses(batch, is_first=self.step == 0 and not losses))
+            losses.append(self._compute_losses(batch, clock, is_first=self.step == 0 and not losses))
+            clock.begin(step_clock.BACKWARD)
             engine.backward(losses[-1].total)
+            clock.begin(step_clock.OPTIMIZER)
             result = take_step(engine)
             if result is not None:  # the last micro-batch of the step
                 self._result = result
         if parts.ema is not None and self._result.applied:
             parts.ema.update()
+        clock.begin(step_clock.OTHER)
         parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
         return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 
-    def _compute_losses(self, batch: Batch, is_first: bool) -> LossParts:
+    def _compute_losses(self, batch: Batch, clock: StepClock, is_first: bool) -> LossParts:
         """Augment one micro-batch on the device, and compute its losses."""
         parts, config = self.parts, self.parts.config
+        clock.begin(step_clock.AUGMENT)
         images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
-        teacher_logits = None if parts.teacher is None else parts.teacher.logits(images, batch)
+        teacher_logits = None
+        if parts.teacher is not None:
+            clock.begin(step_clock.TEACHER)
+            teacher_logits = parts.teacher.logits(images, batch)
         if is_first:
+            clock.begin(step_clock.OTHER)
             log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
+        clock.begin(step_clock.FORWARD)
         return parts.loss(parts.engine(images), targets, teacher_logits)
 
     # ---- evaluating and saving -----------------------------------------------------------------------------------
@@ -181,7 +194,7 @@ class Trainer:
         Returns:
             The weights' top-1 at the model's own depth, or None if the run was told to stop meanwhile.
         """
-        scores = score_run(self.parts)
+        scores = score_run(self.parts, self.step)
         if scores is None:
             return None
         values = {
@@ -249,42 +262,16 @@ class Trainer:
         result = None
         with raise_on_all_ranks("write the results"):
             if parts.world.is_rank_zero:
-                result, train = self._results(), parts.config.train
+                result = collect_results(parts, self.history, self.best_top1, self._elapsed_s())
+                train = parts.config.train
                 atomic_write_json(parts.output / "metrics.json", result)
                 settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.lr_schedule.peak}
                 settings |= {"epochs": train.epochs, "batch": train.global_batch}
-                parts.recorder.hparams(settings, {"final/top1": result["top1"]})
+                parts.recorder.hparams(settings, {"val/top1": result["top1"]})
                 if parts.recorder.failure is not None:
                     raise parts.recorder.failure
-                log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
+                log_summary(result, parts.output, parts.output / f"{name}.safetensors", parts.world.device.type)
         return broadcast_from_rank0(result)
-
-    def _results(self) -> dict[str, Any]:
-        """Return what ``metrics.json`` holds."""
-        parts, train, models = self.parts, self.parts.config.train, self.parts.models
-        num_images, last = parts.total_steps * train.global_batch, self.history[-1]
-        return {
-            "model": parts.config.model.name,
-            "depth": num_layers(parts.models.student),
-            "parameters": parts.models.num_parameters,
-            "top1": last["val/top1"],
-            "top5": last["val/top5"],
-            "top1_ema": last.get("val_ema/top1"),
-            "best_top1": self.best_top1,
-            "history": self.history,
-            "seed": train.seed,
-            "epochs": train.epochs,
-            "steps": parts.total_steps,
-            "images": num_images,
-            "validation_images": len(parts.data.val),
-            "seconds": self._elapsed_s(),
-            "rank_seconds": round(self._elapsed_s() * parts.world.size, 3),
-            "flops_forward": models.flops.student,
-            "flops_teacher": models.flops.teacher,
-            "flops": training_flops(models, parts.total_steps, train.global_batch),
-            **describe_layout(parts.engine, parts.world),
-            **parts.provenance,
-        }
 
     # ---- logging -------------------------------------------------------------------------------------------------
 
@@ -308,30 +295,9 @@ class Trainer:
             zero_stage=layout["zero_stage"],
             precision=layout["precision"],
             kernels=parts.models.kernels,
+            peak=describe_peak(parts.world.device, parts.dtype),
         )
         log_run_header(header, parts.data.train, parts.data.val)
-
-    def _log_step(self) -> None:
-        """Write a line of the log about the steps since the last one. A collective."""
-        parts = self.parts
-        with parts.heartbeat.phase(LOG):
-            means = self._window.means()
-            epoch = (self.step * parts.config.train.global_batch - 1) // parts.data.order.epoch_size
-            log_bad_images(parts, parts.data.bad_train, epoch, parts.data.order.epoch_size)
-            if means is None:
-                return
-            grad_norm = self._result.grad_norm
-            now = Progress(
-                step=self.step,
-                total_steps=parts.total_steps,
-                images_left=(parts.total_steps - self.step) * parts.config.train.global_batch,
-                lr=parts.lr_schedule(self.step - 1),
-                grad_norm=math.nan if grad_norm is None else float(grad_norm),
-                num_bad_images=len(parts.data.bad_train),
-                is_distilled=parts.teacher is not None,
-            )
-            log_progress(parts.recorder, means, now, parts.world.device)
-            self._window.reset()
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -347,9 +313,11 @@ class Trainer:
             for micro in micros
         )
         data, seed = parts.data, config.train.seed
-        return pipeline.train_loader(
+        loader = pipeline.train_loader(
             data.train, data.order, positions, data.recipe, seed, config.data, parts.world.device, data.bad_train
         )
+        loader.before_transfer = partial(self._watch.clock.begin, step_clock.TO_DEVICE)
+        return loader
 
     def _ends_epoch(self, every: int = 1) -> bool:
         """Return True if the step that was just taken completed a number of epochs that ``every`` divides.

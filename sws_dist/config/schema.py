@@ -31,6 +31,8 @@ DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", 
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
+MAX_TRACED = 100
+"""At most this many steps are traced: each takes megabytes."""
 MAX_LAYERS = 1000
 """An image passes through at most so many layers."""
 
@@ -387,6 +389,19 @@ class TrainConfig:
     skip_nonfinite: MayChange[int] = Field(default=0, ge=0)
     """Number of steps in a row that may be skipped, with weights and averages untouched, because their loss or
     gradient is infinite or NaN; one more stops the run."""
+    profile: MayChange[tuple[int, int] | None] = None
+    """First and last step, as the log counts them, that torch's profiler traces on rank 0 (``[20, 22]``); the trace is
+    written to ``profile/`` in the run's folder."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> TrainConfig:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + MAX_TRACED:
+            raise KeyConflictError(
+                "profile",
+                f"train.profile {list(self.profile)}: expected the first and the last step, from 1 on, "
+                f"{MAX_TRACED} steps at most",
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -23,6 +23,7 @@ from sws_dist.models import create_model
 from sws_dist.optim import hidden_matrices
 from sws_dist.zero import muon
 from sws_dist.zero.engine import build_engine, connect_deepspeed, take_step
+from sws_dist.zero.norms import NormMeter
 from sws_dist.zero.partition import fragments, master_weights
 from tests import ranks, runs
 from tests.distributed.reshard_worker import reshard
@@ -96,6 +97,8 @@ def _train(stage: int, precision: str) -> dict[str, Any]:
     engine = build_engine(build_model(), ds, OPTIM)
     counts, original = [], muon.orthogonalize
     muon.orthogonalize = lambda matrices: counts.append(len(matrices)) or original(matrices)
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # from now on torch calls hooks in AdamW's step and in Muon's
+    meter = NormMeter(engine)
     norms = []
     for step in (0, NON_FINITE, *range(1, STEPS)):
         images, labels = (part.chunk(2) for part in batch_of(step))
@@ -104,11 +107,14 @@ def _train(stage: int, precision: str) -> dict[str, Any]:
         for micro in range(accumulation):
             own = micro * world + torch.distributed.get_rank()
             engine.backward(nn.functional.cross_entropy(engine(images[own].to(_dtype(engine))).float(), labels[own]))
+            meter.arm()
             result = take_step(engine)
         assert result is not None
         assert result.applied == (step != NON_FINITE)
         if result.applied:
             norms.append(float(result.grad_norm or 0))
+            parts = meter.gradient_norms(norms[-1])
+            assert sum(norm**2 for norm in parts.values()) ** 0.5 == pytest.approx(norms[-1], rel=1e-2)
     muon.orthogonalize = original
     masters = master_weights(engine)
     pieces = [(p.name, p.start, p.of(masters).clone()) for p in fragments(engine)]
