@@ -126,7 +126,7 @@ def find_hang(records: Mapping[int, list[Collective]], world_size: int) -> str |
     """Find the collective that the ranks hang in.
 
     Args:
-        records: rank -> its latest collectives; ranks that have left none are missing.
+        records: rank -> its latest collectives, in their order; ranks that have left none are missing.
 
     Returns:
         A sentence: where the ranks' collectives differ, or which one some ranks came to and others did not.
@@ -138,8 +138,37 @@ def find_hang(records: Mapping[int, list[Collective]], world_size: int) -> str |
     for by_rank in groups.values():
         if (difference := _find_difference(by_rank)) is not None:
             return difference
-    missing = set(range(world_size)) - records.keys()
-    return next(filter(None, (_find_stragglers(by_rank, missing) for by_rank in groups.values())), None)
+    first_open = [next((each for each in record if not each.finished), None) for record in records.values()]
+    # After a lost connection there may be none that is not finished.
+    hung = list(filter(None, first_open)) or [record[-1] for record in records.values() if record]
+    if not hung:
+        return None
+    missing = sorted(set(range(world_size)) - records.keys())
+    found = [_Hang.at(each, groups[each.group], missing) for each in sorted(hung, key=lambda each: each.number)]
+    if behind := [each for each in found if each.behind]:
+        return str(behind[0])
+    return str(found[0]) if missing or any(first_open) else None
+
+
+@dataclass(frozen=True)
+class _Hang:
+    """A collective, and the ranks that came to it, that are behind, and of which nothing is known."""
+
+    collective: Collective
+    came: list[int]
+    behind: list[int]
+    missing: list[int]
+
+    @classmethod
+    def at(cls, collective: Collective, by_rank: Mapping[int, list[Collective]], missing: list[int]) -> _Hang:
+        came = [rank for rank, record in by_rank.items() if record[-1].number >= collective.number]
+        return cls(collective, came, sorted(by_rank.keys() - set(came)), missing)
+
+    def __str__(self) -> str:
+        parts = [f"{_name_ranks(self.came)} came to {self.collective}"]
+        parts += [f"{_name_ranks(self.behind)} did not"] if self.behind else []
+        parts += [f"{_name_ranks(self.missing)} left no record"] if self.missing else []
+        return ", ".join(parts)
 
 
 def _find_difference(by_rank: Mapping[int, list[Collective]]) -> str | None:
@@ -156,21 +185,6 @@ def _find_difference(by_rank: Mapping[int, list[Collective]]) -> str | None:
             parts = [f"{_name_ranks(ranks)} in {found[ranks[0]]}" for ranks in ranks_of.values()]
             return f"the ranks are in different collectives: {', '.join(parts)}"
     return None
-
-
-def _find_stragglers(by_rank: Mapping[int, list[Collective]], missing: set[int]) -> str | None:
-    """Describe the collective of a group that some ranks came to and others did not."""
-    waiting = [each for record in by_rank.values() for each in record if not each.finished]
-    hung = min(waiting, key=lambda each: each.number, default=None)
-    if hung is None:  # after a lost connection none is left unfinished
-        hung = max((record[-1] for record in by_rank.values()), key=lambda each: each.number)
-    came = [rank for rank, record in by_rank.items() if record[-1].number >= hung.number]
-    behind = sorted(by_rank.keys() - set(came))
-    parts = [f"{_name_ranks(behind)} did not"] if behind else []
-    parts += [f"{_name_ranks(sorted(missing))} left no record"] if missing else []
-    if parts:
-        return f"{_name_ranks(came)} came to {hung}, {', '.join(parts)}"
-    return None if hung.finished else f"all ranks came to {hung}"
 
 
 def _name_ranks(ranks: list[int], most: int = 8) -> str:

@@ -46,7 +46,7 @@ def test_nothing_is_said_of_ranks_that_have_finished_the_same() -> None:
         (
             {0: record(*STEP, open_from=3), 1: record(*STEP, open_from=3)},
             2,
-            "all ranks came to all_reduce number 3 of Float[4] (all_reduce_it at a/b.py:3)",
+            "ranks 0, 1 came to all_reduce number 3 of Float[4] (all_reduce_it at a/b.py:3)",
         ),
         (  # the records begin where torch's memory begins
             {0: record(*STEP, first=8), 1: record("all_reduce", "all_reduce", first=9)},
@@ -73,6 +73,12 @@ def test_groups_are_counted_apart() -> None:
     theirs = record(*STEP[:2]) + record("broadcast", group="2 pairs")
     found = find_hang({0: mine, 1: yours, 2: theirs}, 3)
     assert found == "ranks 0, 1 came to all_reduce number 3 of Float[4] (all_reduce_it at a/b.py:3), rank 2 did not"
+
+
+def test_the_group_that_is_waited_for_is_named_whatever_came_last_in_another() -> None:
+    mine = record(*STEP) + record("broadcast", group="1 pairs", open_from=1)
+    wanted = "rank 0 came to broadcast number 1 of Float[4] (broadcast_it at a/b.py:1), rank 1 left no record"
+    assert find_hang({0: mine}, 2) == wanted
 
 
 def test_tensors_may_differ_where_a_collective_allows_it() -> None:
