@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from sws_dist.data.sampler import TrainOrder
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
@@ -114,8 +116,9 @@ def build_run(
         check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
     dtype = DTYPES[precision_of(ds)]
     output = prepare_output(config, resume, world)
+    flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
     with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
     provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
     own = load_own_config(checkpoint, config, ds)

@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.build import RunParts, describe_stream
-from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
+from sws_dist.checkpoint.checkpoint import describe_layout, export_weights
+from sws_dist.checkpoint.writer import CheckpointWriter
 from sws_dist.config.schema import DistillConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.loader import Batch, Loader
@@ -29,7 +29,7 @@ from sws_dist.distributed.collectives import average_buffers, broadcast_from_ran
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
-from sws_dist.distributed.step_timer import DATA
+from sws_dist.distributed.step_timer import DATA, SAVE
 from sws_dist.errors import RunError, Stopped
 from sws_dist.logging.images import log_first_batch
 from sws_dist.logging.peaks import describe_peak
@@ -54,16 +54,25 @@ class Trainer:
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
         self._seconds_before, self._start = 0.0, time.perf_counter()
-        self._checkpoint: Path | None = None
         self._result = StepResult(applied=False, grad_norm=None)
         if parts.resumed is not None:
             state = parts.resumed.state
             self.step, self.best_top1, self.history = state.step, state.best_top1, list(state.history)
-            self._seconds_before, self._checkpoint = state.seconds, parts.resumed.checkpoint
+            self._seconds_before = state.seconds
         config = parts.config.train
         self._last_step = min(parts.total_steps, config.max_steps or parts.total_steps)
         self._watch = StepWatch(parts, range(self.step + 1, self._last_step + 1))
         self._loader = self._build_loader()
+        schedule = parts.lr_schedule
+        self._checkpoints = CheckpointWriter(
+            parts.output / "checkpoints",
+            parts.engine,
+            parts.ema,
+            parts.world,
+            parts.config.checkpoint,
+            newest=parts.resumed.checkpoint if parts.resumed else None,
+            before_decay=schedule.decay_start if schedule.is_wsd else None,
+        )
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -79,15 +88,20 @@ class Trainer:
         with deferred_signals(), self.parts.heartbeat.monitoring(), closing(self._watch) as watch:
             try:
                 self._log_start()
-                self._prune()  # a kill after saving leaves one checkpoint too many
+                self._checkpoints.prune()  # a kill after saving leaves one checkpoint too many
                 self._train(watch)
                 return self._finish() if self.step == self.parts.total_steps else None
+            except Exception as error:
+                if isinstance(error, RunError) or self.parts.world.size == 1:  # all ranks are here
+                    self._checkpoints.complete_after_failure()
+                raise
             finally:
                 self.parts.recorder.close()
 
     def _train(self, watch: StepWatch) -> None:
         heartbeat, batches = self.parts.heartbeat, iter(self._loader)
-        sync = StepSync([self._require_no_failure, self.parts.nonfinite.check, SlowStepDetector().check])
+        checks = [self._checkpoints.check, self._require_no_failure, self.parts.nonfinite.check]
+        sync = StepSync([*checks, SlowStepDetector().check])
         self._run_pending_evaluation()
         heartbeat.finish_step()
         watch.reset()
@@ -98,8 +112,9 @@ class Trainer:
             self.step += 1
             heartbeat.step = self.step
             times = heartbeat.finish_step()
-            failed = self._failure() is not None
-            sync.post(self.step, losses.total, times, applied=self._result.applied, failed=failed)
+            failed = self._failure() is not None or self._checkpoints.has_failed
+            applied, writing = self._result.applied, self._checkpoints.is_writing
+            sync.post(self.step, losses.total, times, applied=applied, failed=failed, writing=writing)
             watch.finish_step(self.step, losses, times.data, self._result.grad_norm)
             if stop or self._ends_epoch() or self.step == self._last_step:
                 stop = sync.collect() or stop
@@ -181,10 +196,10 @@ class Trainer:
         if stop is None and self._evaluation_due():
             top1 = self._evaluate()
             stop = "during the evaluation" if top1 is None else None
-        epoch, config = self._num_epochs(self.step), self.parts.config
+        config = self.parts.config
         is_last = self.step in (self.parts.total_steps, config.train.max_steps)
         if stop or is_last or self._ends_epoch(config.checkpoint.every):
-            self._save(epoch, top1)
+            self._save(top1, wait=stop is not None or self.step >= self._last_step)
         if stop:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
@@ -211,15 +226,16 @@ class Trainer:
         )
         return val.top1
 
-    def _save(self, epoch: int, top1: float | None) -> None:
+    def _save(self, top1: float | None, wait: bool) -> None:
+        """Save the run; without ``wait`` a thread writes while training goes on. A collective."""
         parts = self.parts
         state = {
             "step": self.step,
-            "epoch": epoch,
+            "epoch": self._num_epochs(self.step),
             "seconds": self._elapsed_s(),
             "top1": top1,
             "best_top1": self.best_top1,
-            "history": self.history,
+            "history": list(self.history),
         } | describe_stream(parts.config, parts.data.order, parts.total_steps)
         if not all_weights_finite(parts.engine):
             raise RunError(
@@ -230,20 +246,8 @@ class Trainer:
         last_top1 = self.history[-1]["val/top1"] if self.history else None
         provenance = parts.models.info.provenance | {"step": self.step, "top1": last_top1}
         info = dataclasses.replace(parts.models.info, provenance=provenance)
-        folder = parts.output / "checkpoints"
-        with parts.heartbeat.phase("saving"):
-            self._checkpoint = save_checkpoint(folder, parts.engine, parts.ema, info, parts.world, state)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Delete checkpoints that are no longer to be kept."""
-        keep, schedule = self.parts.config.checkpoint, self.parts.lr_schedule
-        before_decay = schedule.decay_start if schedule.is_wsd else None
-        if self.parts.world.is_rank_zero:
-            try:
-                prune_checkpoints(self.parts.output / "checkpoints", keep.keep_last, keep.keep_best, before_decay)
-            except OSError as error:  # the newest checkpoint is whole: what is left of old ones costs room, no more
-                log.warning("an old checkpoint could not be deleted: %s", error)
+        with parts.heartbeat.phase(SAVE):
+            self._checkpoints.save(info, state, wait=wait)
 
     def _finish(self) -> dict[str, Any]:
         """Write the run's results: weights to use, and ``metrics.json``, whose presence says that the run is done.
@@ -255,10 +259,10 @@ class Trainer:
         name = "learngene" if parts.models.info.kind == "learngene" else "model"
         with raise_on_all_ranks("write the final weights"):
             if parts.world.is_rank_zero:
-                assert self._checkpoint is not None
-                export_weights(self._checkpoint, parts.output / f"{name}.safetensors")
+                assert self._checkpoints.newest is not None
+                export_weights(self._checkpoints.newest, parts.output / f"{name}.safetensors")
                 if parts.ema is not None:
-                    export_weights(self._checkpoint, parts.output / f"{name}_ema.safetensors", average=True)
+                    export_weights(self._checkpoints.newest, parts.output / f"{name}_ema.safetensors", average=True)
         result = None
         with raise_on_all_ranks("write the results"):
             if parts.world.is_rank_zero:

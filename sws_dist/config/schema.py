@@ -415,6 +415,9 @@ class CheckpointConfig:
     keep_best: MayChange[bool] = True
     """Keep the checkpoint with the best validation top-1 as well. The last one before the decay of ``wsd`` is always
     kept."""
+    background: MayChange[bool] = True
+    """Write while training goes on, from a copy in host memory: on each rank as many bytes as its share of weights,
+    optimizer state and moving average, 12 to 16 for each parameter. Otherwise training waits, and nothing is copied."""
 
 
 @dataclass(frozen=True, config=_STRICT)
