@@ -37,6 +37,8 @@ def open_model(
         if name is not None or image_size not in (None, size):
             raise ValueError(f"{path}: an ONNX file is of one model and one image size, here {size} pixels")
         return model
+    if path.suffix == ".pt2":
+        raise ValueError(f"{path}: a program of torch.export, for one's own code; give the folder that it lies in")
     if is_timm_folder(path):
         if name is not None:
             raise ValueError(f"{path}: its config.json says which model it is; leave the name {name} out")

@@ -20,7 +20,15 @@ from sws_dist.checkpoint.onnx_file import OnnxClassifier, require_packages
 from sws_dist.errors import RunError
 from sws_dist.export.model_card import write_card
 from sws_dist.export.parity import Parity, TestImages, compare, sample_images
-from sws_dist.export.programs import load_program, save_fp16, save_int8, save_onnx, save_program, trace
+from sws_dist.export.programs import (
+    load_program,
+    require_linear_weights,
+    save_fp16,
+    save_int8,
+    save_onnx,
+    save_program,
+    trace,
+)
 from sws_dist.export.source import ExportSource
 from sws_dist.scoring import Scores
 
@@ -85,8 +93,11 @@ def export(
         RunError: a file that does not compute what the model computes.
     """
     require_packages(*dict.fromkeys(name for key in formats for name in FORMATS[key].packages))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; name another folder, or remove it")
+    if "onnx-int8" in formats:
+        require_linear_weights(source)
+    folder = Path(os.path.abspath(folder))
     exported = Exported(folder, sample_images(source, data))
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -26,7 +26,7 @@ def describe_origin(source: ExportSource) -> dict[str, str]:
     if "epochs" in trained:
         whose = ", of the auxiliary model" if "plan" in expanded else ""
         rows["training"] = f"{trained['epochs']} epochs, {trained.get('step')} steps, seed {trained.get('seed')}{whose}"
-    rows["accuracy"] = _measured_accuracy(source, trained, config, metrics) or "not measured for these weights"
+    rows["accuracy"] = _measured_accuracy(source, config, metrics) or "not measured for these weights"
     if trained.get("commit"):
         rows["commit"] = f"`{trained['commit']}` of SWS-Dist"
     if trained.get("versions"):
@@ -59,23 +59,17 @@ def _read_run(file: Path, trained: dict[str, Any]) -> tuple[dict[str, Any], dict
     return parse_yaml(read_text(config), str(config), is_file=True), found
 
 
-def _measured_accuracy(
-    source: ExportSource, trained: dict[str, Any], config: dict[str, Any], metrics: dict[str, Any]
-) -> str | None:
-    """Return the accuracy that was measured for these weights, at this depth and image size; None if there is none."""
+def _measured_accuracy(source: ExportSource, config: dict[str, Any], metrics: dict[str, Any]) -> str | None:
+    """Return the accuracy that the run measured for these weights at this depth and image size; None if it did not."""
     size, plan = source.image_shape[-1], source.info.provenance.get("plan")
-    if not metrics:
-        known = trained.get("top1") if plan is None else None
-        return None if known is None else f"top-1 {100 * known:.2f} %, in the training run"
-    if config["data"]["image_size"] != size:
+    if not metrics or config["data"]["image_size"] != size:
         return None
     name = "val_ema" if source.file.stem.endswith("_ema") else "val"
-    if plan is not None and len(source.model.blocks) != metrics["depth"]:
-        elastic = config["model"].get("elastic") or {}
-        scored = expansion_plan(source.schedule, len(source.model.blocks), elastic.get("plan", "even"))
-        if plan not in ("linear", list(scored)):
+    if plan is not None:
+        depth, elastic = len(source.model.blocks), config["model"].get("elastic") or {}
+        if plan != "linear" and plan != list(expansion_plan(source.schedule, depth, elastic.get("plan", "even"))):
             return None
-        name += f"_depth{len(source.model.blocks)}"
+        name += f"_depth{depth}" * (depth != metrics["depth"])
     last = metrics["history"][-1]
     if f"{name}/top1" not in last:
         return None

@@ -44,7 +44,10 @@ class Parity:
     def __str__(self) -> str:
         if not self.difference:
             return "the same logits"
-        return f"logits differ by {self.difference:.1e} of their range (accepted: {self.tolerance:.0e})"
+        return (
+            f"logits differ by {self.difference:.1e} of their range (accepted: {self.tolerance:.0e}), "
+            f"{self.agreement:.0%} of the first labels are the same"
+        )
 
 
 def sample_images(source: ExportSource, data: Path | None) -> TestImages:

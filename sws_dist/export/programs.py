@@ -25,7 +25,7 @@ OPSET = 20
 _MAX_BYTES = 2**31
 """No ONNX file can be larger."""
 _LEAST_INT8 = 0.5
-"""Smallest share of the weights that has to become int8: in a convolutional network only the head would."""
+"""Smallest share of the weights that has to become int8; of a convolutional network only the head would."""
 
 
 def trace(source: ExportSource) -> ExportedProgram:
@@ -88,15 +88,23 @@ def save_fp16(fp32: Path, config: dict[str, Any], path: Path) -> None:
     _save(model, config, path)
 
 
+def require_linear_weights(source: ExportSource) -> None:
+    """Raise ``ValueError`` for a model that int8 would hardly change: one with few weights in linear layers."""
+    linear = sum(module.weight.numel() for module in source.model.modules() if isinstance(module, torch.nn.Linear))
+    share = linear / sum(parameter.numel() for parameter in source.model.parameters())
+    if share < _LEAST_INT8:
+        raise ValueError(
+            f"onnx-int8: {share:.0%} of this model's weights are in linear layers, which alone would be int8; take "
+            "onnx-fp16"
+        )
+
+
 def save_int8(fp32: Path, config: dict[str, Any], path: Path) -> None:
     """Write an ONNX file whose linear layers compute in int8, made of the one in fp32.
 
     Weights are rounded for each output channel, activations for each batch as it comes, so no calibration is needed.
     Weights take seven of the eight bits: processors without VNNI add up pairs of products in 16 bits, which would
     overflow.
-
-    Raises:
-        ValueError: a model with few weights in linear layers.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -116,20 +124,7 @@ def save_int8(fp32: Path, config: dict[str, Any], path: Path) -> None:
             )
     finally:
         prepared.unlink(missing_ok=True)
-    model = onnx.load(path)
-    sizes: dict[bool, int] = {True: 0, False: 0}
-    for tensor in model.graph.initializer:
-        count = 1
-        for length in tensor.dims:
-            count *= length
-        sizes[tensor.data_type == onnx.TensorProto.INT8] += count
-    share = sizes[True] / sum(sizes.values())
-    if share < _LEAST_INT8:
-        raise ValueError(
-            f"onnx-int8: {100 * share:.0f} % of this model's weights are in linear layers, which alone would be int8; "
-            "take onnx-fp16"
-        )
-    _save(model, config, path)
+    _save(onnx.load(path), config, path)
 
 
 def _save(model: Any, config: dict[str, Any], path: Path) -> None:

@@ -97,8 +97,10 @@ def open_source(
 def _open_timm_folder(folder: Path, model_name: str | None, image_size: int | None) -> _Opened:
     if model_name is not None:
         raise ValueError(f"{folder}: its config.json says which model it is; leave the name {model_name} out")
-    arguments = read_timm_config(folder).get("model_args") or {}
-    return _Opened(load_timm_folder(folder, image_size), folder, arguments)
+    arguments, weights = read_timm_config(folder).get("model_args") or {}, folder / "model.safetensors"
+    ours = weights.is_file() and is_described(weights)  # exported before
+    provenance = read_model_info(weights).provenance if ours else {}
+    return _Opened(load_timm_folder(folder, image_size), folder, arguments, provenance)
 
 
 def _open_learngene(file: Path, depth: int | None, plan: str | Sequence[int], image_size: int | None) -> _Opened:
