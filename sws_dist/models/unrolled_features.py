@@ -23,6 +23,7 @@ class UnrolledFeatures(VisionTransformer):
     """
 
     schedule: tuple[int, ...]
+    feature_info: list[dict[str, Any]]
 
     def describe_features(self) -> None:
         """Write ``feature_info``, timm's list of the features that there are, for the present number of repeats."""
