@@ -41,15 +41,18 @@ def main() -> None:
 
     files = list(find_images(args.images))
     model = open_model(args.model)
-    names, found = describe_labels(model), {}
+    names = describe_labels(model)
+    found: dict[str, list[dict[str, Any]]] = {}
     for file, probabilities in classify(model, str(args.model), files, args.batch, args.num_threads):
-        best = probabilities.topk(min(args.top, len(names)))
-        found[file] = [(names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        print_result(f"{file}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in found[file]))
+        best = zip(*(column.tolist() for column in probabilities.topk(min(args.top, len(names)))), strict=True)
+        found[file] = [{"number": number, "label": names[number], "probability": p} for p, number in best]
+        print_result(
+            f"{file}: " + "; ".join(f"{each['label']} {100 * each['probability']:.1f} %" for each in found[file])
+        )
     if not found:
         raise ValueError(f"none of {len(files)} image(s) could be read")
     if args.json:
-        atomic_write_json(args.json, {file: dict(labels) for file, labels in found.items()})
+        atomic_write_json(args.json, found)
 
 
 def find_images(places: Sequence[Path]) -> Iterator[str]:

@@ -46,7 +46,7 @@ class Parity:
             return "the same logits"
         return (
             f"logits differ by {self.difference:.1e} of their range (accepted: {self.tolerance:.0e}), "
-            f"{self.agreement:.0%} of the first labels are the same"
+            f"{100 * self.agreement:.0f} % of the first labels are the same"
         )
 
 
