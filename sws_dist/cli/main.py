@@ -24,7 +24,7 @@ COMMANDS = {
     "submit": "Write a SLURM job for a run config, submit it, and say where to watch it",
     "report": "Write a report of families of runs and their picture: accuracy against depth, and the bill",
     "quickstart": "Run the whole method on real images, GPU or none: teacher, auxiliary model, descendants, report",
-    "study": "Compare the method with its rivals on Fashion-MNIST, and write the report",
+    "study": "Compare the method with its rivals, and write the report",
 }
 
 

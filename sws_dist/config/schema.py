@@ -163,12 +163,6 @@ class ModelConfig:
                 "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
                 "false",
             )
-        if self.cuda_graphs and self.elastic is not None:
-            raise KeyConflictError(
-                "cuda_graphs",
-                "model.cuda_graphs: a graph is captured for one depth, and model.elastic draws another for each step; "
-                "set model.cuda_graphs to false",
-            )
         return self
 
 
@@ -360,7 +354,10 @@ class TrainConfig:
     eval_every: MayChange[int] = Field(default=1, ge=1)
     """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
     eval_depths: MayChange[tuple[int, ...]] = ()
-    """Further depths at which an auxiliary model is scored in each evaluation, as if it had been expanded to them."""
+    """Further depths at which a model of ours is scored in each evaluation, as if it had been expanded to them."""
+    eval_plan: MayChange[Literal["even", "proportional", "spaced"] | None] = None
+    """The expansion plan of ``eval_depths``; null takes that of ``model.elastic``, else ``even``. Only ``spaced`` may
+    leave layers out, so that a model whose layers share no weights can be scored below its own depth."""
     eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: MayChange[int] = Field(default=50, ge=1)

@@ -94,8 +94,8 @@ def require_linear_weights(source: ExportSource) -> None:
     share = linear / sum(parameter.numel() for parameter in source.model.parameters())
     if share < _LEAST_INT8:
         raise ValueError(
-            f"onnx-int8: {100 * share:.0f} % of this model's weights are in linear layers, which alone would be int8; take "
-            "onnx-fp16"
+            f"onnx-int8: {100 * share:.0f} % of this model's weights are in linear layers, which alone would be int8; "
+            "take onnx-fp16"
         )
 
 

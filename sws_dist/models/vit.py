@@ -56,7 +56,7 @@ class Layer(Block):
 
 
 class Stage(Layer):
-    """Run one transformer block several times in a row, with one set of weights.
+    """Run one transformer block several times in a row, with one set of weights, or not at all.
 
     ``drop_rates`` holds the drop-path rate of each *position*: its length is the number of repeats, which share the
     weights but have their own rates. The loop is inside one module so that ZeRO-3 gathers the weights once for each
@@ -66,6 +66,8 @@ class Stage(Layer):
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
+        self.drops_path = drop_path > 0
+        """True if the rates are above 0 at some position of the model, so that a CUDA graph always has them."""
         self.kernels: Literal["reference", "triton"] = "reference"
         self.recompute = False
         """True if the kernels recompute activations in backward (their own activation checkpointing)."""
@@ -90,7 +92,7 @@ class Stage(Layer):
         return self._run(x, self.drop_rates[layer : layer + 1], attn_mask, is_causal)
 
     def _run(self, x: Tensor, drop_rates: tuple[float, ...], attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if self.kernels == "triton":
+        if self.kernels == "triton" and drop_rates:
             if attn_mask is not None or is_causal:
                 raise ValueError(
                     "model.kernels: the Triton kernels attend to all tokens; set it to reference for a mask"
@@ -175,18 +177,22 @@ class SWSVisionTransformer(UnrolledFeatures):
         self.set_repeats(schedule)
 
     def set_repeats(self, repeats: Sequence[int]) -> None:
-        """Let stage i run ``repeats[i]`` times from now on; ``schedule`` remains the model's own.
+        """Let stage i run ``repeats[i]`` times from now on, 0 to leave it out; ``schedule`` remains the model's own.
 
         Drop-path grows along the positions of this depth.
 
         Raises:
-            ValueError: not one number of 1 or more for each stage.
+            ValueError: not one number of 0 or more for each stage, or no layer at all.
         """
-        if len(repeats) != len(self.blocks) or min(repeats) < 1:
-            raise ValueError(f"repeats {list(repeats)}: expected {len(self.blocks)} numbers of 1 or more, one a stage")
+        if len(repeats) != len(self.blocks) or min(repeats) < 0 or not any(repeats):
+            raise ValueError(
+                f"repeats {list(repeats)}: expected {len(self.blocks)} numbers, one a stage; 0 leaves a stage out, but "
+                "one has to run"
+            )
         rates = iter(calculate_drop_path_rates(self.drop_path_rate, sum(repeats)))
         for stage, count in zip(self.blocks, repeats, strict=True):
             stage.drop_rates = tuple(next(rates) for _ in range(count))
+            stage.drops_path = self.drop_path_rate > 0
         self.describe_features()
 
     @property

@@ -25,7 +25,7 @@ def config(command: Command) -> str:
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Family]:
     monkeypatch.chdir(tmp_path)  # not in a checkout: configs go by their names
-    return study.make_families(Path("out"), study.SIZES["small"], (3, 4), Path("data/d"), ())
+    return study.make_families(Path("out"), study.SIZES["small"], (3, 4), ("data.root=data/d",), ())
 
 
 def test_all_learn_from_the_first_seeds_teacher(families: list[Family]) -> None:
