@@ -1,9 +1,10 @@
 """Write and read a run's state as named pieces of parameters, for any world size and any ZeRO stage.
 
 Each rank that holds something writes one ``.safetensors`` file. Its tensors are ``KIND/PARAMETER``, flat pieces in fp32
-of the weights (``weight``), of Adam's moments (``exp_avg``, ``exp_avg_sq``) and of the moving average (``average``);
-its metadata says at which element of the flattened parameter each piece starts. Rank 0 adds the model's buffers, whole.
-A reader takes the elements it needs from whichever files have them, and executes nothing.
+of the weights (``weight``), of the optimizer's moments (``exp_avg`` and ``exp_avg_sq``, or Muon's ``momentum_buffer``)
+and of the moving average (``average``); its metadata says at which element of the flattened parameter each piece
+starts. Rank 0 adds the model's buffers, whole. A reader takes the elements it needs from whichever files have them, and
+executes nothing.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ def write_shard(path: Path, engine: ZeroEngine, ema: ShardedEMA | None) -> FileD
     main = engine.global_rank == 0
     if engine.zero_optimization_stage() == 0 and not main:
         return None
-    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
-    if ema is not None:
-        kinds[AVERAGE] = ema.average
     pieces = fragments(engine)
-    entries = [tensor_entry(f"{kind}/{p.name}", p.of(flats)) for kind, flats in kinds.items() for p in pieces]
+    entries = [
+        tensor_entry(f"{kind}/{p.name}", p.of(flats))
+        for kind, flats in _kinds(engine, ema).items()
+        for p in pieces
+        if p.flat in flats
+    ]
     if main:
         entries += [tensor_entry(f"{BUFFER}/{n}", buffer) for n, buffer in _buffers(engine.module).items()]
     starts = json.dumps({p.name: p.start for p in pieces})
@@ -56,16 +59,21 @@ def read_shards(paths: Iterable[Path], engine: ZeroEngine, ema: ShardedEMA | Non
     """
     if steps:
         init_optimizer_state(engine, steps)
-    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
-    if ema is not None:
-        kinds[AVERAGE] = ema.average
+    pieces = fragments(engine)
     with ShardReader(paths) as reader:
-        for kind, flats in kinds.items():
-            for piece in fragments(engine):
-                found = reader.read(kind, piece.name, piece.start, piece.start + piece.numel)
-                piece.of(flats).copy_(found)
+        for kind, flats in _kinds(engine, ema).items():
+            for piece in pieces:
+                if piece.flat in flats:
+                    found = reader.read(kind, piece.name, piece.start, piece.start + piece.numel)
+                    piece.of(flats).copy_(found)
         for n, buffer in _buffers(engine.module).items():
             buffer.copy_(reader.read_buffer(n))
+
+
+def _kinds(engine: ZeroEngine, ema: ShardedEMA | None) -> dict[str, dict[int, Tensor]]:
+    """Return what this rank holds, by kind and by the number of the master that it is laid out like."""
+    average = {} if ema is None else {AVERAGE: dict(enumerate(ema.average))}
+    return {WEIGHT: dict(enumerate(master_weights(engine)))} | optimizer_moments(engine) | average
 
 
 class ShardReader:

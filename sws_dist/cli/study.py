@@ -67,8 +67,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
-    "small": Size(6_000, 20, 15, (5, 12), (0,), "45 minutes"),
-    "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
+    "small": Size(6_000, 10, 12, (5, 12), (0,), "20 minutes"),
+    "full": Size(60_000, 20, 12, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
 }
 
 

@@ -309,8 +309,10 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer, its learning rate, and the moving average of the weights."""
 
-    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam"]] = "adamw"
-    """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
+    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam", "muon"]] = "adamw"
+    """torch's AdamW, DeepSpeed's FusedAdam (GPU), DeepSpeed's CPUAdam (for CPU offload), or Muon for the weights of
+    the Linear layers inside ``blocks`` and torch's AdamW for the rest. A resumed run may change from one Adam to
+    another."""
     lr: float = Field(default=5e-4, gt=0, le=1000)
     """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = Field(default=512, ge=1)
@@ -327,6 +329,8 @@ class OptimConfig:
     """Adam's averaging factors of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0, le=1)
     """Added to Adam's denominator."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's averaging factor of the gradient."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null keeps none."""
 

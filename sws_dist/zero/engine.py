@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -19,11 +20,12 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from sws_dist.config.schema import OptimConfig
-from sws_dist.distributed.collectives import gather_scalars
+from sws_dist.distributed.collectives import gather_rows, gather_scalars
 from sws_dist.models import LinearStage, Stage
-from sws_dist.optim import parameter_groups
+from sws_dist.optim import hidden_matrices, parameter_groups
 from sws_dist.zero.config import precision_of
-from sws_dist.zero.partition import fragments, master_weights
+from sws_dist.zero.muon import MatrixPiece, Muon
+from sws_dist.zero.partition import fragments, fragments_and_gaps, master_keys, master_weights, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
 
@@ -47,13 +49,26 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
     if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, (Stage, LinearStage)) for m in model.modules()):
         # Gather a stage's weights once a pass, not once for each of its layers and repeats.
         set_z3_leaf_modules(model, [Stage, LinearStage])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(optim, model), config=ds)
+    optimizer = _optimizer(optim, model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+    optimizer.state.clear()  # in fp16 and bf16 DeepSpeed begins stage 0 with a step: its gradients and its lr are 0
+    if isinstance(optimizer, Muon):
+        optimizer.place_matrices(_matrix_pieces(engine, hidden_matrices(model)))
     return engine
 
 
 def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if config.name == "muon":
+        matrices = hidden_matrices(model)
+        if not matrices:
+            raise ValueError(
+                "optim.name: muon is for the weights of the Linear layers inside a model's blocks, and "
+                f"{type(model).__name__} has none; use adamw"
+            )
+        groups = parameter_groups(model, config.weight_decay, matrices)
+        return Muon(groups, momentum=config.momentum, fused=True, **arguments)
     groups = parameter_groups(model, config.weight_decay)
-    arguments: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **arguments)
     if config.name == "cpu_adam":
@@ -61,6 +76,21 @@ def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     if not torch.cuda.is_available():
         raise ValueError("optim.name: fused_adam needs a GPU; use adamw, or cpu_adam")
     return FusedAdam(groups, adam_w_mode=True, **arguments)
+
+
+def _matrix_pieces(engine: ZeroEngine, matrices: Mapping[str, int]) -> dict[Tensor, list[MatrixPiece]]:
+    """Return this rank's pieces of the matrices, by the masters that hold them. A collective."""
+    shapes, masters = whole_shapes(engine), master_keys(engine)
+    fragments = [fragment for fragment in fragments_and_gaps(engine) if fragment.name in matrices]
+    is_whole = [fragment.numel == math.prod(shapes[fragment.name]) for fragment in fragments]
+    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=masters[0].device)).bool().any(0)
+    pieces: dict[Tensor, list[MatrixPiece]] = {}
+    for fragment, split in zip(fragments, is_split.tolist(), strict=True):
+        rows, columns = shapes[fragment.name]
+        place = (fragment.start, fragment.numel, fragment.offset) if fragment.numel > 0 else (0, 0, 0)
+        piece = MatrixPiece(rows, columns, matrices[fragment.name], *place, is_split=split)
+        pieces.setdefault(masters[fragment.flat], []).append(piece)
+    return pieces
 
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
