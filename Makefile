@@ -13,7 +13,7 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS='ignore:Editable installation' \
-	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,dev]'
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DALI),quickstart,export,dev]'
 	touch $@
 
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, descendants, a report

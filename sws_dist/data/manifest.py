@@ -173,6 +173,13 @@ def scan(
     return found
 
 
+def list_files(files: Sequence[str], num_threads: int = 16) -> Manifest:
+    """List single image files, in their order. All have label 0, of one class without a name."""
+    source = Source(Path(), ("",), PackedNames.pack(files), np.zeros(len(files), dtype=np.int64))
+    entries = list(_map_in_threads(partial(_examine, source, {}, _size_from_header), len(source), num_threads))
+    return _build_manifest(source, entries, [])
+
+
 def scan_and_decode(
     root: str | Path, split: str, num_threads: int, keys: SampleKeys = DEFAULT_KEYS
 ) -> tuple[Manifest, Path | None]:

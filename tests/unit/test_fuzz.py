@@ -415,6 +415,9 @@ COMPLETE = {
     "expand": "--learngene gene.safetensors --depth 3 --out out.safetensors",
     "finetune": "--from gene.safetensors --data digits/train --output out",
     "evaluate": "--checkpoint gene.safetensors --data digits/val --num-threads 1",
+    "export": "--from gene.safetensors --depth 3 --out exported",
+    "classify": "gene.safetensors digits/val/0 --num-threads 1",
+    "push": "hollow --repo me/pets",
     "convert": "--out out.safetensors",
     "scan": "--data one",
     "show-batch": "--config quickstart/auxiliary --set data.root=digits --set train.global_batch=8 --out out.png",
@@ -424,7 +427,8 @@ COMPLETE = {
     "quickstart": "",
     "study": "--size tiny",
 }
-"""Command -> arguments with which it works, but for ``convert``, ``report`` and ``teach``, which need a run."""
+"""Command -> arguments with which it works, but for ``convert``, ``report`` and ``teach``, which need a run, and
+``push``, which needs the network."""
 
 
 def test_every_command_has_arguments() -> None:
