@@ -48,8 +48,15 @@ bench: $(VENV)/ready  ## Measure the input and, on a GPU, the kernels against th
 	$(BIN)/python benchmarks/expansion.py
 	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json --chart benchmarks/results/kernels.png
 
-docs: $(VENV)/ready  ## Rewrite the pages that are made from the code
+$(VENV)/docs-ready: $(VENV)/ready
+	PYTHONWARNINGS='ignore:Editable installation' \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs-ready  ## Rewrite the pages that are made from the code, build the site and check its links
 	$(BIN)/python docs/make.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "the site: build/site/index.html"
 
 clean:  ## Remove caches; runs/, data/ and the virtual environment stay
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

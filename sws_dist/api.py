@@ -70,13 +70,14 @@ def train(
         RunError: the same where several ranks run: all of them raise it together.
         Stopped: a signal told the run to stop, and it has saved (see ``sws_dist/distributed/signals.py``).
 
-    >>> import sws_dist
-    >>> config = sws_dist.load_config("quickstart/auxiliary", [
-    ...     "output=runs/auxiliary", "data.root=data/digits", "distill.teacher=null",
-    ...     "train.global_batch=721", "train.epochs=1"])
-    >>> metrics = sws_dist.train(config, {"zero_optimization": {"stage": 1}})
-    >>> metrics["steps"], metrics["validation_images"]
-    (2, 355)
+    Examples:
+        >>> import sws_dist
+        >>> config = sws_dist.load_config("quickstart/auxiliary", [
+        ...     "output=runs/auxiliary", "data.root=data/digits", "distill.teacher=null",
+        ...     "train.global_batch=721", "train.epochs=1"])
+        >>> metrics = sws_dist.train(config, {"zero_optimization": {"stage": 1}})
+        >>> metrics["steps"], metrics["validation_images"]
+        (2, 355)
     """
     from sws_dist.build import build_run  # needs DeepSpeed and DALI
     from sws_dist.trainer import Trainer
@@ -120,11 +121,12 @@ def expand(
     Raises:
         ValueError: a file that holds no learngene, or a plan of the wrong length, range or order.
 
-    >>> import sws_dist, torch
-    >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
-    >>> model = sws_dist.expand(learngene, depth=8, num_classes=37, image_size=48)
-    >>> len(model.blocks), model(torch.zeros(2, 3, 48, 48)).shape
-    (8, torch.Size([2, 37]))
+    Examples:
+        >>> import sws_dist, torch
+        >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
+        >>> model = sws_dist.expand(learngene, depth=8, num_classes=37, image_size=48)
+        >>> len(model.blocks), model(torch.zeros(2, 3, 48, 48)).shape
+        (8, torch.Size([2, 37]))
     """
     source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
     layers = plan_layers(source.info, depth, plan)
@@ -180,13 +182,14 @@ def evaluate(
         ValueError: weights that do not fit, a model that does not say how it wants its images, other classes than the
             model's, or too many unreadable images. A ``RunError`` where several ranks run.
 
-    >>> import sws_dist
-    >>> model = sws_dist.expand("runs/auxiliary/learngene.safetensors", depth=10)
-    >>> scores = sws_dist.evaluate(model, "data/digits/val")
-    >>> scores == sws_dist.evaluate("runs/auxiliary/learngene.safetensors", "data/digits/val")
-    True
-    >>> scores.images
-    355
+    Examples:
+        >>> import sws_dist
+        >>> model = sws_dist.expand("runs/auxiliary/learngene.safetensors", depth=10)
+        >>> scores = sws_dist.evaluate(model, "data/digits/val")
+        >>> scores == sws_dist.evaluate("runs/auxiliary/learngene.safetensors", "data/digits/val")
+        True
+        >>> scores.images
+        355
     """
     from sws_dist.data import manifest, pipeline, sampler  # needs DALI
     from sws_dist.data.bad_images import BadImages, describe_bad_files

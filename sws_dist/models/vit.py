@@ -290,10 +290,11 @@ def create_model(name: str, **kwargs: Any) -> Any:
     Raises:
         ValueError: naming the model or the argument that timm does not know.
 
-    >>> import sws_dist, torch
-    >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
-    >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
-    (3, torch.Size([2, 10]))
+    Examples:
+        >>> import sws_dist, torch
+        >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
+        >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
+        (3, torch.Size([2, 10]))
     """
     timm_config(name)  # an unknown name is an error
     try:
