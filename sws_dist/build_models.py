@@ -202,19 +202,28 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
     return Flops(student, layer, count_teacher_flops(config.distill, size) if online else 0)
 
 
-def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
-    """Return the operations of a whole run, the teacher's among them; None if torch cannot count those.
+def step_flops(models: ModelParts, global_batch: int, depth: int | None = None) -> int | None:
+    """Return the operations of a step, the teacher's among them; None if torch cannot count those.
 
-    With a drawn depth, each step counts the layers that it ran.
+    Args:
+        depth: the layers that the step runs; None: the model's own.
     """
     if models.flops.teacher is None:
         return None
-    layers = 0  # more than at the model's own depth, over all steps
-    if models.elastic is not None:
-        own = sum(models.elastic.schedule)
-        layers = sum((depth - own) * count for depth, count in models.elastic.count_steps(total_steps).items())
-    student = total_steps * models.flops.student + layers * models.flops.layer
-    return global_batch * (TRAIN_FACTOR * student + total_steps * models.flops.teacher)
+    layers = 0 if depth is None or models.elastic is None else depth - sum(models.elastic.schedule)
+    student = models.flops.student + layers * models.flops.layer
+    return global_batch * (TRAIN_FACTOR * student + models.flops.teacher)
+
+
+def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
+    """Return the operations of a whole run; None if torch cannot count the teacher's."""
+    depths = {None: total_steps} if models.elastic is None else models.elastic.count_steps(total_steps)
+    found = 0
+    for depth, count in depths.items():
+        if (flops := step_flops(models, global_batch, depth)) is None:
+            return None
+        found += count * flops
+    return found
 
 
 def num_layers(model: nn.Module) -> int | None:

@@ -1,14 +1,11 @@
-"""Group the parameters for weight decay and for Muon, and compute the learning rate of each step."""
+"""Group the parameters for weight decay and for Muon."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
-
-from sws_dist.config.schema import OptimConfig
 
 
 def parameter_groups(
@@ -57,28 +54,3 @@ def hidden_matrices(model: nn.Module) -> dict[str, int]:
                 heads = getattr(module, "num_heads", None) if name == "qkv" else None
                 found[f"{path}.{name}.weight"] = 3 * heads if heads else 1
     return found
-
-
-class LRSchedule:
-    """Compute the learning rate: linear warm-up, then cosine to ``min_lr``, both per step.
-
-    It is a pure function of the step, so there is no state to save.
-
-    Args:
-        config: rates and warm-up; ``lr`` scales with ``global_batch / lr_batch``.
-        steps_per_epoch: may be a fraction; epochs do not have to end with a step.
-        total_steps: number of steps of the whole run.
-    """
-
-    def __init__(self, config: OptimConfig, global_batch: int, steps_per_epoch: float, total_steps: int) -> None:
-        self.peak = config.lr * (global_batch / config.lr_batch if config.lr_batch else 1.0)
-        self.warmup_lr, self.min_lr = config.warmup_lr, min(config.min_lr, self.peak)
-        self.total_steps = total_steps
-        self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
-
-    def __call__(self, step: int) -> float:
-        """Return the rate of the update that takes the weights from ``step`` to ``step + 1``."""
-        if step < self.warmup_steps:
-            return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -78,7 +78,7 @@ def train_command(
     ranks: int = 1,
     beside_others: bool = False,
 ) -> Command:
-    """Return a training run: several ranks through DeepSpeed's launcher, one without, which starts 10 s sooner.
+    """Return a training run: several ranks through DeepSpeed's launcher, one without, which starts sooner.
 
     Args:
         config: the name of a run config, such as ``quickstart/teacher``.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, sws, train_command
 from sws_dist.config.paths import escape_path
+from sws_dist.progress import track
 
 AUXILIARIES = ("auxiliary", "fixed", "tleg", "unshared")
 RIVALS = ("scratch", "scratch_full", "scratch_taught")
@@ -111,5 +112,6 @@ def perform_side_by_side(commands: Iterable[Command], jobs: int) -> None:
     Raises:
         RunError: one failed; those that had begun were finished.
     """
+    due = list(commands)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(perform, commands))
+        list(track(pool.map(perform, due), "runs", len(due), "runs"))

@@ -21,11 +21,11 @@ from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
 AUXILIARIES = {
-    "fixed": "untuned, from an auxiliary model of one depth",
-    "tleg": "untuned, from TLEG's auxiliary model",
-    "unshared": "untuned, layers picked from a model without sharing",
+    "fixed": ("auxiliary model of one depth", "untuned, from an auxiliary model of one depth"),
+    "tleg": ("TLEG's auxiliary model", "untuned, from TLEG's auxiliary model"),
+    "unshared": ("model without sharing", "untuned, layers picked from a model without sharing"),
 }
-"""Name what else is expanded, beside the auxiliary model."""
+"""Name what is expanded beside the auxiliary model, and its descendants."""
 KINDS = {
     "tuned": "fine-tuned",
     "scratch": "random weights, with the teacher",
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
     parser.add_argument("--title", default="A family of vision transformers from one learngene")
     args = parse_args(parser, one_process=True)
-    families = [read_family(folder) for folder in args.runs]
+    families = [read_family(folder, args.runs[0]) for folder in args.runs]
     for folder, family in zip(args.runs, families, strict=True):
         if family.runs != families[0].runs:
             raise ValueError(f"--runs {folder}: has not the same runs as {args.runs[0]}, so no mean can be taken")
@@ -108,11 +108,15 @@ def main() -> None:
     print_result(text)
 
 
-def read_family(folder: Path) -> Family:
+def read_family(folder: Path, first: Path) -> Family:
     """Read the metrics of one family's runs.
 
+    Args:
+        folder: the family's.
+        first: that of the first family, whose teacher may have taught this one too.
+
     Raises:
-        ValueError: a run that has not finished, or a folder without runs.
+        ValueError: a run that has not finished, a folder without runs, or one without its teacher.
     """
 
     def metrics(run: Path) -> Metrics:
@@ -136,10 +140,18 @@ def read_family(folder: Path) -> Family:
             "sws study first"
         )
     others = {name: metrics(folder / name) for name in AUXILIARIES if (folder / name).is_dir()}
-    stages = load_config(folder / "auxiliary" / "config.yaml").model.schedule
+    config, firsts = (load_config(place / "auxiliary" / "config.yaml") for place in (folder, first))
+    stages = config.model.schedule
     if stages is None:
         raise ValueError(f"{folder}/auxiliary/config.yaml: model.schedule is null, so this is no auxiliary model")
-    return Family(len(stages), metrics(folder / "teacher"), metrics(folder / "auxiliary"), others, depths)
+    is_firsts = not (folder / "teacher").is_dir() and config.distill.teacher == firsts.distill.teacher
+    return Family(
+        len(stages),
+        metrics((first if is_firsts else folder) / "teacher"),
+        metrics(folder / "auxiliary"),
+        others,
+        depths,
+    )
 
 
 def top1(run: Metrics, epoch: int | None = None) -> float:
@@ -161,7 +173,7 @@ def rows_of(families: list[Family]) -> list[Row]:
     first = families[0]
     rows = []
     expanded = {"untuned": ("untuned", [f.auxiliary for f in families])}
-    expanded |= {kind: (AUXILIARIES[kind], [f.others[kind] for f in families]) for kind in first.others}
+    expanded |= {kind: (AUXILIARIES[kind][1], [f.others[kind] for f in families]) for kind in first.others}
     for kind, (name, runs) in expanded.items():
         scores = {depth: [untuned(run, depth) for run in runs] for depth in first.scored}
         rows.append(Row(kind, name, {d: [v for v in values if v is not None] for d, values in scores.items()}))
@@ -282,7 +294,7 @@ def _costs(families: list[Family]) -> list[str]:
         "|---|--:|--:|--:|--:|",
     ]
     runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
-    runs |= {AUXILIARIES[kind].removeprefix("untuned, "): [f.others[kind] for f in families] for kind in first.others}
+    runs |= {AUXILIARIES[kind][0]: [f.others[kind] for f in families] for kind in first.others}
     for depth, kinds in first.depths.items():
         runs |= {
             f"depth {depth}: {_name(kind, run['epochs'])}": [f.depths[depth][kind] for f in families]

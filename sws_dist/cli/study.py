@@ -13,7 +13,7 @@ sws_dist.study.font_files --help says how to get it.
 
 examples:
   sws study                                          # size small, into runs/study; make study in a checkout
-  sws study --seeds 0 1 2                            # three families: another hour, and the spread
+  sws study --seeds 0 1 2                            # three families, and their spread
   sws study --size tiny --output runs/study-tiny
   sws study --data-set characters --fonts fonts --output runs/study-characters
 """
@@ -67,7 +67,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
-    "small": Size(6_000, 10, 12, (5, 12), (0,), "20 minutes"),
+    "small": Size(6_000, 10, 12, (5, 12), (0,), "30 minutes"),
     "full": Size(60_000, 20, 12, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
 }
 

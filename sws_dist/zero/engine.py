@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 from sws_dist.config.schema import OptimConfig
 from sws_dist.distributed.collectives import gather_rows, gather_scalars
+from sws_dist.distributed.step_clock import REDUCE, StepClock
 from sws_dist.models import LinearStage, Stage
 from sws_dist.optim import hidden_matrices, parameter_groups
-from sws_dist.zero.config import precision_of
+from sws_dist.zero.config import MONITORS, precision_of
 from sws_dist.zero.muon import MatrixPiece, Muon
 from sws_dist.zero.partition import fragments, fragments_and_gaps, master_keys, master_weights, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
@@ -40,7 +42,7 @@ def connect_deepspeed() -> None:
 def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> ZeroEngine:
     """Build the DeepSpeed engine around ``model``. A collective.
 
-    The trainer sets the learning rate before each step. DeepSpeed's own log is reduced to warnings.
+    The learning rate is 0 until the trainer sets it, before each step. DeepSpeed's own log is reduced to warnings.
 
     Args:
         ds: the resolved DeepSpeed config (``config.resolve_deepspeed_config``).
@@ -50,8 +52,12 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
         # Gather a stage's weights once a pass, not once for each of its layers and repeats.
         set_z3_leaf_modules(model, [Stage, LinearStage])
     optimizer = _optimizer(optim, model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+    own = {key: value for key, value in ds.items() if key not in MONITORS}  # see monitor.py
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=own)
     optimizer.state.clear()  # in fp16 and bf16 DeepSpeed begins stage 0 with a step: its gradients and its lr are 0
+    if ds["zero_optimization"]["stage"] == 0 and precision_of(ds) == "fp32":
+        # DeepSpeed's own clipping fails where a skipped step has left no gradient.
+        engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(model.parameters(), engine.gradient_clipping())
     if isinstance(optimizer, Muon):
         optimizer.place_matrices(_matrix_pieces(engine, hidden_matrices(model)))
     return engine
@@ -134,6 +140,35 @@ def sync_model_from_masters(engine: ZeroEngine) -> None:
         low_precision = [p for group in optimizer.fp16_groups for p in group]
         for low, master in zip(low_precision, master_weights(engine), strict=True):
             low.data.copy_(master)
+
+
+BUCKET_REDUCERS = {
+    1: "reduce_ipg_grads",
+    2: "reduce_ipg_grads",
+    3: "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+}
+"""ZeRO stage -> the method of its optimizer that reduces a bucket of gradients, in the midst of backward."""
+
+
+def time_reduction(engine: ZeroEngine, clock: StepClock) -> None:
+    """Let ``clock`` tell the exchange of gradients from the backward pass that DeepSpeed starts it in.
+
+    What a GPU exchanges beside its computation (``overlap_comm``) takes no time of its own and is not counted.
+    """
+    _count_as_reduction(engine, "allreduce_gradients", clock)
+    if (name := BUCKET_REDUCERS.get(engine.zero_optimization_stage())) is not None:
+        _count_as_reduction(engine.optimizer, name, clock)
+
+
+def _count_as_reduction(owner: Any, name: str, clock: StepClock) -> None:
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase(REDUCE):
+            return method(*args, **kwargs)
+
+    setattr(owner, name, timed)
 
 
 class StepResult(NamedTuple):

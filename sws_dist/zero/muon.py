@@ -1,4 +1,4 @@
-"""Orthogonalise the momentum of hidden weight matrices (Muon), exactly under every ZeRO stage; AdamW does the rest.
+"""Orthogonalise the momentum of hidden weight matrices, whole at every ZeRO stage (Muon); AdamW does the rest.
 
 Momentum and Nesterov's step are elementwise, so they run on the flat masters as DeepSpeed has cut them. Only the
 orthogonalisation needs a whole matrix: where no rank holds all of one, the ranks sum their pieces of it, in bf16, in

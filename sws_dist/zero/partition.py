@@ -144,6 +144,12 @@ def _moment_names(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[str, 
     return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.has_matrices(flat) else ADAM_MOMENTS
 
 
+def inner_optimizers(engine: ZeroEngine) -> list[torch.optim.Optimizer]:
+    """Return what takes the steps: the optimizer proper, and the one of what a partial offload leaves on the GPU."""
+    second = getattr(engine.optimizer, "backup_optimizer", None)
+    return [_inner_optimizer(engine), *([] if second is None else [second])]
+
+
 def _inner_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:
     """Return the optimizer proper, inside DeepSpeed's wrapper where there is one."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

@@ -51,7 +51,17 @@ def test_an_untuned_descendant_has_the_score_of_its_depth(run: Path, few_digits:
 def test_each_depth_has_its_own_curve(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert {"val/top1", "val_depth3/top1", "val_depth7/top1", "val_ema_depth7/top1"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert {"val/top1", "val/top1_ema", "depth/val_top1/3", "depth/val_top1/7", "depth/val_top1_ema/7"} <= tags
+    last = json.loads((run / "metrics.json").read_text())["history"][-1]
+    assert events.Scalars("depth/val_loss_ema/7")[-1].value == pytest.approx(last["val_ema_depth7/loss"])
+    # Each step is logged, and draws one depth: its loss is the step's.
+    elastic = ElasticDepth(ElasticConfig(min_depth=3, max_depth=6), (1, 2, 1), 0)
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    for depth in elastic.depths:
+        drawn = {step: losses[step] for step in losses if elastic.draw(step - 1) == depth}
+        found = {event.step: event.value for event in events.Scalars(f"depth/train_loss/{depth}")} if drawn else {}
+        assert found == drawn
 
 
 def test_operations_are_those_of_the_layers_that_ran(run: Path) -> None:

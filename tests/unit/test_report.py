@@ -37,7 +37,7 @@ def family(folder: Path, seed: int, tuned: float, *, others: bool = False) -> Pa
             metrics["history"][-1] |= {"val_depth3/top1": near, "val_depth5/top1": near, "val_depth3/loss": 1.0}
             path.write_text(json.dumps(metrics))
             (folder / name / "config.yaml").write_text(
-                "output: o\ndata: {root: r}\nmodel: {name: sws_vit, schedule: [2, 2]}\n"
+                "output: o\ndata: {root: r}\nmodel: {name: sws_vit, schedule: [2, 2]}\ndistill: {teacher: t}\n"
             )
     for depth, full in ((3, 0.95), (4, 0.97)):
         of = {"depth": depth, "flops_forward": depth * 10**8, "parameters": 500_000 + (depth - 2) * 100_000}
@@ -95,6 +95,20 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     done = report("--runs", folder)
     assert done.returncode == 1
     assert "depth4/scratch_full/metrics.json: not there; this run has not finished" in done.stderr
+
+
+def test_the_first_familys_teacher_taught_the_others(tmp_path: Path) -> None:
+    """As in a study of several seeds. A family that another teacher taught has to have it."""
+    folders = [family(tmp_path / "a", 0, tuned=0.94), family(tmp_path / "b", 7, tuned=0.96)]
+    shutil.rmtree(folders[1] / "teacher")
+    done = report("--runs", *folders)
+    assert done.returncode == 0, done.stderr
+    assert "- Teacher: m, 99.0 %." in done.stdout
+    config = folders[1] / "auxiliary" / "config.yaml"
+    config.write_text(config.read_text().replace("teacher: t", "teacher: another"))
+    done = report("--runs", *folders)
+    assert done.returncode == 1
+    assert "b/teacher/metrics.json: not there" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["depth3", "depth4"])
