@@ -35,7 +35,7 @@ test-fast: $(VENV)/ready  ## The tests that start no training: before each push
 test-gpu: $(VENV)/ready  ## The tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu tests/kernels
 
-test-kernels-ir: $(VENV)/ready  ## The kernels' compiler IR, run on the CPU: real bf16, races, bounds (3 minutes of a core)
+test-kernels-ir: $(VENV)/ready  ## The kernels' compiler IR, run on the CPU: real bf16, races, bounds (3 minutes)
 	tests/kernels_ir/run.sh
 
 lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
@@ -66,4 +66,4 @@ clean:  ## Remove caches; runs/, data/ and the virtual environment stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'

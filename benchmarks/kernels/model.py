@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.model        no GPU is needed; writes benchmarks/results/model.md
 
-A kernel is its bytes, its matrix products, the instructions that it issues (counted in its machine code) and how many
-of its programs fit on a multiprocessor. Nothing overlaps within a program but its loads and products:
+A kernel is its bytes, its matrix products, the instructions that it issues (counted in machine-code.md) and how many of
+its programs fit on a multiprocessor. Nothing overlaps within a program but its loads and products:
 
     chain   = max(read, product) + issue + write
     busiest = max(read + write, product, issue)
@@ -36,13 +36,13 @@ PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, from the same dat
 # H100 is assumed to reach the same shares.
 PRODUCT_SHARE, COPY_SHARE = 0.80, 0.885
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction of a warp in a cycle (NVIDIA's H100 white paper)
-CYCLES_PER_INSTRUCTION = 1.7  # of a warp, with its compiled stalls; cuxray finds 1.4 to 2.1 in our loops
+CYCLES_PER_INSTRUCTION = 1.7  # of a warp, with its compiled stalls; `cuxray sched` estimates 1.4 to 2.1 in our loops
 LAUNCH_S = 2e-6  # from a kernel's end to the start of the next one in a CUDA graph; assumed
 # cuBLAS: one program on a multiprocessor, no part of a tile is wasted, few instructions beside the products; assumed.
 # AdamW, the average and the copies: fp32 master, two moments and average read and written, gradients and weights.
 OPTIMIZER_BYTES_A_PARAMETER = 4 * 8 + 2 + 4 + 4 + 4 + 2
 BF16, FP32 = 2, 4  # bytes
-ADDS_A_REPEAT = 12  # the launches that add a repeat's weight gradients to the stage's, one a weight (kernels/stage.py)
+ADDS_A_REPEAT = 12  # launches that add a repeat's weight gradients to the stage's or round them (kernels/stage.py)
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,21 @@ class Kernels:
 
     def gelu_forward(self) -> list[Work]:
         h = self.rows * self.hidden * BF16
-        return [self.own("linear_gelu_forward", self._width, self.stream, 2 * h, **self._gelu())]
+        return [self.own("linear_gelu_forward", self._width, self.stream, 2 * h, **self._gelu_work())]
 
     def gelu_backward(self) -> list[Work]:
         z = self.rows * self.hidden * BF16
-        work = self.own("linear_gelu_backward", self._width, self.stream + z, 2 * z, **self._gelu())
-        return [work, self._partial_sums(math.ceil(self.rows / 128) * self.hidden)]
+        work = self.own("linear_gelu_backward", self._width, self.stream + z, 2 * z, **self._gelu_work())
+        return [work, self._partial_sums(self._gelu_tiles[0] * self.hidden)]
 
-    def _gelu(self) -> dict[str, int]:
-        tiles = math.ceil(self.rows / 128) * math.ceil(self.hidden / 128)
-        return {"flops": 2 * self.rows * self.size.width * self.hidden, "programs": tiles}
+    def _gelu_work(self) -> dict[str, int]:
+        return {"flops": 2 * self.rows * self.size.width * self.hidden, "programs": math.prod(self._gelu_tiles)}
+
+    @property
+    def _gelu_tiles(self) -> tuple[int, int]:
+        """Return the number of tiles along the rows and along the columns."""
+        tile = launch_config.linear_gelu(self.size.width, self.hidden, Machine().dtype, hopper=True)["forward"]
+        return math.ceil(self.rows / tile["BM"]), math.ceil(self.hidden / tile["BN"])
 
     def attention_forward(self) -> list[Work]:
         return [self._attention("forward", "M", "N", 2, 3 * self.stream, self.stream)]
@@ -150,9 +155,9 @@ class Kernels:
         read, written = self.rows * inner * BF16, self.rows * out * BF16
         return [Work(read, written, 2 * self.rows * inner * out)]
 
-    def weight_gradient(self, inner: int, out: int) -> list[Work]:
+    def weight_gradient(self, inner: int, out: int, element: int = FP32) -> list[Work]:
         read = self.rows * (inner + out) * BF16
-        return [Work(read, inner * out * FP32, 2 * self.rows * inner * out)]
+        return [Work(read, inner * out * element, 2 * self.rows * inner * out)]
 
     def column_sum(self, columns: int) -> list[Work]:
         read = self.rows * columns * BF16
@@ -222,14 +227,21 @@ def predictions(size: Size) -> Iterator[tuple[Key, list[Work]]]:
         *(("qkv", width, 3 * width), ("proj", width, width)),
         *(("fc1", width, hidden), ("fc2", hidden, width)),
     ):
-        yield ("linear", f"{name} {label(machine, rows, inner, out)}", "cuBLAS", FORWARD), kernels.linear(inner, out)
+        key = ("linear", f"{name} {label(machine, rows, inner, out)}", "cuBLAS")
+        gradients = kernels.linear(out, inner) + kernels.weight_gradient(inner, out, BF16) + kernels.column_sum(out)
+        yield (*key, FORWARD), kernels.linear(inner, out)
+        yield (*key, BACKWARD), gradients
     yield ("training_step", f"{size.name}, batch {size.batch}", "triton, step graphed", "step"), kernels.step()
 
 
 def page() -> str:
     """Return the comparison with kernels.json, and the steps that are predicted."""
     measured = json.loads((RESULTS / "kernels.json").read_text())
-    gpu = next(name for name in PEAK_BANDWIDTH if name in measured["hardware"])
+    gpu = next((name for name in PEAK_BANDWIDTH if name in measured["hardware"]), None)
+    if gpu is None:
+        raise ValueError(
+            f"kernels.json was measured on {measured['hardware']}; the model knows {', '.join(PEAK_BANDWIDTH)}"
+        )
     times = {
         tuple(row[k] for k in ("operator", "case", "provider", "pass")): row.get("ms")
         for row in measured["rows"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.kernels import chart, training_step, tune
+from benchmarks.kernels import chart, model, training_step, tune
 from benchmarks.kernels.__main__ import OPERATORS, cases_of, run
 from benchmarks.kernels.measure import Ceilings, Machine, Size, rows_of
 from benchmarks.kernels.operator_case import OperatorCase, Provider
@@ -47,6 +47,11 @@ def test_every_provider_is_right_and_timed(operator: str) -> None:
         assert {row["provider"] for row in rows} == set(providers)
         for row in rows:
             assert "error" in row or (row["ms"] > 0 and ("of_copy" in row) != ("of_matmul" in row)), row
+
+
+def test_the_performance_model_is_compared_with_what_was_measured_last() -> None:
+    """Otherwise: python -m benchmarks.kernels.model."""
+    assert (model.RESULTS / "model.md").read_text() == model.page()
 
 
 def test_a_wrong_provider_gets_no_time() -> None:

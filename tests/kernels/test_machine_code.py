@@ -95,16 +95,18 @@ def test_programs_on_a_multiprocessor(case: Case, compiled: Rows) -> None:
     assert row["programs"] >= least, row
 
 
-# The stores of the products' tiles; cuxray finds that 80 % of the bytes that they touch are used.
+# The stores of the products' tiles: at the worst alignment, one touches two sectors of 32 bytes more than it fills.
 UNCOALESCED = {"linear_gelu_forward": 4, "linear_gelu_backward": 6}
 
 
-@pytest.mark.skipif(not CUXRAY, reason="needs cuxray and CUXRAY_TOOLCHAIN: see tests/kernels/machine_code.py")
+@pytest.mark.skipif(not CUXRAY, reason="needs cuxray (PyPI)")
 def test_accesses_to_memory(compiled: Rows) -> None:
-    for case in (case for case in CASES if case.arch == 90 and case.dtype == "bf16"):
-        row = compiled[str(case)]
+    rows = [row for row in compiled.values() if "followed" in row]
+    assert {row["kernel"] for row in rows} == {case.kernel for case in CASES}
+    for row in rows:
+        assert row["followed"] >= 45 or row["shape"] == "width 384, add only", row
         assert row["bank_conflicts"] == 0, row
-        assert row["uncoalesced"] <= UNCOALESCED.get(case.kernel, 0), row
+        assert row["uncoalesced"] <= UNCOALESCED.get(row["kernel"], 0), row
 
 
 def test_a_long_head_stays_on_chip_on_hopper() -> None:
