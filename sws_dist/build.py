@@ -29,14 +29,13 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.moved import follow_move, is_data_moved
-from sws_dist.data.sampler import TrainOrder
+from sws_dist.data.sampler import TrainOrder, count_steps
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
-from sws_dist.errors import RunError
 from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion, prepare_expansion
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
@@ -129,7 +128,7 @@ def build_run(
     expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
-    total_steps = count_steps(config, data.order)
+    total_steps = count_steps(config.train, data.order.epoch_size)
     engine = build_student_engine(config, models.student, ds, expansion, world, dtype)
     # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
     ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -283,19 +282,6 @@ def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
             train, val = map(Manifest.load, files)
             return train, val
     return None
-
-
-def count_steps(config: RunConfig, order: TrainOrder) -> int:
-    """Return the number of optimizer steps of the whole run.
-
-    Raises:
-        RunError: a step needs more images than the run has.
-    """
-    num_images = config.train.epochs * order.epoch_size
-    total_steps = num_images // config.train.global_batch
-    if total_steps == 0:
-        raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {num_images} images")
-    return total_steps
 
 
 def build_recorder(output: Path, resumed: Resumed | None, total_steps: int, world: World) -> Recorder:

@@ -280,7 +280,7 @@ class Trainer:
             "rank_seconds": round(self._elapsed_s() * parts.world.size, 3),
             "flops_forward": models.flops.student,
             "flops_teacher": models.flops.teacher,
-            "flops": training_flops(models, parts.total_steps, train.global_batch),
+            "flops": training_flops(models.flops, models.elastic, parts.total_steps, train.global_batch),
             **describe_layout(parts.engine, parts.world),
             **parts.provenance,
         }

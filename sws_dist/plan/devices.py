@@ -1,4 +1,4 @@
-"""What is known of devices and networks: published figures, and what this trainer reached of them where it was measured.
+"""What is known of devices and networks: published figures, and what this trainer reached where it was measured.
 
 Every figure has its source beside it. What is assumed is in the text that a plan prints (``SpeedAssumption``).
 """
@@ -28,20 +28,21 @@ class Device:
     source: str
 
 
-_GBIT = 1e9 / 8
+GBIT = 1e9 / 8
+"""Bytes a second of one Gbit/s."""
 DEVICES = {
     device.name: device
     for device in (
         Device(
-            *("a100", 80_000_000_000, 312e12, 19.5e12, 300e9, 200 * _GBIT),
+            *("a100", 80_000_000_000, 312e12, 19.5e12, 300e9, 200 * GBIT),
             "NVIDIA A100 80GB SXM data sheet (June 2021); DGX A100: one 200 Gbit/s adapter a GPU",
         ),
         Device(
-            *("h100", 80_000_000_000, 989e12, 67e12, 450e9, 400 * _GBIT),
+            *("h100", 80_000_000_000, 989e12, 67e12, 450e9, 400 * GBIT),
             "NVIDIA H100 SXM data sheet (2023), dense; DGX H100: one 400 Gbit/s adapter a GPU",
         ),
         Device(
-            *("h200", 141_000_000_000, 989e12, 67e12, 450e9, 400 * _GBIT),
+            *("h200", 141_000_000_000, 989e12, 67e12, 450e9, 400 * GBIT),
             "NVIDIA H200 SXM data sheet (2024), dense; DGX H200: one 400 Gbit/s adapter a GPU",
         ),
     )

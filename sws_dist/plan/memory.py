@@ -59,7 +59,9 @@ class RankMemory:
         return max(self.backward.total, self.update.total)
 
 
-def rank_memory(size: ModelSize, sharding: Sharding, one_pass: PassMemory, *, average: bool, teacher: int) -> RankMemory:
+def rank_memory(
+    size: ModelSize, sharding: Sharding, one_pass: PassMemory, *, average: bool, teacher: int
+) -> RankMemory:
     """Add up the memory of one rank.
 
     Args:

@@ -28,7 +28,7 @@ class PassMemory:
     """Most that exists for a moment on top of them."""
 
 
-def measure_pass(model: Any, config: RunConfig, micro_batch: int, dtype: torch.dtype) -> PassMemory:
+def measure_pass(model: Any, config: RunConfig, micro_batch: int, dtype: torch.dtype, *, is_triton: bool) -> PassMemory:
     """Run one training pass of ``model`` without data, and follow every tensor from its birth to its end.
 
     What is counted is what PyTorch's operators return, so the scratch memory inside an operator is not. The reference
@@ -40,8 +40,8 @@ def measure_pass(model: Any, config: RunConfig, micro_batch: int, dtype: torch.d
         model: the student on the meta device, with its kernels chosen; its tensors are replaced.
         micro_batch: number of images.
         dtype: the model's precision.
+        is_triton: True if the Triton kernels run its stages.
     """
-    is_triton = getattr(model, "kernels", "reference") == "triton"
     device = torch.device("meta" if is_triton else "cpu")
     size, num_classes = config.data.image_size, model.num_classes
     model.to(dtype).train()
