@@ -123,12 +123,13 @@ def plan_run(request: Request) -> Plan:
     order = TrainOrder(request.num_images, config.train.seed, config.augment.num_repeats)
     total_steps = count_steps(config.train, order.epoch_size)
     flops, elastic = count_flops(config, request.num_classes), elastic_depth(config, student)
-    counted = flops._replace(teacher=flops.teacher or 0)
+    teacher_flops = flops.teacher or 0
+    counted = flops._replace(teacher=teacher_flops)
     total_flops = training_flops(counted, elastic, total_steps, config.train.global_batch)
     assert total_flops is not None
     step_flops = total_flops / total_steps
     if config.model.grad_checkpointing:  # the forward pass of each stage runs twice
-        step_flops += (total_flops / total_steps - config.train.global_batch * counted.teacher) / TRAIN_FACTOR
+        step_flops += (total_flops / total_steps - config.train.global_batch * teacher_flops) / TRAIN_FACTOR
     teacher = 0
     if config.distill.teacher is not None and config.distill.logits is None:
         with torch.device("meta"):

@@ -28,8 +28,8 @@ class ModelSize:
     def of(cls, model: Any) -> ModelSize:
         """Count the parameters of a model of any kind, on any device."""
         sizes = [p.numel() for p in model.parameters()]
-        stages = getattr(model, "blocks", ()) if hasattr(model, "set_repeats") else ()
-        stage = sum(p.numel() for p in stages[0].parameters()) if len(stages) else 0
+        stages: list[Any] = list(model.blocks) if hasattr(model, "set_repeats") else []
+        stage = sum(p.numel() for p in stages[0].parameters()) if stages else 0
         return cls(sum(sizes), max(sizes), len(stages), stage)
 
 

@@ -10,16 +10,15 @@ from sws_dist.plan.devices import Device
 from sws_dist.plan.memory import Memory
 from sws_dist.plan.run import Plan
 from sws_dist.plan.speed import decoding_cores
-from sws_dist.units import format_bytes
+from sws_dist.units import format_bytes, format_duration
 
 DAY_S = 86_400
 
 
 def plan_table(plan: Plan, device: Device) -> str:
     """Return the whole plan, one fact a line."""
-    return "\n".join(
-        [*_run(plan), "", *_memory(plan, device), "", *_traffic(plan), "", *_time(plan, device), *_bill(plan)]
-    )
+    groups = _run(plan), _memory(plan, device), _traffic(plan), _time(plan, device), _bill(plan)
+    return "\n\n".join("\n".join(lines) for group in groups if (lines := list(group)))
 
 
 def _run(plan: Plan) -> Iterator[str]:
@@ -46,8 +45,8 @@ def _memory(plan: Plan, device: Device) -> Iterator[str]:
         yield f"  on the host   {format_bytes(plan.memory.host):>16}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield (
-        f"  {verdict}: {device.name} has {format_bytes(device.memory_bytes)}, of which {format_bytes(plan.memory_limit)} "
-        f"are used; the largest micro-batch that fits is {plan.largest_micro_batch}"
+        f"  {verdict}: {device.name} has {format_bytes(device.memory_bytes)}, of which "
+        f"{format_bytes(plan.memory_limit)} are used; the largest micro-batch that fits is {plan.largest_micro_batch}"
     )
 
 
@@ -63,17 +62,18 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan, device: Device) -> Iterator[str]:
-    time, days = plan.time, plan.total_steps / DAY_S
+    time, days, run_s = plan.time, plan.total_steps / DAY_S, plan.total_steps * plan.time.longest
     images = plan.sharding.ranks * plan.sharding.micro_batch * plan.sharding.accumulation / time.longest
     yield f"time       {1e3 * time.shortest:.1f} to {1e3 * time.longest:.1f} ms a step (traffic hidden or not)"
     yield f"           arithmetic {1e3 * time.arithmetic:.1f} ms, traffic {1e3 * time.network:.1f} ms"
     yield (
-        f"           {days * time.shortest:.3g} to {days * time.longest:.3g} days, without evaluation and saving; "
+        f"           {days * time.shortest:.3g} to {days * time.longest:.3g} days ({format_duration(run_s)}), without "
+        "evaluation and saving; "
         f"{days * time.longest * 24 * plan.sharding.ranks:.3g} GPU hours"
     )
     yield (
-        f"input      {images:,.0f} images/s: {decoding_cores(images):.0f} CPU cores, if DALI decodes on CPUs as fast as "
-        "where it was measured"
+        f"input      {images:,.0f} images/s: {decoding_cores(images):.0f} CPU cores, if DALI decodes on CPUs as "
+        "fast as where it was measured"
     )
     yield f"assumed    {100 * plan.speed.utilisation:.1f} % of the published rate; {plan.speed.reason}"
     yield f"           {device.source}"
@@ -84,7 +84,7 @@ def _bill(plan: Plan) -> Iterator[str]:
     if bill is None:
         return
     depths = ", ".join(map(str, bill.depths))
-    yield from ("", f"bill of {len(bill.depths)} descendants of {depths} layers, in PFLOP")
+    yield f"bill of {len(bill.depths)} descendants of {depths} layers, in PFLOP"
     costs = {
         "teacher's training": bill.teacher_training,
         "auxiliary model": bill.auxiliary,
@@ -95,6 +95,7 @@ def _bill(plan: Plan) -> Iterator[str]:
     for name, flops in costs.items():
         yield f"  {name:40}{flops / 1e15:>14,.4g}"
     yield from _ratios(bill)
+    yield "untuned: for an auxiliary model that is trained at many depths (model.elastic)"
 
 
 def _ratios(bill: Bill) -> Iterator[str]:

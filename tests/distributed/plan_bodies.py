@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ def measure(job: Job) -> dict[str, Any]:
         batches = iter(trainer._loader)
         for trainer.step in range(STEPS - 1):
             trainer._train_step(batches)
+        gc.collect()  # what earlier steps left is not this step's
         with record_function(MARK), count_traffic() as traffic:
             trainer._train_step(batches)
     return {"traffic": dict(traffic.bytes), **allocated(profiler)}
