@@ -2,13 +2,17 @@
 
 process group -> resolved configs -> output folder -> checkpoint to resume -> images -> models -> input pipeline
 -> DeepSpeed engine with its weights -> moving average -> restored state -> stored logits -> recorder
+
+``check_run`` makes the first line of it alone, for ``sws train --dry-run``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from sws_dist.checkpoint.checkpoint import (
     describe_layout,
     latest_valid,
     load_checkpoint,
+    read_state,
+    require_same_stream,
     set_aside_newer,
     verify,
 )
@@ -91,6 +97,44 @@ class RunParts:
     nonfinite: NonFiniteGuard
 
 
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything of a run that can be had without the engine: what ``sws train --dry-run`` checks."""
+
+    config: RunConfig
+    ds: dict[str, Any]
+    world: World
+    output: Path
+    provenance: dict[str, Any]
+    dtype: torch.dtype
+    checkpoint: Path | None
+    """The checkpoint that the run goes on from."""
+    models: ModelParts
+    teacher: Teacher | None
+    """None too where its stored logits are read, which ``open_logits`` opens."""
+    expansion: Expansion | None
+    data: DataParts
+    total_steps: int
+
+    @property
+    def stream(self) -> dict[str, int]:
+        """What decides which images and draws a step sees."""
+        return describe_stream(self.config, self.data.order, self.total_steps)
+
+    def open_logits(self, step: int) -> Teacher | None:
+        """Open the stored logits that are left after ``step``, where the run reads any; else return ``teacher``.
+
+        A collective.
+        """
+        if self.config.distill.logits is None:
+            return self.teacher
+        global_batch = self.config.train.global_batch
+        with raise_on_all_ranks("open the stored logits"):
+            left = range(step * global_batch, self.total_steps * global_batch)
+            micro_batch, size = self.ds["train_micro_batch_size_per_gpu"], self.data.order.epoch_size
+            return open_stored_teacher(self.config, self.data.train, size, left, micro_batch, self.world)
+
+
 def build_run(
     config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
 ) -> RunParts:
@@ -104,6 +148,55 @@ def build_run(
     Raises:
         ValueError, OSError, RunError: errors that the user can fix, on every rank.
     """
+    run = prepare_run(config, deepspeed_config, resume)
+    world, output, dtype = run.world, run.output, run.dtype
+    with raise_on_all_ranks("prepare the heartbeats"):
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+    engine = build_student_engine(config, run.models.student, run.ds, run.expansion, world, dtype)
+    # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
+    ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+    resumed = None
+    if run.checkpoint is not None:
+        resumed = restore_run(run.checkpoint, engine, ema, output, world, run.stream)
+    global_batch, order, paths = config.train.global_batch, run.data.order, run.data.train.paths
+    return RunParts(
+        config=config,
+        ds=run.ds,
+        world=world,
+        output=output,
+        provenance=run.provenance,
+        heartbeat=heartbeat,
+        data=run.data,
+        models=run.models,
+        teacher=run.open_logits(resumed.state.step if resumed else 0),
+        dtype=dtype,
+        total_steps=run.total_steps,
+        lr_schedule=LRSchedule(config.optim, global_batch, order.epoch_size / global_batch, run.total_steps),
+        loss=DistillationLoss(config.distill),
+        engine=engine,
+        ema=ema,
+        resumed=resumed,
+        recorder=build_recorder(output, resumed, run.total_steps, world),
+        nonfinite=NonFiniteGuard(
+            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(paths[index])
+        ),
+    )
+
+
+def prepare_run(
+    config: RunConfig,
+    deepspeed_config: str | Path | Mapping[str, Any],
+    resume: str | None = None,
+    lists: Path | None = None,
+) -> PreparedRun:
+    """Build and check everything of a run but the engine and what needs one. A collective.
+
+    Args:
+        lists: a folder for the lists of images, seen by all nodes; None: the run's own.
+
+    Raises:
+        ValueError, OSError, RunError: what ``build_run`` raises.
+    """
     world = init_distributed(config.train.timeout_s)
     connect_deepspeed()
     with raise_on_all_ranks("read the DeepSpeed config"):
@@ -111,12 +204,10 @@ def build_run(
         check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
     dtype = DTYPES[precision_of(ds)]
     output = prepare_output(config, resume, world)
-    with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
     provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
     own = load_own_config(checkpoint, config, ds)
-    train, val = load_image_lists(config, output, checkpoint, own, world)
+    train, val = load_image_lists(config, lists or output, checkpoint, own, world)
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
         models = build_models(config, train.classes, world.device, dtype, provenance)
@@ -129,41 +220,42 @@ def build_run(
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
     total_steps = count_steps(config.train, data.order.epoch_size)
-    engine = build_student_engine(config, models.student, ds, expansion, world, dtype)
-    # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
-    ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
-    resumed = None
-    if checkpoint is not None:
-        stream = describe_stream(config, data.order, total_steps)
-        resumed = restore_run(checkpoint, engine, ema, output, world, stream)
-    global_batch = config.train.global_batch
-    if config.distill.logits is not None:
-        with raise_on_all_ranks("open the stored logits"):
-            left = range((resumed.state.step if resumed else 0) * global_batch, total_steps * global_batch)
-            micro_batch = global_batch // (engine.gradient_accumulation_steps() * world.size)
-            teacher = open_stored_teacher(config, train, data.order.epoch_size, left, micro_batch, world)
-    return RunParts(
-        config=config,
-        ds=ds,
-        world=world,
-        output=output,
-        provenance=provenance,
-        heartbeat=heartbeat,
-        data=data,
-        models=models,
-        teacher=teacher,
-        dtype=dtype,
-        total_steps=total_steps,
-        lr_schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
-        loss=DistillationLoss(config.distill),
-        engine=engine,
-        ema=ema,
-        resumed=resumed,
-        recorder=build_recorder(output, resumed, total_steps, world),
-        nonfinite=NonFiniteGuard(
-            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
-        ),
+    return PreparedRun(
+        config, ds, world, output, provenance, dtype, checkpoint, models, teacher, expansion, data, total_steps
     )
+
+
+def check_run(
+    config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
+) -> PreparedRun:
+    """Check a run as far as that goes without training, and leave nothing behind in its folder. A collective.
+
+    Raises:
+        ValueError, OSError, RunError: what ``build_run`` raises; and for a checkpoint of another stream of images.
+    """
+    world = init_distributed(config.train.timeout_s)
+    output = Path(config.output)
+    was_there = broadcast_from_rank0(output.exists())
+    lists = output / ".dry-run"
+    try:
+        with raise_on_all_ranks("write into the output folder"):
+            if world.is_rank_zero:
+                lists.mkdir(parents=True, exist_ok=True)
+        run = prepare_run(config, deepspeed_config, resume, lists)
+        step = 0
+        if run.checkpoint is not None:
+            with raise_on_all_ranks("read the checkpoint"):
+                state = read_state(run.checkpoint)
+                require_same_stream(run.checkpoint, state, run.stream)
+            step = state.step
+        run.open_logits(step)
+        return run
+    finally:
+        if world.is_rank_zero:
+            shutil.rmtree(lists, ignore_errors=True)
+            if not was_there:
+                with suppress(OSError):  # somebody else has put something there
+                    output.rmdir()
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

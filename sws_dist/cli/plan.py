@@ -31,7 +31,7 @@ from sws_dist.cli.common import (
 from sws_dist.config.loader import load_config
 from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.errors import ConfigError
-from sws_dist.plan.devices import DEVICES, GBIT, find_device
+from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, GBIT, find_device
 from sws_dist.zero.config import config_source, resolve_deepspeed_config
 
 
@@ -82,7 +82,9 @@ def make_options() -> argparse.ArgumentParser:
     add_deepspeed_option(parser)
     parser.add_argument("--nodes", type=whole_number(), default=1, help="(default 1)")
     parser.add_argument("--gpus-per-node", type=whole_number(), default=1, help="(default 1)")
-    parser.add_argument("--device", default="h100", choices=sorted(DEVICES), help="the GPU (default h100)")
+    parser.add_argument(
+        "--device", default=DEFAULT_DEVICE, choices=sorted(DEVICES), help="the GPU (default %(default)s)"
+    )
     parser.add_argument(
         "--utilisation", type=number(0.001, 1), help="share of the GPU's published rate (default: as measured)"
     )

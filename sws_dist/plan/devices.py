@@ -47,6 +47,7 @@ DEVICES = {
         ),
     )
 }
+DEFAULT_DEVICE = "h100"
 MEASURED_ON = "h200"
 """The device of ``MEASURED``."""
 Path = Literal["triton", "triton, stages graphed", "compile timm, cuDNN", "eager timm"]

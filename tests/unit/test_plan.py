@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,9 @@ def test_activations_are_what_autograd_saves(recompute: bool) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = F.kl_div(model(images).log_softmax(1), taught, log_target=True)
+        loss = F.kl_div(model(images).log_softmax(1), taught, log_target=True, reduction="batchmean")
     num_bytes = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
     assert loss.isfinite()
-    if recompute:  # the inputs of the stages are kept by the checkpoints, which saved-tensor hooks do not see
-        num_bytes += 2 * 8 * 16 * 64 * 4
     assert planned.activations == pytest.approx(num_bytes, rel=0.1)
 
 
@@ -185,9 +184,7 @@ def test_a_whole_plan(request_: Request) -> None:
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(request_: Request) -> None:
-    from dataclasses import replace
-
-    device = replace(request_.device, memory_bytes=1_500_000_000 + 2_500_000_000)
+    device = replace(request_.device, memory_bytes=2_300_000_000)
     largest = plan_run(replace(request_, device=device, depths=())).largest_micro_batch
     assert 0 < largest < 4096
     for micro, fits in ((largest, True), (largest + largest // 50 + 1, False)):
@@ -197,8 +194,6 @@ def test_the_largest_micro_batch_is_the_last_that_fits(request_: Request) -> Non
 
 
 def test_a_bill_needs_an_auxiliary_model(request_: Request) -> None:
-    from dataclasses import replace
-
     config = replace(request_.config, model=replace(request_.config.model, schedule=(1, 1)))
     with pytest.raises(ValueError, match="--depths: sws_vit is no auxiliary model"):
         plan_run(replace(request_, config=config))
