@@ -18,8 +18,8 @@ their paths: --config configs/runs/auxiliary_small.yaml. Every config key stands
 `deepspeed --quiet` (before --module) hides what the launcher says of itself at every start; its errors are shown. On a
 machine without a GPU, DS_ACCELERATOR=cpu in the environment hides its warning that it finds none.
 
---dry-run checks configs, ranks, data, weights and the checkpoint to resume, prints memory, traffic and time (`sws plan`)
-and trains nothing.
+--dry-run checks configs, ranks, data, weights and the checkpoint to resume, prints memory, traffic and time (as
+`sws plan` does), and trains nothing.
 
 The run's folder (config key `output`) receives config.yaml, deepspeed.json, log.jsonl, tensorboard/, checkpoints/,
 and at the end metrics.json with learngene.safetensors (auxiliary models) or model.safetensors (all others).

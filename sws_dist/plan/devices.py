@@ -86,7 +86,7 @@ class SpeedAssumption:
     reason: str
 
 
-def assume_utilisation(path: Path, width: int | None) -> SpeedAssumption:
+def assume_utilisation(path: Path, width: int | None, precision: str = "bf16") -> SpeedAssumption:
     """Return what was measured for the nearest width that is not larger, or else the smallest.
 
     Args:
@@ -97,4 +97,5 @@ def assume_utilisation(path: Path, width: int | None) -> SpeedAssumption:
     nearest = max((known for known in measured if width is None or known <= width), default=min(measured))
     share = measured[nearest] / DEVICES[MEASURED_ON].half_flops
     reason = f"measured on an H200: {path}, width {nearest}, bf16, {MEASURED_BATCH} images"
-    return SpeedAssumption(share, reason if nearest == width else f"assumed to be as {reason}")
+    is_measured = nearest == width and precision == "bf16"
+    return SpeedAssumption(share, reason if is_measured else f"assumed to be as {reason}")

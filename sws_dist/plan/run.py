@@ -141,7 +141,9 @@ def plan_run(request: Request) -> Plan:
     network = Network.of(device, request.nodes, request.ranks_a_node)
     if request.network_bytes is not None:
         network = replace(network, network_bytes=request.network_bytes)
-    speed = assume_utilisation(kernels, getattr(student, "embed_dim", None) if size.stages else None)
+    speed = assume_utilisation(
+        kernels, getattr(student, "embed_dim", None) if size.stages else None, sharding.precision
+    )
     if request.utilisation is not None:
         speed = SpeedAssumption(request.utilisation, "as was asked for")
     rate = speed.utilisation * (device.single_flops if sharding.precision == "fp32" else device.half_flops)

@@ -8,12 +8,19 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from sws_dist.cli.train import check_and_plan
+from sws_dist.config.loader import load_config
 from sws_dist.distributed.traffic import count_traffic
 from tests import runs
 from tests.launching import Job
 
 STEPS = 3
 MARK = "the measured step"
+
+
+def dry_run(job: Job, overrides: list[str]) -> str:
+    """Return what ``sws train --dry-run`` prints."""
+    return check_and_plan(load_config(job.config, [*job.overrides(), *overrides]), job.ds_path, None)
 
 
 def measure_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
