@@ -63,7 +63,7 @@ def bill_rows() -> list[str]:
     rows = ["| size | counted in | total training | the same, untuned | stored parameters | pre-training |"]
     rows.append("|---|---|--:|--:|--:|--:|")
     named = " | ".join(f"{PAPER[name]:.1f} x" if name in PAPER else "" for name in ("total training", "untuned"))
-    rows.append(f"| paper | | {named} | {PAPER['stored parameters']:.0f} x | {PAPER['pre-training']:.0f} x |")
+    rows.append(f"| paper | epochs | {named} | {PAPER['stored parameters']:.0f} x | {PAPER['pre-training']:.0f} x |")
     for size in ("tiny", "small", "base"):
         bill = plan(size, 2, depths=DEPTHS).bill
         assert bill is not None
