@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from sws_dist.checkpoint.checkpoint import (
     set_aside_newer,
     verify,
 )
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
@@ -39,6 +41,7 @@ from sws_dist.data.sampler import TrainOrder, count_steps
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
@@ -46,13 +49,13 @@ from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule
 from sws_dist.provenance import collect_provenance
 from sws_dist.run_dir import prepare_output
 from sws_dist.seed import seed_everything
 from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
+from sws_dist.zero.monitor import Monitors, open_monitors
 from sws_dist.zero.protocol import ZeroEngine
 from sws_dist.zero.schema import check_against_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
@@ -115,11 +118,8 @@ class PreparedRun:
     expansion: Expansion | None
     data: DataParts
     total_steps: int
-
-    @property
-    def stream(self) -> dict[str, int]:
-        """What decides which images and draws a step sees."""
-        return describe_stream(self.config, self.data.order, self.total_steps)
+    stream: dict[str, int]
+    """What decides which images and draws a step sees, and has to be the checkpoint's."""
 
     def open_logits(self, step: int) -> Teacher | None:
         """Open the stored logits that are left after ``step``, where the run reads any; else return ``teacher``.
@@ -150,15 +150,18 @@ def build_run(
     """
     run = prepare_run(config, deepspeed_config, resume)
     world, output, dtype = run.world, run.output, run.dtype
+    flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
     with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
     engine = build_student_engine(config, run.models.student, run.ds, run.expansion, world, dtype)
     # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
     ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
     resumed = None
     if run.checkpoint is not None:
         resumed = restore_run(run.checkpoint, engine, ema, output, world, run.stream)
-    global_batch, order, paths = config.train.global_batch, run.data.order, run.data.train.paths
+    with raise_on_all_ranks("start the monitors"):
+        monitors = open_monitors(run.ds, config.train.global_batch, output)
+    paths = run.data.train.paths
     return RunParts(
         config=config,
         ds=run.ds,
@@ -171,12 +174,12 @@ def build_run(
         teacher=run.open_logits(resumed.state.step if resumed else 0),
         dtype=dtype,
         total_steps=run.total_steps,
-        lr_schedule=LRSchedule(config.optim, global_batch, order.epoch_size / global_batch, run.total_steps),
+        lr_schedule=LRSchedule.of_run(config, run.data.order.epoch_size),
         loss=DistillationLoss(config.distill),
         engine=engine,
         ema=ema,
         resumed=resumed,
-        recorder=build_recorder(output, resumed, run.total_steps, world),
+        recorder=build_recorder(output, resumed, world, monitors),
         nonfinite=NonFiniteGuard(
             config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(paths[index])
         ),
@@ -220,8 +223,11 @@ def prepare_run(
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
     total_steps = count_steps(config.train, data.order.epoch_size)
+    stream = describe_stream(config, data.order, total_steps)
+    if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
+        del stream["total_steps"]
     return PreparedRun(
-        config, ds, world, output, provenance, dtype, checkpoint, models, teacher, expansion, data, total_steps
+        config, ds, world, output, provenance, dtype, checkpoint, models, teacher, expansion, data, total_steps, stream
     )
 
 
@@ -295,7 +301,10 @@ def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, An
         RunError: they differ in what a run may not change.
     """
     with raise_on_all_ranks("compare the config with the run's own"):
-        return compare_with_own_config(run_folder(checkpoint), config, ds) if checkpoint is not None else None
+        if checkpoint is None:
+            return None
+        state = read_state(checkpoint)
+        return compare_with_own_config(run_folder(checkpoint), config, ds, reached=(state.step, state.epoch_size))
 
 
 def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:
@@ -376,13 +385,14 @@ def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
     return None
 
 
-def build_recorder(output: Path, resumed: Resumed | None, total_steps: int, world: World) -> Recorder:
+def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:
     """Build what records the run's numbers, from where the checkpoint is."""
+    follow = None if monitors is None else monitors.write
     if resumed is None:
-        return Recorder(output, world.is_rank_zero, total_steps)
+        return Recorder(output, world.is_rank_zero, follow=follow)
     step, history = resumed.state.step, resumed.state.history
     is_evaluated = bool(history) and history[-1]["step"] == step
-    return Recorder(output, world.is_rank_zero, total_steps, step, is_evaluated)
+    return Recorder(output, world.is_rank_zero, step, is_evaluated, follow)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def check_and_plan(config: RunConfig, deepspeed_config: Path, resume: str | None
     run = check_run(config, deepspeed_config, resume)
     world, train = run.world, run.data.train
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    known = any(each in name.lower() for each in DEVICES)
+    known = name in [each.cuda_name for each in DEVICES.values()]
     device = find_device(name if known else DEFAULT_DEVICE)
     place = (world.nodes, world.size // world.nodes, device)
     plan = plan_run(Request(config, run.ds, len(train), len(train.classes), *place))

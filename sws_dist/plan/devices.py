@@ -16,16 +16,22 @@ class Device:
     """Published figures of one GPU, in the server that its maker sells."""
 
     name: str
+    cuda_name: str
+    """What ``torch.cuda.get_device_name`` says of it."""
     memory_bytes: int
-    half_flops: float
-    """Operations a second in bf16 and fp16, dense."""
-    single_flops: float
-    """Operations a second in fp32, without TF32, which PyTorch does not use unless it is told to."""
     link_bytes: float
     """Bytes a second of NVLink, in each direction."""
     network_bytes: float
     """Bytes a second of the network between nodes, for each GPU and in each direction."""
     source: str
+
+    def flops(self, precision: str) -> float:
+        """Return the operations a second in ``fp32`` (without TF32, as torch runs it), ``bf16`` or ``fp16``, dense."""
+        from sws_dist.logging.peaks import find_peak  # with torch, which takes seconds to import
+
+        peak = find_peak(self.cuda_name)
+        assert peak is not None
+        return 1e12 * (peak.single if precision == "fp32" else peak.half)
 
 
 GBIT = 1e9 / 8
@@ -34,16 +40,16 @@ DEVICES = {
     device.name: device
     for device in (
         Device(
-            *("a100", 80_000_000_000, 312e12, 19.5e12, 300e9, 200 * GBIT),
+            *("a100", "NVIDIA A100-SXM4-80GB", 80_000_000_000, 300e9, 200 * GBIT),
             "NVIDIA A100 80GB SXM data sheet (June 2021); DGX A100: one 200 Gbit/s adapter a GPU",
         ),
         Device(
-            *("h100", 80_000_000_000, 989e12, 67e12, 450e9, 400 * GBIT),
-            "NVIDIA H100 SXM data sheet (2023), dense; DGX H100: one 400 Gbit/s adapter a GPU",
+            *("h100", "NVIDIA H100 80GB HBM3", 80_000_000_000, 450e9, 400 * GBIT),
+            "NVIDIA H100 SXM data sheet (2023); DGX H100: one 400 Gbit/s adapter a GPU",
         ),
         Device(
-            *("h200", 141_000_000_000, 989e12, 67e12, 450e9, 400 * GBIT),
-            "NVIDIA H200 SXM data sheet (2024), dense; DGX H200: one 400 Gbit/s adapter a GPU",
+            *("h200", "NVIDIA H200", 141_000_000_000, 450e9, 400 * GBIT),
+            "NVIDIA H200 SXM data sheet (2024); DGX H200: one 400 Gbit/s adapter a GPU",
         ),
     )
 }
@@ -72,8 +78,8 @@ def find_device(name: str) -> Device:
     Raises:
         ConfigError: a device without figures.
     """
-    for key, device in DEVICES.items():
-        if key in name.lower():
+    for device in DEVICES.values():
+        if name in (device.name, device.cuda_name):
             return device
     raise ConfigError(f"device {name!r}: no figures are known; known are {', '.join(DEVICES)}")
 
@@ -95,7 +101,7 @@ def assume_utilisation(path: Path, width: int | None, precision: str = "bf16") -
     """
     measured = MEASURED[path]
     nearest = max((known for known in measured if width is None or known <= width), default=min(measured))
-    share = measured[nearest] / DEVICES[MEASURED_ON].half_flops
+    share = measured[nearest] / DEVICES[MEASURED_ON].flops("bf16")
     reason = f"measured on an H200: {path}, width {nearest}, bf16, {MEASURED_BATCH} images"
     is_measured = nearest == width and precision == "bf16"
     return SpeedAssumption(share, reason if is_measured else f"assumed to be as {reason}")

@@ -3,6 +3,8 @@
 What lies where at each ZeRO stage is what DeepSpeed 0.19.8 was seen to allocate (tests/distributed/test_plan.py holds
 it against real runs). With N parameters of p bytes each on W ranks:
 
+(Muon keeps one moment of its matrices, not two.)
+
 | stage | weights | optimizer (masters, two moments, average) | gradients kept between micro-batches |
 |---|---|---|---|
 | 0 | pN | 8N in fp32, else 12N; average 4N | pN |
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from sws_dist.config.schema import RunConfig
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.step_memory import PassMemory
 
@@ -53,6 +56,8 @@ class RankMemory:
     """When the weights are updated: all gradients are there."""
     host: int
     """Bytes that are offloaded to the host's memory."""
+    checkpoint: int
+    """Bytes of host memory for the copy that a checkpoint is written from while training goes on."""
 
     @property
     def peak(self) -> int:
@@ -60,19 +65,22 @@ class RankMemory:
 
 
 def rank_memory(
-    size: ModelSize, sharding: Sharding, one_pass: PassMemory, *, average: bool, teacher: int
+    size: ModelSize, sharding: Sharding, one_pass: PassMemory, config: RunConfig, teacher: int
 ) -> RankMemory:
     """Add up the memory of one rank.
 
     Args:
         one_pass: of one micro-batch.
-        average: True if the run keeps a moving average of the weights.
+        config: says whether there is a moving average, which moments the optimizer has, and how checkpoints are saved.
         teacher: number of the teacher's parameters; 0 where none runs.
     """
-    own = size.parameters if sharding.zero_stage == 0 else sharding.shard(size.parameters)
+    own, matrices = (n if sharding.zero_stage == 0 else sharding.shard(n) for n in (size.parameters, size.matrices))
     weights = sharding.element * (sharding.shard(size.parameters) if sharding.zero_stage == 3 else size.parameters)
+    moments = 2 * own - (matrices if config.optim.name == "muon" else 0)
+    kept = MASTER * (moments + own * (config.optim.ema_decay is not None))
     has_masters = sharding.zero_stage > 0 or sharding.element != MASTER  # else the parameters themselves
-    optimizer = own * MASTER * (2 + has_masters + average)
+    optimizer = kept + MASTER * own * has_masters
+    checkpoint = kept + MASTER * own if config.checkpoint.background else 0
     host = 0
     if sharding.offloads_optimizer:  # with the gradient in fp32, and the new weights on their way back
         host, optimizer = optimizer + own * (MASTER + sharding.element), 0
@@ -82,11 +90,11 @@ def rank_memory(
     def memory(gradients: int, activations: int, workspace: int) -> Memory:
         return Memory(weights, sharding.element * teacher, gradients, optimizer, activations, workspace)
 
-    kept = _kept_gradients(size, sharding)
+    gradients = _kept_gradients(size, sharding)
     in_use = _buckets(sharding) + _gathered(size, sharding)
-    backward = memory(kept, one_pass.activations, one_pass.workspace + in_use)
+    backward = memory(gradients, one_pass.activations, one_pass.workspace + in_use)
     updates = [memory(gradients, 0, workspace) for gradients, workspace in _update_moments(size, sharding, own)]
-    return RankMemory(backward, max(updates, key=lambda moment: moment.total), host)
+    return RankMemory(backward, max(updates, key=lambda moment: moment.total), host, checkpoint)
 
 
 def _kept_gradients(size: ModelSize, sharding: Sharding) -> int:

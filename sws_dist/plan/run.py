@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,8 +75,6 @@ class Plan:
     total_steps: int
     step_flops: float
     total_flops: float
-    counts_teacher: bool
-    """False if torch cannot count the teacher's operations; they are then left out."""
     memory: RankMemory
     memory_limit: int
     largest_micro_batch: int
@@ -87,6 +85,8 @@ class Plan:
     """Operations a second that one device is assumed to reach."""
     time: StepTime
     bill: Bill | None
+    left_out: tuple[str, ...]
+    """What the run has and this plan does not count."""
 
     @property
     def wire_bytes(self) -> int:
@@ -134,7 +134,7 @@ def plan_run(request: Request) -> Plan:
     if config.distill.teacher is not None and config.distill.logits is None:
         with torch.device("meta"):
             teacher = sum(p.numel() for p in build_teacher(config.distill, config.data.image_size).parameters())
-    add_memory = partial(rank_memory, size, average=config.optim.ema_decay is not None, teacher=teacher)
+    add_memory = partial(rank_memory, size, config=config, teacher=teacher)
     measure = partial(pass_memory, config, request.num_classes, kernels, DTYPES[sharding.precision], elastic)
     memory = add_memory(sharding, measure(sharding.micro_batch))
     limit = int(device.memory_bytes * (1 - request.headroom))
@@ -146,7 +146,7 @@ def plan_run(request: Request) -> Plan:
     )
     if request.utilisation is not None:
         speed = SpeedAssumption(request.utilisation, "as was asked for")
-    rate = speed.utilisation * (device.single_flops if sharding.precision == "fp32" else device.half_flops)
+    rate = speed.utilisation * device.flops(sharding.precision)
     collectives = tuple(step_collectives(size, sharding))
     return Plan(
         model=config.model.name,
@@ -156,7 +156,6 @@ def plan_run(request: Request) -> Plan:
         total_steps=total_steps,
         step_flops=step_flops,
         total_flops=total_flops,
-        counts_teacher=flops.teacher is not None,
         memory=memory,
         memory_limit=limit,
         largest_micro_batch=largest_batch(lambda micro: add_memory(sharding, measure(micro)).peak, limit),
@@ -166,7 +165,17 @@ def plan_run(request: Request) -> Plan:
         rate=rate,
         time=step_time(step_flops, collectives, network, rate),
         bill=plan_bill(request, student, size, counted, total_flops, total_steps) if request.depths else None,
+        left_out=tuple(_left_out(config, sharding, counts_teacher=flops.teacher is not None)),
     )
+
+
+def _left_out(config: RunConfig, sharding: Sharding, *, counts_teacher: bool) -> Iterator[str]:
+    if not counts_teacher:
+        yield "the teacher's operations, which torch cannot count"
+    if config.optim.name == "muon":
+        yield "Muon's orthogonalisation: its operations, and the exchange of matrices that ranks share"
+    for key in sharding.unmodelled:
+        yield f"what zero_optimization.{key} changes in memory and traffic"
 
 
 def build_on_meta(config: RunConfig, num_classes: int) -> Any:

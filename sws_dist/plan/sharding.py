@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sws_dist.optim import hidden_matrices
 from sws_dist.zero.config import ZERO3_PREFIX, precision_of
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -15,10 +16,12 @@ UNMODELLED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantiz
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Number of parameters of a model, of the largest one, and of its stages."""
+    """Number of parameters of a model, of the largest one, of the matrices inside blocks, and of its stages."""
 
     parameters: int
     largest: int
+    matrices: int
+    """What Muon updates, which keeps one moment of it instead of two."""
     stages: int
     """Distinct layers, each of which ZeRO-3 gathers as one module; 0 for models that are not ours."""
     stage: int
@@ -27,10 +30,11 @@ class ModelSize:
     @classmethod
     def of(cls, model: Any) -> ModelSize:
         """Count the parameters of a model of any kind, on any device."""
-        sizes = [p.numel() for p in model.parameters()]
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        matrices = sum(sizes[name] for name in hidden_matrices(model))
         stages: list[Any] = list(model.blocks) if hasattr(model, "set_repeats") else []
         stage = sum(p.numel() for p in stages[0].parameters()) if stages else 0
-        return cls(sum(sizes), max(sizes), len(stages), stage)
+        return cls(sum(sizes.values()), max(sizes.values()), matrices, len(stages), stage)
 
 
 @dataclass(frozen=True)

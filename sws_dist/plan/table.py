@@ -28,10 +28,9 @@ def _run(plan: Plan) -> Iterator[str]:
         f"ranks      {plan.network.nodes} node(s) x {plan.network.ranks_a_node}, ZeRO-{shards.zero_stage}, "
         f"{shards.precision}: {shards.micro_batch} images x {shards.accumulation} micro-batch(es) a rank and step"
     )
-    left_out = "" if plan.counts_teacher else ", without the teacher, whose operations torch cannot count"
-    yield f"work       {plan.total_steps:,} steps, {plan.total_flops / 1e15:,.4g} PFLOP{left_out}"
-    for key in shards.unmodelled:
-        yield f"not known  what zero_optimization.{key} changes: memory and traffic are without it"
+    yield f"work       {plan.total_steps:,} steps, {plan.total_flops / 1e15:,.4g} PFLOP"
+    for each in plan.left_out:
+        yield f"left out   {each}"
 
 
 def _memory(plan: Plan, device: Device) -> Iterator[str]:
@@ -41,8 +40,9 @@ def _memory(plan: Plan, device: Device) -> Iterator[str]:
         if any(both):
             yield f"  {field.name:14}{format_bytes(both[0]):>16}{format_bytes(both[1]):>12}"
     yield f"  {'total':14}{format_bytes(plan.memory.backward.total):>16}{format_bytes(plan.memory.update.total):>12}"
-    if plan.memory.host:
-        yield f"  on the host   {format_bytes(plan.memory.host):>16}"
+    for name, num_bytes in (("offloaded", plan.memory.host), ("copy to save", plan.memory.checkpoint)):
+        if num_bytes:
+            yield f"  {name:14}{format_bytes(num_bytes):>16} of host memory"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield (
         f"  {verdict}: {device.name} has {format_bytes(device.memory_bytes)}, of which "

@@ -27,7 +27,8 @@ from sws_dist.zero.config import resolve_deepspeed_config
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL_SETS = ["data.image_size=32", 'model.kwargs={"patch_size": 8, "embed_dim": 64, "num_heads": 2}']
 NO_ACTIVATIONS = PassMemory(0, 0)
-SIZE = ModelSize(parameters=8_000_000, largest=600_000, stages=4, stage=1_900_000)
+SIZE = ModelSize(parameters=8_000_000, largest=600_000, matrices=7_000_000, stages=4, stage=1_900_000)
+NO_AVERAGE = load_config("auxiliary_small", ["optim.ema_decay=null"])
 
 
 def sharding(stage: int, ranks: int, **more: Any) -> Sharding:
@@ -83,7 +84,7 @@ def test_the_triton_stages_memory_is_that_of_the_benchmark() -> None:
 
 def test_zero_2_is_what_deepspeed_estimates() -> None:
     """Weights, masters, moments, and the gradient in bf16 and in fp32: 2 N + 18 N / W."""
-    memory = rank_memory(SIZE, sharding(2, 8), NO_ACTIVATIONS, average=False, teacher=0).update
+    memory = rank_memory(SIZE, sharding(2, 8), NO_ACTIVATIONS, NO_AVERAGE, teacher=0).update
     _, estimate = estimate_zero2_model_states_mem_needs(SIZE.parameters, 8, 1, cpu_offload=False)
     assert memory.weights + memory.optimizer + memory.gradients + 4 * SIZE.parameters // 8 == estimate
     assert memory.total == pytest.approx(estimate, rel=0.1)
@@ -91,7 +92,7 @@ def test_zero_2_is_what_deepspeed_estimates() -> None:
 
 def test_zero_3_is_what_deepspeed_estimates() -> None:
     """Without its largest layer, and with the gradient's shard in bf16, which the estimate leaves out."""
-    memory = rank_memory(SIZE, sharding(3, 8), NO_ACTIVATIONS, average=False, teacher=0).update
+    memory = rank_memory(SIZE, sharding(3, 8), NO_ACTIVATIONS, NO_AVERAGE, teacher=0).update
     _, estimate, layer = estimate_zero3_model_states_mem_needs(SIZE.parameters, 0, 8, 1, False, False)
     assert layer == 0
     states = memory.weights + memory.optimizer + 4 * SIZE.parameters // 8
@@ -101,10 +102,19 @@ def test_zero_3_is_what_deepspeed_estimates() -> None:
 
 def test_an_offloaded_optimizer_lies_on_the_host() -> None:
     zero = {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}
-    found = rank_memory(SIZE, sharding(2, 4, zero_optimization=zero), NO_ACTIVATIONS, average=True, teacher=5)
+    config = load_config("auxiliary_small", ["optim.ema_decay=0.9"])
+    found = rank_memory(SIZE, sharding(2, 4, zero_optimization=zero), NO_ACTIVATIONS, config, teacher=5)
     assert found.update.optimizer == 0
     assert found.host == SIZE.parameters // 4 * (4 + 8 + 4 + 4 + 2)
+    assert found.checkpoint == SIZE.parameters // 4 * (4 + 8 + 4)
     assert found.backward.teacher == 10
+
+
+def test_muon_keeps_one_moment_of_its_matrices() -> None:
+    config = load_config("auxiliary_small", ["optim.ema_decay=null", "optim.name=muon", "checkpoint.background=false"])
+    found = rank_memory(SIZE, sharding(2, 4), NO_ACTIVATIONS, config, teacher=0)
+    assert found.update.optimizer == 4 * (2 * 7_000_000 + 3 * 1_000_000) // 4
+    assert found.checkpoint == 0
 
 
 # ---- traffic and time ----
@@ -137,9 +147,11 @@ def test_figures_are_those_of_the_committed_results() -> None:
 def test_what_was_not_measured_is_called_assumed() -> None:
     assert assume_utilisation("triton", 384).reason.startswith("measured")
     assumed = assume_utilisation("triton", 768)
-    assert assumed.utilisation == pytest.approx(277.2 / 989)
+    assert assumed.utilisation == pytest.approx(277.2 / 989.4)
     assert assumed.reason.startswith("assumed to be as measured on an H200: triton, width 384")
     assert find_device("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    with pytest.raises(ConfigError, match="device 'NVIDIA H100 PCIe'"):  # slower, with the memory of another
+        find_device("NVIDIA H100 PCIe")
     with pytest.raises(ConfigError, match="device 'TPU': no figures are known; known are a100, h100, h200"):
         find_device("TPU")
 
