@@ -92,7 +92,7 @@ class SpeedAssumption:
     reason: str
 
 
-def assume_utilisation(path: Path, width: int | None, precision: str = "bf16") -> SpeedAssumption:
+def assume_utilisation(device: Device, path: Path, width: int | None, precision: str) -> SpeedAssumption:
     """Return what was measured for the nearest width that is not larger, or else the smallest.
 
     Args:
@@ -103,5 +103,5 @@ def assume_utilisation(path: Path, width: int | None, precision: str = "bf16") -
     nearest = max((known for known in measured if width is None or known <= width), default=min(measured))
     share = measured[nearest] / DEVICES[MEASURED_ON].flops("bf16")
     reason = f"measured on an H200: {path}, width {nearest}, bf16, {MEASURED_BATCH} images"
-    is_measured = nearest == width and precision == "bf16"
+    is_measured = (device.name, width, precision) == (MEASURED_ON, nearest, "bf16")
     return SpeedAssumption(share, reason if is_measured else f"assumed to be as {reason}")

@@ -142,7 +142,7 @@ def plan_run(request: Request) -> Plan:
     if request.network_bytes is not None:
         network = replace(network, network_bytes=request.network_bytes)
     speed = assume_utilisation(
-        kernels, getattr(student, "embed_dim", None) if size.stages else None, sharding.precision
+        device, kernels, getattr(student, "embed_dim", None) if size.stages else None, sharding.precision
     )
     if request.utilisation is not None:
         speed = SpeedAssumption(request.utilisation, "as was asked for")

@@ -145,10 +145,11 @@ def test_figures_are_those_of_the_committed_results() -> None:
 
 
 def test_what_was_not_measured_is_called_assumed() -> None:
-    assert assume_utilisation("triton", 384).reason.startswith("measured")
-    assumed = assume_utilisation("triton", 768)
-    assert assumed.utilisation == pytest.approx(277.2 / 989.4)
-    assert assumed.reason.startswith("assumed to be as measured on an H200: triton, width 384")
+    assert assume_utilisation(DEVICES["h200"], "triton", 384, "bf16").reason.startswith("measured")
+    for device, width, precision in (("h100", 384, "bf16"), ("h200", 384, "fp32"), ("h200", 768, "bf16")):
+        assumed = assume_utilisation(DEVICES[device], "triton", width, precision)
+        assert assumed.utilisation == pytest.approx(277.2 / 989.4)
+        assert assumed.reason.startswith("assumed to be as measured on an H200: triton, width 384")
     assert find_device("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
     with pytest.raises(ConfigError, match="device 'NVIDIA H100 PCIe'"):  # slower, with the memory of another
         find_device("NVIDIA H100 PCIe")
