@@ -78,4 +78,5 @@ def build_order(config: RunConfig, images: Manifest, share: tuple[int, int] = (0
     window = config.data.shuffle_shards
     if window is not None and shards is None:
         raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
-    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window, share)
+    repeats, crops = config.augment.num_repeats, config.augment.num_crops
+    return TrainOrder(len(images), config.train.seed, repeats, crops, shards, window, share)

@@ -15,7 +15,7 @@ from sws_dist.data.sampler import TrainOrder, eval_batches, micro_batch_position
 def test_repeated_augmentation_is_timms_index_for_index(num_images: int, num_repeats: int, world_size: int) -> None:
     order = TrainOrder(num_images, seed=0, num_repeats=num_repeats)
     for epoch in (0, 1, 7):
-        ours = order.epoch_images(epoch)
+        ours = order.pass_images(epoch)
         for rank in range(world_size):
             theirs = RepeatAugSampler(range(num_images), world_size, rank, num_repeats=num_repeats)
             theirs.set_epoch(epoch)
@@ -76,7 +76,7 @@ def test_goes_on_at_another_world_size() -> None:
 def test_the_shuffle_is_torchs() -> None:
     generator = torch.Generator().manual_seed(42 + 5)
     expected = torch.randperm(300, generator=generator).tolist()
-    assert TrainOrder(300, seed=42).epoch_images(5).tolist() == expected
+    assert TrainOrder(300, seed=42).pass_images(5).tolist() == expected
 
 
 @pytest.mark.parametrize("num_repeats", [1, 3])
@@ -85,7 +85,7 @@ def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
     order = TrainOrder(300, seed=4, num_repeats=num_repeats, shards=shards, window=3)
     epochs = []
     for epoch in range(3):
-        images = order.epoch_images(epoch)
+        images = order.pass_images(epoch)
         windows = [set(shards[images[start : start + 90 * num_repeats]]) for start in range(0, 300, 90 * num_repeats)]
         assert all(len(window) <= 3 for window in windows)
         assert not set.intersection(*windows) or len(windows) == 1
@@ -93,8 +93,8 @@ def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
         assert max(np.diff(images)) > 30, "shuffled inside a window"
         epochs.append(tuple(images))
     assert len(set(epochs)) == 3
-    everything = TrainOrder(300, seed=4, shards=shards, window=10).epoch_images(0)
-    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).epoch_images(0))
+    everything = TrainOrder(300, seed=4, shards=shards, window=10).pass_images(0)
+    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).pass_images(0))
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 7, 100])
@@ -120,10 +120,10 @@ def test_a_rank_keeps_its_own_part_of_an_epoch(world: int, num_repeats: int) -> 
         for step in range(40):  # over several epochs, whose lengths no world size divides
             mine = micro_batch_positions(step, 24, rank, world)
             np.testing.assert_array_equal(own.images(mine), expected[mine])
-        assert max(len(part.result()) for part in own._epochs.values()) <= -(-whole.epoch_size // world)
+        assert max(len(part.result()) for part in own._passes.values()) <= -(-whole.epoch_size // world)
 
 
 @pytest.mark.parametrize("num_images", [1, 80, 100_003])
 def test_the_order_is_that_of_64_bit_numbers(num_images: int) -> None:
     expected = torch.randperm(num_images, generator=torch.Generator().manual_seed(9))
-    assert TrainOrder(num_images, seed=9).epoch_images(0).tolist() == expected.tolist()
+    assert TrainOrder(num_images, seed=9).pass_images(0).tolist() == expected.tolist()
