@@ -73,6 +73,25 @@ def test_goes_on_at_another_world_size() -> None:
     np.testing.assert_array_equal(np.concatenate(stream), whole.images(np.arange(240)))
 
 
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("num_images", [5, 257])
+def test_one_pass_shows_all_crops_of_every_image(num_images: int, world_size: int, accumulation: int) -> None:
+    """Count over passes of four epochs, whose batches reach across the ends of epochs and of passes."""
+    num_micros, pass_size = world_size * accumulation, 4 * num_images
+    orders = [TrainOrder(num_images, seed=3, num_crops=4, share=(rank, world_size)) for rank in range(world_size)]
+    assert orders[0].epoch_size == num_images
+    stream = np.full(-(-2 * pass_size // 24) * 24, -1)
+    for step in range(len(stream) // 24):
+        for micro in range(num_micros):
+            positions = micro_batch_positions(step, 24, micro, num_micros, num_crops=4)
+            assert (np.diff(positions.reshape(-1, 4)) == 1).all(), "the crops of an image are side by side"
+            stream[positions] = orders[micro % world_size].images(positions)
+    for number in range(2):
+        images = stream[number * pass_size : (number + 1) * pass_size]
+        assert images.tolist() == np.repeat(orders[0].pass_images(number), 4).tolist()
+        assert np.bincount(images).tolist() == [4] * num_images
+
+
 def test_the_shuffle_is_torchs() -> None:
     generator = torch.Generator().manual_seed(42 + 5)
     expected = torch.randperm(300, generator=generator).tolist()
