@@ -2,7 +2,8 @@
 
 A small model is bound by kernel launches: a stage of a ViT-Ti launches some 40 kernels a repeat, and most of them are
 shorter than their launch takes. A graph launches all of them at once. Both graphs are captured at the first call, keep
-its shape, and are replayed at every further call of that shape.
+its shape, and are replayed at every further call of that shape. A stage whose number of repeats changes from step to
+step (an elastic model) has two graphs for each number.
 
 Graphs require four things of the caller:
 
@@ -21,10 +22,12 @@ on the weights' gradients run outside the graph as usual (DeepSpeed's do).
 Why the stages may share memory, though each is captured completely before the next: the tensors that a stage saves for
 its backward are never given back to the pool. Where a later stage's tensors lie, an earlier stage may have had
 temporary tensors and will write them again, but those of its forward are written before the later stage begins, and
-those of its backward after the later stage has ended.
+those of its backward after the later stage has ended. This needs all graphs of a stage to be captured before the next
+stage's first one, so those for the other numbers of repeats are captured at the first call too. Of these only one runs
+in a step, but each keeps its own memory: 1, 2 and 3 repeats take that of 6.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,11 +73,17 @@ class _Plan(NamedTuple):
 
 
 class GraphedStage:
-    """Run `stage` with backend="triton", captured at the first training call and replayed afterwards."""
+    """Run `stage` with backend="triton", captured at the first training call and replayed afterwards.
 
-    def __init__(self, pool: GraphPool) -> None:
+    Args:
+        pool: the memory of all stages of the model.
+        repeats: the numbers of repeats that will be asked for, beside the first call's.
+    """
+
+    def __init__(self, pool: GraphPool, repeats: Iterable[int] = ()) -> None:
         self._pool = pool
-        self._graphs: _Graphs | None = None
+        self._repeats = frozenset(repeats)
+        self._graphs: dict[int, _Graphs] = {}
 
     def __call__(
         self,
@@ -97,17 +106,20 @@ class GraphedStage:
         """
         plan = _Plan(repeats, num_heads, eps, recompute)
         if torch.is_grad_enabled():
-            if self._graphs is None:
+            if not self._graphs:
                 check_stage(x, weights, repeats, num_heads, scales)
-                self._graphs = _Graphs(x, weights, scales, plan, self._pool)
-            if self._graphs.fit(x, scales, plan):
-                self._graphs.require_unmoved(weights)
-                return _Replayed.apply(x, scales, self._graphs, *weights)
+                for count in sorted(self._repeats | {repeats}):
+                    counted = None if scales is None else scales.new_ones(count, *scales.shape[1:])
+                    self._graphs[count] = _Graphs(x, weights, counted, plan._replace(repeats=count), self._pool)
+            graphs = self._graphs.get(repeats)
+            if graphs is not None and graphs.fit(x, scales, plan):
+                graphs.require_unmoved(weights)
+                return _Replayed.apply(x, scales, graphs, *weights)
         return stage(x, weights, repeats, num_heads, eps, scales, recompute=recompute, backend="triton")
 
 
 class _Graphs:
-    """Capture the two graphs of one stage and hold the tensors that they read and write."""
+    """Capture the two graphs of a stage with one number of repeats; hold the tensors that they read and write."""
 
     def __init__(self, x: Tensor, weights: StageWeights, scales: Tensor | None, plan: _Plan, pool: GraphPool) -> None:
         self._plan, self._token = plan, object()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the method with its rivals on Fashion-MNIST (from a checkout; installed, it is ``sws study``)."""
+"""Compare the method with its rivals (from a checkout; installed, it is ``sws study``)."""
 
 from sws_dist.cli import study
 from sws_dist.cli.common import run_command

@@ -13,21 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
-from sws_dist.checkpoint.load_model import load_model, set_input_description
+from sws_dist.checkpoint.load_model import set_input_description
 from sws_dist.checkpoint.model_file import load_weights_strict
+from sws_dist.checkpoint.open_model import open_model
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
 from sws_dist.config.resume import finished_metrics
-from sws_dist.config.schema import DataConfig, RunConfig
+from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
+from sws_dist.inference import input_config
 from sws_dist.learngene.expand import expand_learngene, plan_layers
 from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.image_size import require_image_size
+from sws_dist.progress import track
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
 
 __all__ = ["evaluate", "expand", "train"]
@@ -68,13 +70,14 @@ def train(
         RunError: the same where several ranks run: all of them raise it together.
         Stopped: a signal told the run to stop, and it has saved (see ``sws_dist/distributed/signals.py``).
 
-    >>> import sws_dist
-    >>> config = sws_dist.load_config("quickstart/auxiliary", [
-    ...     "output=runs/auxiliary", "data.root=data/digits", "distill.teacher=null",
-    ...     "train.global_batch=721", "train.epochs=1"])
-    >>> metrics = sws_dist.train(config, {"zero_optimization": {"stage": 1}})
-    >>> metrics["steps"], metrics["validation_images"]
-    (2, 355)
+    Examples:
+        >>> import sws_dist
+        >>> config = sws_dist.load_config("quickstart/auxiliary", [
+        ...     "output=runs/auxiliary", "data.root=data/digits", "distill.teacher=null",
+        ...     "train.global_batch=721", "train.epochs=1"])
+        >>> metrics = sws_dist.train(config, {"zero_optimization": {"stage": 1}})
+        >>> metrics["steps"], metrics["validation_images"]
+        (2, 355)
     """
     from sws_dist.build import build_run  # needs DeepSpeed and DALI
     from sws_dist.trainer import Trainer
@@ -118,11 +121,12 @@ def expand(
     Raises:
         ValueError: a file that holds no learngene, or a plan of the wrong length, range or order.
 
-    >>> import sws_dist, torch
-    >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
-    >>> model = sws_dist.expand(learngene, depth=8, num_classes=37, image_size=48)
-    >>> len(model.blocks), model(torch.zeros(2, 3, 48, 48)).shape
-    (8, torch.Size([2, 37]))
+    Examples:
+        >>> import sws_dist, torch
+        >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
+        >>> model = sws_dist.expand(learngene, depth=8, num_classes=37, image_size=48)
+        >>> len(model.blocks), model(torch.zeros(2, 3, 48, 48)).shape
+        (8, torch.Size([2, 37]))
     """
     source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
     layers = plan_layers(source.info, depth, plan)
@@ -154,8 +158,9 @@ def evaluate(
 
     Args:
         model: maps images [batch, 3, height, width] to logits [batch, classes]: a timm model (whose
-            ``pretrained_cfg`` says how its images are normalised, resized and cropped) or a file of weights. A model is
-            moved to this rank's device.
+            ``pretrained_cfg`` says how its images are normalised, resized and cropped), or what ``sws evaluate`` opens:
+            a file of weights, a finished run, a timm folder, an ONNX file of ``sws export``. A model is moved to this
+            rank's device.
         data: a folder of class folders, which may be fewer than the model's labels. Their names are matched with those
             of the labels, if the model knows them or knows as many labels as ImageNet has; otherwise the sorted folders
             are labels 0, 1, 2, ...
@@ -177,13 +182,14 @@ def evaluate(
         ValueError: weights that do not fit, a model that does not say how it wants its images, other classes than the
             model's, or too many unreadable images. A ``RunError`` where several ranks run.
 
-    >>> import sws_dist
-    >>> model = sws_dist.expand("runs/auxiliary/learngene.safetensors", depth=10)
-    >>> scores = sws_dist.evaluate(model, "data/digits/val")
-    >>> scores == sws_dist.evaluate("runs/auxiliary/learngene.safetensors", "data/digits/val")
-    True
-    >>> scores.images
-    355
+    Examples:
+        >>> import sws_dist
+        >>> model = sws_dist.expand("runs/auxiliary/learngene.safetensors", depth=10)
+        >>> scores = sws_dist.evaluate(model, "data/digits/val")
+        >>> scores == sws_dist.evaluate("runs/auxiliary/learngene.safetensors", "data/digits/val")
+        True
+        >>> scores.images
+        355
     """
     from sws_dist.data import manifest, pipeline, sampler  # needs DALI
     from sws_dist.data.bad_images import BadImages, describe_bad_files
@@ -196,9 +202,9 @@ def evaluate(
         place = Path(os.path.abspath(data))
         scored: Any = model
         if not isinstance(model, nn.Module):
-            scored = load_model(model, model_name, image_size=image_size, use_ema=use_ema)
+            scored = open_model(model, model_name, image_size=image_size, use_ema=use_ema)
         name = "the model" if isinstance(model, nn.Module) else str(model)
-        config = _input_config(scored, name, place, image_size, crop_pct, num_threads)
+        config = input_config(scored, name, place.parent, image_size, crop_pct, num_threads)
         require_image_size(scored, name, config.image_size)
         labels = name_labels(scored, name, place, classes=classes, numeric=numeric_classes)
         images = manifest.scan(place.parent, place.name, labels)
@@ -206,18 +212,19 @@ def evaluate(
         log.warning(line)
     modes = {module: module.training for module in scored.modules()}
     scored.to(world.device).eval()
-    bad = BadImages(images.bad)
+    dtype, bad = next(scored.parameters()).dtype, BadImages(images.bad)
     batches = sampler.eval_batches(len(images), world.rank, world.size, batch_size)
     loader = pipeline.eval_loader(images, batches, config, world.device, bad)
-    kept: list[Predictions] | None = None if predictions is None else []
+    kept: list[Predictions] = []
+    keep = None if predictions is None else lambda batch, logits: kept.append(Predictions.of(batch, logits))
     try:
-        scores = score_batches(scored, loader, next(scored.parameters()).dtype, kept)
+        scores = score_batches(scored, track(loader, "evaluating", len(batches), "batches"), dtype, keep)
     finally:
         for module, mode in modes.items():
             module.training = mode
     for line in bad.exchange(world.device, 0, len(images), config.max_bad_share):
         log.warning(line)
-    if kept is not None and predictions is not None:
+    if predictions is not None:
         gathered = gather_on_rank0(kept)
         with raise_on_all_ranks("write the predictions"):
             if gathered is not None:
@@ -226,31 +233,3 @@ def evaluate(
                 except OSError as error:  # the scores took long to get: they are not lost with it
                     raise OSError(f"{predictions}: cannot be written ({error.strerror or error}); {scores}") from None
     return scores
-
-
-def _input_config(
-    model: Any, name: str, data: Path, image_size: int | None, crop_pct: float | None, num_threads: int
-) -> DataConfig:
-    """Return how the images of ``data`` are read for ``model``."""
-    about = getattr(model, "pretrained_cfg", None)
-    if not about:
-        raise ValueError(
-            f"{name} has no pretrained_cfg, which says how it wants its images; models of timm.create_model and of "
-            "sws_dist have one"
-        )
-    missing = [key for key in ("mean", "std", "input_size") if not about.get(key)]
-    if missing:
-        raise ValueError(f"{name}: does not say its {', '.join(missing)}; convert it again")
-    try:
-        return DataConfig(
-            root=str(data.parent),
-            image_size=about["input_size"][-1] if image_size is None else image_size,
-            mean=tuple(about["mean"]),
-            std=tuple(about["std"]),
-            crop_pct=(about.get("crop_pct") or 0.875) if crop_pct is None else crop_pct,
-            interpolation=about.get("interpolation") or "bicubic",
-            num_threads=num_threads,
-        )
-    except ValidationError as error:
-        wrong = [f"{e['loc'][-1]} {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
-        raise ValueError("; ".join(wrong)) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from sws_dist.checkpoint.checkpoint import (
     describe_layout,
     latest_valid,
     load_checkpoint,
+    read_state,
     set_aside_newer,
     verify,
 )
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
@@ -33,6 +36,7 @@ from sws_dist.data.sampler import TrainOrder
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
@@ -41,13 +45,13 @@ from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule
 from sws_dist.provenance import collect_provenance
 from sws_dist.run_dir import prepare_output
 from sws_dist.seed import seed_everything
 from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine, connect_deepspeed
+from sws_dist.zero.monitor import Monitors, open_monitors
 from sws_dist.zero.protocol import ZeroEngine
 from sws_dist.zero.schema import check_against_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
@@ -112,8 +116,9 @@ def build_run(
         check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
     dtype = DTYPES[precision_of(ds)]
     output = prepare_output(config, resume, world)
+    flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
     with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s)
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
     provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
     own = load_own_config(checkpoint, config, ds)
@@ -136,6 +141,8 @@ def build_run(
     resumed = None
     if checkpoint is not None:
         stream = describe_stream(config, data.order, total_steps)
+        if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
+            del stream["total_steps"]
         resumed = restore_run(checkpoint, engine, ema, output, world, stream)
     global_batch = config.train.global_batch
     if config.distill.logits is not None:
@@ -143,6 +150,8 @@ def build_run(
             left = range((resumed.state.step if resumed else 0) * global_batch, total_steps * global_batch)
             micro_batch = global_batch // (engine.gradient_accumulation_steps() * world.size)
             teacher = open_stored_teacher(config, train, data.order.epoch_size, left, micro_batch, world)
+    with raise_on_all_ranks("start the monitors"):
+        monitors = open_monitors(ds, global_batch, output)
     return RunParts(
         config=config,
         ds=ds,
@@ -155,12 +164,12 @@ def build_run(
         teacher=teacher,
         dtype=dtype,
         total_steps=total_steps,
-        lr_schedule=LRSchedule(config.optim, global_batch, data.order.epoch_size / global_batch, total_steps),
+        lr_schedule=LRSchedule.of_run(config, data.order.epoch_size),
         loss=DistillationLoss(config.distill),
         engine=engine,
         ema=ema,
         resumed=resumed,
-        recorder=build_recorder(output, resumed, total_steps, world),
+        recorder=build_recorder(output, resumed, world, monitors),
         nonfinite=NonFiniteGuard(
             config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
         ),
@@ -204,7 +213,10 @@ def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, An
         RunError: they differ in what a run may not change.
     """
     with raise_on_all_ranks("compare the config with the run's own"):
-        return compare_with_own_config(run_folder(checkpoint), config, ds) if checkpoint is not None else None
+        if checkpoint is None:
+            return None
+        state = read_state(checkpoint)
+        return compare_with_own_config(run_folder(checkpoint), config, ds, reached=(state.step, state.epoch_size))
 
 
 def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:
@@ -298,13 +310,14 @@ def count_steps(config: RunConfig, order: TrainOrder) -> int:
     return total_steps
 
 
-def build_recorder(output: Path, resumed: Resumed | None, total_steps: int, world: World) -> Recorder:
+def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:
     """Build what records the run's numbers, from where the checkpoint is."""
+    follow = None if monitors is None else monitors.write
     if resumed is None:
-        return Recorder(output, world.is_rank_zero, total_steps)
+        return Recorder(output, world.is_rank_zero, follow=follow)
     step, history = resumed.state.step, resumed.state.history
     is_evaluated = bool(history) and history[-1]["step"] == step
-    return Recorder(output, world.is_rank_zero, total_steps, step, is_evaluated)
+    return Recorder(output, world.is_rank_zero, step, is_evaluated, follow)
 
 
 # ---- engine ----------------------------------------------------------------------------------------------------------

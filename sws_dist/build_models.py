@@ -78,7 +78,7 @@ def build_models(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
             "set optim.ema_decay to null"
         )
-    kernels = _configure_execution(config.model, student, device, dtype)
+    kernels = _configure_execution(config.model, student, elastic, device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     return ModelParts(
         student=student,
@@ -94,7 +94,11 @@ def build_models(
 def _elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
     if config.model.elastic is None:
         return None
-    _require_shared(student, "model.elastic")
+    if not (isinstance(student, SWSVisionTransformer) and student.is_shared):
+        raise ValueError(
+            "model.elastic: only an auxiliary model, whose stages share weights, can be trained at many depths; leave "
+            "it out here"
+        )
     return ElasticDepth(config.model.elastic, student.schedule, config.train.seed)
 
 
@@ -102,27 +106,29 @@ def _eval_repeats(config: RunConfig, student: Any) -> dict[str, tuple[int, ...] 
     """Return what ``ModelParts.eval_repeats`` holds."""
     if not config.train.eval_depths:
         return {"": student.schedule if isinstance(student, SWSVisionTransformer) else None}
-    _require_shared(student, "train.eval_depths")
-    plan = config.model.elastic.plan if config.model.elastic else "even"
+    if not isinstance(student, SWSVisionTransformer):
+        raise ValueError(
+            f"train.eval_depths: {config.model.name} has one depth, only models of ours have a choice; leave it out"
+        )
+    plan = config.train.eval_plan or (config.model.elastic.plan if config.model.elastic else "even")
     repeats = {depth: stage_repeats(student.schedule, depth, plan) for depth in config.train.eval_depths}
     for depth, found in repeats.items():
-        if min(found) < 1:
-            raise ValueError(f"train.eval_depths {depth}: the {len(found)} stages need a layer each")
+        if min(found) < 1 and plan != "spaced":
+            raise ValueError(
+                f"train.eval_depths {depth}: the {len(found)} stages need a layer each; train.eval_plan: spaced "
+                "leaves some out"
+            )
     return {**{f"_depth{depth}": found for depth, found in repeats.items()}, "": student.schedule}
 
 
-def _require_shared(student: Any, key: str) -> None:
-    if not (isinstance(student, SWSVisionTransformer) and student.is_shared):
-        raise ValueError(
-            f"{key}: only an auxiliary model, whose stages share weights, has a choice of depths; leave it out here"
-        )
-
-
-def _configure_execution(config: ModelConfig, student: Any, device: torch.device, dtype: torch.dtype) -> str:
+def _configure_execution(
+    config: ModelConfig, student: Any, elastic: ElasticDepth | None, device: torch.device, dtype: torch.dtype
+) -> str:
     """Choose kernels, CUDA graphs, recomputation and compilation. Returns a log message about the kernels."""
     kernels = select_kernels(config.kernels, student, device, dtype)
     if config.cuda_graphs:
-        kernels += f", {enable_cuda_graphs(student, device)}"
+        repeats = [elastic.repeats(depth) for depth in elastic.depths] if elastic else []
+        kernels += f", {enable_cuda_graphs(student, device, repeats)}"
     if config.grad_checkpointing:
         if use_reentrant_ckpt():
             raise ValueError(
@@ -196,19 +202,28 @@ def count_flops(config: RunConfig, num_classes: int) -> Flops:
     return Flops(student, layer, count_teacher_flops(config.distill, size) if online else 0)
 
 
-def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
-    """Return the operations of a whole run, the teacher's among them; None if torch cannot count those.
+def step_flops(models: ModelParts, global_batch: int, depth: int | None = None) -> int | None:
+    """Return the operations of a step, the teacher's among them; None if torch cannot count those.
 
-    With a drawn depth, each step counts the layers that it ran.
+    Args:
+        depth: the layers that the step runs; None: the model's own.
     """
     if models.flops.teacher is None:
         return None
-    layers = 0  # more than at the model's own depth, over all steps
-    if models.elastic is not None:
-        own = sum(models.elastic.schedule)
-        layers = sum((depth - own) * count for depth, count in models.elastic.count_steps(total_steps).items())
-    student = total_steps * models.flops.student + layers * models.flops.layer
-    return global_batch * (TRAIN_FACTOR * student + total_steps * models.flops.teacher)
+    layers = 0 if depth is None or models.elastic is None else depth - sum(models.elastic.schedule)
+    student = models.flops.student + layers * models.flops.layer
+    return global_batch * (TRAIN_FACTOR * student + models.flops.teacher)
+
+
+def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
+    """Return the operations of a whole run; None if torch cannot count the teacher's."""
+    depths = {None: total_steps} if models.elastic is None else models.elastic.count_steps(total_steps)
+    found = 0
+    for depth, count in depths.items():
+        if (flops := step_flops(models, global_batch, depth)) is None:
+            return None
+        found += count * flops
+    return found
 
 
 def num_layers(model: nn.Module) -> int | None:

@@ -68,6 +68,20 @@ def name_labels(
     return names
 
 
+def describe_labels(model: Any) -> tuple[str, ...]:
+    """Return what to call each of a model's labels: as the model does, by ImageNet's descriptions, or by number."""
+    known = model.pretrained_cfg.get("label_names")
+    if known and len(known) == model.num_classes:
+        return tuple(known)
+    subset = infer_imagenet_subset({"num_classes": model.num_classes})
+    if not subset:
+        log.info("the model does not say what its labels are called: they are shown as numbers")
+        return tuple(map(str, range(model.num_classes)))
+    log.info("the model does not say what its labels are called: they are taken for ImageNet's, which are as many")
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(label) for label in range(model.num_classes))
+
+
 def _known_names(model: Any, found: Sequence[str]) -> tuple[str, ...] | None:
     """Return what the model says that its labels are called, or ImageNet's names if the data's are among them."""
     known = model.pretrained_cfg.get("label_names")

@@ -40,13 +40,18 @@ class Predictions:
     logits: np.ndarray
     """[n, classes], float32."""
 
+    @classmethod
+    def of(cls, batch: Batch, logits: Tensor) -> Predictions:
+        """Keep the logits of the images of a batch that count."""
+        return cls(batch.indices[batch.valid], logits.cpu().numpy()[batch.valid])
+
 
 @torch.no_grad()
 def score_batches(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     dtype: torch.dtype,
-    predictions: list[Predictions] | None = None,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Scores:
     """Compute top-1, top-5 and loss over the batches of all ranks. A collective.
 
@@ -55,7 +60,7 @@ def score_batches(
     Args:
         model: maps images [batch, 3, height, width] to logits [batch, classes].
         dtype: of the images that ``model`` takes.
-        predictions: a list that receives this rank's logits; None: they are not kept.
+        observe: called with each batch of this rank and its logits, [batch, classes] float32.
 
     Raises:
         RunError: on every rank; no image could be read.
@@ -65,8 +70,8 @@ def score_batches(
         logits = model(batch.images.to(dtype)).float()
         valid = torch.from_numpy(batch.valid).to(logits.device)
         sums = _sums(logits, batch.labels, valid) + (0 if sums is None else sums)
-        if predictions is not None:
-            predictions.append(Predictions(batch.indices[batch.valid], logits[valid].cpu().numpy()))
+        if observe is not None:
+            observe(batch, logits)
     assert sums is not None, "an evaluation without batches"
     top1, top5, loss, images = sum_over_ranks(sums).tolist()
     if not images:

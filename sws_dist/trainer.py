@@ -1,6 +1,6 @@
 """Run the training loop: one optimizer step after another, evaluated and saved at the ends of epochs.
 
-What a step does is a function of its number (see ``data/sampler.py``, ``optim.LRSchedule``, ``data/mixup.py``),
+What a step does is a function of its number (see ``data/sampler.py``, ``config/lr_schedule.py``, ``data/mixup.py``),
 so a run that is stopped and resumed takes the steps that it would have taken.
 """
 
@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.build import RunParts, describe_stream
-from sws_dist.build_models import num_layers, training_flops
-from sws_dist.checkpoint.checkpoint import describe_layout, export_weights, prune_checkpoints, save_checkpoint
+from sws_dist.checkpoint.checkpoint import describe_layout, export_weights
+from sws_dist.checkpoint.writer import CheckpointWriter
 from sws_dist.config.schema import DistillConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
+from sws_dist.distributed import step_clock
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.signals import deferred_signals
+from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
-from sws_dist.distributed.step_timer import DATA, LOG
+from sws_dist.distributed.step_timer import DATA, SAVE
 from sws_dist.errors import RunError, Stopped
 from sws_dist.logging.images import log_first_batch
+from sws_dist.logging.peaks import describe_peak
 from sws_dist.logging.startup import RunHeader, log_run_header
-from sws_dist.logging.throughput import LogWindow, Progress, SlowStepDetector, log_progress
+from sws_dist.logging.throughput import SlowStepDetector
 from sws_dist.models.losses import LossParts
+from sws_dist.results import collect_results, log_summary
 from sws_dist.run_dir import write_configs
-from sws_dist.validation import OWN, log_bad_images, score_run
+from sws_dist.validation import OWN, score_run
+from sws_dist.watch import StepWatch
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
 
 log = logging.getLogger(__name__)
@@ -49,16 +54,25 @@ class Trainer:
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
         self._seconds_before, self._start = 0.0, time.perf_counter()
-        self._checkpoint: Path | None = None
         self._result = StepResult(applied=False, grad_norm=None)
         if parts.resumed is not None:
             state = parts.resumed.state
             self.step, self.best_top1, self.history = state.step, state.best_top1, list(state.history)
-            self._seconds_before, self._checkpoint = state.seconds, parts.resumed.checkpoint
+            self._seconds_before = state.seconds
         config = parts.config.train
         self._last_step = min(parts.total_steps, config.max_steps or parts.total_steps)
+        self._watch = StepWatch(parts, range(self.step + 1, self._last_step + 1))
         self._loader = self._build_loader()
-        self._window = LogWindow(config.global_batch, parts.world.size)
+        schedule = parts.lr_schedule
+        self._checkpoints = CheckpointWriter(
+            parts.output / "checkpoints",
+            parts.engine,
+            parts.ema,
+            parts.world,
+            parts.config.checkpoint,
+            newest=parts.resumed.checkpoint if parts.resumed else None,
+            before_decay=schedule.decay_start if schedule.is_wsd else None,
+        )
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -71,44 +85,48 @@ class Trainer:
         Raises:
             Stopped: on all ranks, once the run is saved: one of them was told to stop (see ``distributed/signals.py``).
         """
-        with deferred_signals(), self.parts.heartbeat.monitoring():
+        with deferred_signals(), self.parts.heartbeat.monitoring(), closing(self._watch) as watch:
             try:
                 self._log_start()
-                self._prune()  # a kill after saving leaves one checkpoint too many
-                self._train()
+                self._checkpoints.prune()  # a kill after saving leaves one checkpoint too many
+                self._train(watch)
                 return self._finish() if self.step == self.parts.total_steps else None
+            except Exception as error:
+                if isinstance(error, RunError) or self.parts.world.size == 1:  # all ranks are here
+                    self._checkpoints.complete_after_failure()
+                raise
             finally:
                 self.parts.recorder.close()
 
-    def _train(self) -> None:
+    def _train(self, watch: StepWatch) -> None:
         heartbeat, batches = self.parts.heartbeat, iter(self._loader)
-        sync = StepSync([self._require_no_failure, self.parts.nonfinite.check, SlowStepDetector().check])
+        checks = [self._checkpoints.check, self._require_no_failure, self.parts.nonfinite.check]
+        sync = StepSync([*checks, SlowStepDetector().check])
         self._run_pending_evaluation()
         heartbeat.finish_step()
-        self._window.reset()
+        watch.reset()
         while self.step < self._last_step:
-            losses = self._train_step(batches)
+            with watch.step(self.step + 1):
+                losses = self._train_step(batches, watch.clock)
             stop = sync.collect()  # of the step before
             self.step += 1
             heartbeat.step = self.step
             times = heartbeat.finish_step()
-            failed = self._failure() is not None
-            sync.post(self.step, losses.total, times, applied=self._result.applied, failed=failed)
-            self._window.add(losses, times.data)
-            self.parts.recorder.advance()
-            if self.step % self.parts.config.train.log_every == 0 or self.step == self._last_step:
-                self._log_step()
+            failed = self._failure() is not None or self._checkpoints.has_failed
+            applied, writing = self._result.applied, self._checkpoints.is_writing
+            sync.post(self.step, losses.total, times, applied=applied, failed=failed, writing=writing)
+            watch.finish_step(self.step, losses, times.data, self._result.grad_norm)
             if stop or self._ends_epoch() or self.step == self._last_step:
                 stop = sync.collect() or stop
                 self._evaluate_and_save(stop)
-                self._window.reset()
+                watch.reset()
                 heartbeat.finish_step()
         if self.step < self.parts.total_steps:
             log.info(
                 f"stopped at step {self.step} of {self.parts.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[Batch]) -> LossParts:
+    def _train_step(self, batches: Iterator[Batch], clock: StepClock) -> LossParts:
         """Take one optimizer step. Returns the losses' means over this rank's micro-batches."""
         parts, engine = self.parts, self.parts.engine
         losses: list[LossParts] = []
@@ -120,28 +138,38 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = parts.lr_schedule(self.step)
         for _ in range(engine.gradient_accumulation_steps()):
+            clock.begin(step_clock.DATA)
             with parts.heartbeat.phase(DATA):
-                batch = next(batches)
+                batch = next(batches)  # from decoding on, the clock counts step_clock.TO_DEVICE
             seen.append(batch.indices)
-            losses.append(self._compute_losses(batch, is_first=self.step == 0 and not losses))
+            losses.append(self._compute_losses(batch, clock, is_first=self.step == 0 and not losses))
+            clock.begin(step_clock.BACKWARD)
             engine.backward(losses[-1].total)
+            clock.begin(step_clock.OPTIMIZER)
             result = take_step(engine)
             if result is not None:  # the last micro-batch of the step
                 self._result = result
         if parts.ema is not None and self._result.applied:
             parts.ema.update()
+        clock.begin(step_clock.OTHER)
         parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
         return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 
-    def _compute_losses(self, batch: Batch, is_first: bool) -> LossParts:
+    def _compute_losses(self, batch: Batch, clock: StepClock, is_first: bool) -> LossParts:
         """Augment one micro-batch on the device, and compute its losses."""
         parts, config = self.parts, self.parts.config
+        clock.begin(step_clock.AUGMENT)
         images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
-        teacher_logits = None if parts.teacher is None else parts.teacher.logits(images, batch)
+        teacher_logits = None
+        if parts.teacher is not None:
+            clock.begin(step_clock.TEACHER)
+            teacher_logits = parts.teacher.logits(images, batch)
         if is_first:
+            clock.begin(step_clock.OTHER)
             log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
+        clock.begin(step_clock.FORWARD)
         return parts.loss(parts.engine(images), targets, teacher_logits)
 
     # ---- evaluating and saving -----------------------------------------------------------------------------------
@@ -168,10 +196,10 @@ class Trainer:
         if stop is None and self._evaluation_due():
             top1 = self._evaluate()
             stop = "during the evaluation" if top1 is None else None
-        epoch, config = self._num_epochs(self.step), self.parts.config
+        config = self.parts.config
         is_last = self.step in (self.parts.total_steps, config.train.max_steps)
         if stop or is_last or self._ends_epoch(config.checkpoint.every):
-            self._save(epoch, top1)
+            self._save(top1, wait=stop is not None or self.step >= self._last_step)
         if stop:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
@@ -181,7 +209,7 @@ class Trainer:
         Returns:
             The weights' top-1 at the model's own depth, or None if the run was told to stop meanwhile.
         """
-        scores = score_run(self.parts)
+        scores = score_run(self.parts, self.step)
         if scores is None:
             return None
         values = {
@@ -198,15 +226,16 @@ class Trainer:
         )
         return val.top1
 
-    def _save(self, epoch: int, top1: float | None) -> None:
+    def _save(self, top1: float | None, wait: bool) -> None:
+        """Save the run; without ``wait`` a thread writes while training goes on. A collective."""
         parts = self.parts
         state = {
             "step": self.step,
-            "epoch": epoch,
+            "epoch": self._num_epochs(self.step),
             "seconds": self._elapsed_s(),
             "top1": top1,
             "best_top1": self.best_top1,
-            "history": self.history,
+            "history": list(self.history),
         } | describe_stream(parts.config, parts.data.order, parts.total_steps)
         if not all_weights_finite(parts.engine):
             raise RunError(
@@ -217,19 +246,8 @@ class Trainer:
         last_top1 = self.history[-1]["val/top1"] if self.history else None
         provenance = parts.models.info.provenance | {"step": self.step, "top1": last_top1}
         info = dataclasses.replace(parts.models.info, provenance=provenance)
-        folder = parts.output / "checkpoints"
-        with parts.heartbeat.phase("saving"):
-            self._checkpoint = save_checkpoint(folder, parts.engine, parts.ema, info, parts.world, state)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Delete checkpoints that are no longer to be kept."""
-        keep = self.parts.config.checkpoint
-        if self.parts.world.is_rank_zero:
-            try:
-                prune_checkpoints(self.parts.output / "checkpoints", keep.keep_last, keep.keep_best)
-            except OSError as error:  # the newest checkpoint is whole: what is left of old ones costs room, no more
-                log.warning("an old checkpoint could not be deleted: %s", error)
+        with parts.heartbeat.phase(SAVE):
+            self._checkpoints.save(info, state, wait=wait)
 
     def _finish(self) -> dict[str, Any]:
         """Write the run's results: weights to use, and ``metrics.json``, whose presence says that the run is done.
@@ -241,49 +259,23 @@ class Trainer:
         name = "learngene" if parts.models.info.kind == "learngene" else "model"
         with raise_on_all_ranks("write the final weights"):
             if parts.world.is_rank_zero:
-                assert self._checkpoint is not None
-                export_weights(self._checkpoint, parts.output / f"{name}.safetensors")
+                assert self._checkpoints.newest is not None
+                export_weights(self._checkpoints.newest, parts.output / f"{name}.safetensors")
                 if parts.ema is not None:
-                    export_weights(self._checkpoint, parts.output / f"{name}_ema.safetensors", average=True)
+                    export_weights(self._checkpoints.newest, parts.output / f"{name}_ema.safetensors", average=True)
         result = None
         with raise_on_all_ranks("write the results"):
             if parts.world.is_rank_zero:
-                result, train = self._results(), parts.config.train
+                result = collect_results(parts, self.history, self.best_top1, self._elapsed_s())
+                train = parts.config.train
                 atomic_write_json(parts.output / "metrics.json", result)
                 settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.lr_schedule.peak}
                 settings |= {"epochs": train.epochs, "batch": train.global_batch}
-                parts.recorder.hparams(settings, {"final/top1": result["top1"]})
+                parts.recorder.hparams(settings, {"val/top1": result["top1"]})
                 if parts.recorder.failure is not None:
                     raise parts.recorder.failure
-                log.info(f"done: top-1 {100 * result['top1']:.2f} %, {parts.output / name}.safetensors")
+                log_summary(result, parts.output, parts.output / f"{name}.safetensors", parts.world.device.type)
         return broadcast_from_rank0(result)
-
-    def _results(self) -> dict[str, Any]:
-        """Return what ``metrics.json`` holds."""
-        parts, train, models = self.parts, self.parts.config.train, self.parts.models
-        num_images, last = parts.total_steps * train.global_batch, self.history[-1]
-        return {
-            "model": parts.config.model.name,
-            "depth": num_layers(parts.models.student),
-            "parameters": parts.models.num_parameters,
-            "top1": last["val/top1"],
-            "top5": last["val/top5"],
-            "top1_ema": last.get("val_ema/top1"),
-            "best_top1": self.best_top1,
-            "history": self.history,
-            "seed": train.seed,
-            "epochs": train.epochs,
-            "steps": parts.total_steps,
-            "images": num_images,
-            "validation_images": len(parts.data.val),
-            "seconds": self._elapsed_s(),
-            "rank_seconds": round(self._elapsed_s() * parts.world.size, 3),
-            "flops_forward": models.flops.student,
-            "flops_teacher": models.flops.teacher,
-            "flops": training_flops(models, parts.total_steps, train.global_batch),
-            **describe_layout(parts.engine, parts.world),
-            **parts.provenance,
-        }
 
     # ---- logging -------------------------------------------------------------------------------------------------
 
@@ -307,30 +299,9 @@ class Trainer:
             zero_stage=layout["zero_stage"],
             precision=layout["precision"],
             kernels=parts.models.kernels,
+            peak=describe_peak(parts.world.device, parts.dtype),
         )
         log_run_header(header, parts.data.train, parts.data.val)
-
-    def _log_step(self) -> None:
-        """Write a line of the log about the steps since the last one. A collective."""
-        parts = self.parts
-        with parts.heartbeat.phase(LOG):
-            means = self._window.means()
-            epoch = (self.step * parts.config.train.global_batch - 1) // parts.data.order.epoch_size
-            log_bad_images(parts, parts.data.bad_train, epoch, parts.data.order.epoch_size)
-            if means is None:
-                return
-            grad_norm = self._result.grad_norm
-            now = Progress(
-                step=self.step,
-                total_steps=parts.total_steps,
-                images_left=(parts.total_steps - self.step) * parts.config.train.global_batch,
-                lr=parts.lr_schedule(self.step - 1),
-                grad_norm=math.nan if grad_norm is None else float(grad_norm),
-                num_bad_images=len(parts.data.bad_train),
-                is_distilled=parts.teacher is not None,
-            )
-            log_progress(parts.recorder, means, now, parts.world.device)
-            self._window.reset()
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -346,9 +317,11 @@ class Trainer:
             for micro in micros
         )
         data, seed = parts.data, config.train.seed
-        return pipeline.train_loader(
+        loader = pipeline.train_loader(
             data.train, data.order, positions, data.recipe, seed, config.data, parts.world.device, data.bad_train
         )
+        loader.before_transfer = partial(self._watch.clock.begin, step_clock.TO_DEVICE)
+        return loader
 
     def _ends_epoch(self, every: int = 1) -> bool:
         """Return True if the step that was just taken completed a number of epochs that ``every`` divides.

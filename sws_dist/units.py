@@ -1,4 +1,4 @@
-"""Write numbers of bytes and seconds for people."""
+"""Write numbers of bytes, operations and seconds for people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ def format_bytes(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
     return f"{num_bytes} B"
+
+
+def format_flop(operations: float) -> str:
+    """Return a number of floating-point operations with a decimal unit: ``1.25 PFLOP``."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if operations >= size:
+            return f"{operations / size:.2f} {unit}"
+    return f"{operations / 1e9:.2f} GFLOP"
 
 
 def format_duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Save and load checkpoints that are whole or absent, and that any world size and any ZeRO stage can read.
+"""Find, check and load checkpoints, which are whole or absent, and which any world size and any ZeRO stage can read.
 
     OUTPUT/checkpoints/
       step-00000880/                        has this name only once everything in it is on the disk
@@ -13,31 +13,28 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sws_dist.atomic import atomic_write_json, fsync_path
 from sws_dist.checkpoint.model_file import ModelInfo, write_model_file
 from sws_dist.checkpoint.safetensors_stream import FileDigest, digest
-from sws_dist.checkpoint.shards import AVERAGE, WEIGHT, ShardReader, read_shards, shard_name, write_shard
+from sws_dist.checkpoint.shards import AVERAGE, WEIGHT, ShardReader, read_shards
 from sws_dist.distributed.collectives import broadcast_from_rank0, gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import World
 from sws_dist.errors import RunError
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import load_loss_scaler_state, loss_scaler_state, sync_model_from_masters
-from sws_dist.zero.partition import master_weights, optimizer_steps, whole_shapes
+from sws_dist.zero.engine import load_loss_scaler_state, sync_model_from_masters
+from sws_dist.zero.partition import whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
 log = logging.getLogger(__name__)
 
 VERSION = 2
-_HEADROOM = 1.05
 _GLOB = "step-" + 8 * "[0-9]"
 _SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
 _OURS = re.compile(rf"{_SHARD.pattern}|state\.json|\.state\.json\.\d+\.tmp")
@@ -87,62 +84,6 @@ def describe_layout(engine: ZeroEngine, world: World) -> dict[str, Any]:
         "precision": precision_of(engine.config),
         "num_micros": engine.gradient_accumulation_steps() * world.size,
     }
-
-
-def save_checkpoint(
-    folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, info: ModelInfo, world: World, state: dict[str, Any]
-) -> Path:
-    """Write one checkpoint under ``folder``; the last good one stays until this one is whole. A collective.
-
-    Args:
-        state: the fields of ``CheckpointState`` from ``step`` to ``total_steps``.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    final = folder / f"step-{state['step']:08d}"
-    partial = folder / f".{final.name}"
-    # What a step leaves is always the same, but for scores that a stop put off.
-    if broadcast_from_rank0(is_checkpoint(final)):
-        with raise_on_all_ranks("complete a checkpoint"):
-            if world.is_rank_zero and state["top1"] is not None:
-                scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
-                scored = replace(read_state(final), model=asdict(info), **scores)
-                atomic_write_json(final / "state.json", asdict(scored))
-        return final
-    with raise_on_all_ranks("prepare a checkpoint"):
-        if world.is_rank_zero:
-            if final.exists():
-                raise ValueError(f"{final}: in the way of a checkpoint, and not one of this run; move it elsewhere")
-            folder.mkdir(parents=True, exist_ok=True)
-            if _is_unfinished(partial):
-                _delete(partial)
-            partial.mkdir(exist_ok=True)
-            _require_space(folder, engine, ema, world.size)
-    with raise_on_all_ranks("write a checkpoint"):
-        name = shard_name(world.rank, world.size)
-        try:
-            written = write_shard(partial / name, engine, ema)
-        except OSError as error:
-            raise OSError(f"{partial / name}: cannot be written ({error}); the last checkpoint is whole") from None
-    listed = gather_on_rank0((name, written))
-    with raise_on_all_ranks("complete a checkpoint"):
-        if world.is_rank_zero:
-            assert listed is not None
-            complete = CheckpointState(
-                version=VERSION,
-                **state,
-                **describe_layout(engine, world),
-                optimizer_steps=optimizer_steps(engine),
-                loss_scaler=loss_scaler_state(engine),
-                model=asdict(info),
-                shapes=whole_shapes(engine),
-                files={name: written for name, written in listed if written is not None},
-            )
-            atomic_write_json(partial / "state.json", asdict(complete))
-            partial.rename(final)  # the commit point: from here on the checkpoint is valid
-            fsync_path(folder)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -291,41 +232,47 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
             for hidden in folder.glob(f".{_GLOB}"):
-                if _is_unfinished(hidden):  # a kill in the middle of saving leaves one
-                    _delete(hidden)
+                if is_unfinished(hidden):  # a kill in the middle of saving leaves one
+                    delete_checkpoint(hidden)
             for later in list_checkpoints(folder):
-                if int(later.name.removeprefix("step-")) > step:
+                if _step(later) > step:
                     aside = later.with_name(f"abandoned-{later.name}")
-                    _delete(aside)
+                    delete_checkpoint(aside)
                     renamed.append(later.rename(aside).name)
     return renamed
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all checkpoints but the newest ``keep_last`` and the best, and what kills have left behind. For rank 0."""
+def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool, before_decay: int | None = None) -> None:
+    """Delete all checkpoints but those to keep, and what kills have left behind. For rank 0.
+
+    The newest ``keep_last`` are kept, the best if ``keep_best``, and the newest whose step is ``before_decay`` at most:
+    the run may go on from there to another length.
+    """
     checkpoints = list_checkpoints(folder)
     keep = set(checkpoints[-keep_last:])
+    if before_decay is not None:
+        keep.update([c for c in checkpoints if _step(c) <= before_decay][-1:])
     if keep_best:
         scored = [(top1, c) for c in checkpoints if (top1 := _read_top1(c)) is not None]
         if scored:
             keep.add(max(scored)[1])
     for checkpoint in checkpoints:
         if checkpoint not in keep and not checkpoint.is_symlink():
-            _delete(checkpoint)
+            delete_checkpoint(checkpoint)
     for leftover in (*folder.glob(_GLOB), *folder.glob(f".{_GLOB}")):
-        if _is_unfinished(leftover):
+        if is_unfinished(leftover):
             log.info("%s: deleted; a kill had left it unfinished", leftover)
-            _delete(leftover)
+            delete_checkpoint(leftover)
 
 
-def _is_unfinished(folder: Path) -> bool:
+def is_unfinished(folder: Path) -> bool:
     """Return True for a checkpoint that is not yet whole, or not any more, and for nothing else."""
     if not folder.is_dir() or (not folder.name.startswith(".") and (folder / "state.json").exists()):
         return False
     return all(_OURS.fullmatch(file.name) for file in folder.iterdir())
 
 
-def _delete(checkpoint: Path) -> None:
+def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint, whole or not, and nothing else that a user may have put into its folder.
 
     Its description goes first: what a kill leaves then is no damaged checkpoint, but none.
@@ -339,23 +286,13 @@ def _delete(checkpoint: Path) -> None:
         checkpoint.rmdir()
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _read_top1(checkpoint: Path) -> float | None:
     """Return a checkpoint's score; None if it has none, or its description is damaged."""
     try:
         return read_state(checkpoint).top1
     except ValueError:
         return None
-
-
-def _require_space(folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, world_size: int) -> None:
-    """Raise OSError if the disk cannot hold weights, two moments and the moving average of all ranks."""
-    shard = sum(master.numel() * 4 for master in master_weights(engine))
-    # Stage 0 keeps one copy of the optimizer's state; the sharded stages keep one shard a rank.
-    total = shard if engine.zero_optimization_stage() == 0 else shard * world_size
-    needed = int(total * (3 if ema is None else 4) * _HEADROOM)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{folder}: a checkpoint needs about {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free; "
-            "nothing was written, the last checkpoint is whole"
-        )

@@ -1,9 +1,10 @@
 """Write and read a run's state as named pieces of parameters, for any world size and any ZeRO stage.
 
 Each rank that holds something writes one ``.safetensors`` file. Its tensors are ``KIND/PARAMETER``, flat pieces in fp32
-of the weights (``weight``), of Adam's moments (``exp_avg``, ``exp_avg_sq``) and of the moving average (``average``);
-its metadata says at which element of the flattened parameter each piece starts. Rank 0 adds the model's buffers, whole.
-A reader takes the elements it needs from whichever files have them, and executes nothing.
+of the weights (``weight``), of the optimizer's moments (``exp_avg`` and ``exp_avg_sq``, or Muon's ``momentum_buffer``)
+and of the moving average (``average``); its metadata says at which element of the flattened parameter each piece
+starts. Rank 0 adds the model's buffers, whole. A reader takes the elements it needs from whichever files have them, and
+executes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +23,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sws_dist.checkpoint.safetensors_stream import FileDigest, TensorEntry, tensor_entry, write_safetensors
+from sws_dist.errors import RunError
+from sws_dist.units import format_bytes
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.partition import fragments, init_optimizer_state, master_weights, optimizer_moments
+from sws_dist.zero.partition import Fragment, fragments, init_optimizer_state, master_weights, optimizer_moments
 from sws_dist.zero.protocol import ZeroEngine
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
@@ -31,20 +36,95 @@ def shard_name(rank: int, world_size: int) -> str:
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_shard(path: Path, engine: ZeroEngine, ema: ShardedEMA | None) -> FileDigest | None:
-    """Write what this rank holds. Returns None where rank 0 holds all of it (stage 0, ranks above 0)."""
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of a run's state: the engine's own tensors, or copies of them."""
+
+    flats: dict[str, dict[int, Tensor]]
+    """For each kind, and for the number of the master that it is laid out like, a tensor."""
+    pieces: list[Fragment]
+    """Which part of which parameter lies where in them."""
+    buffers: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, always in the same order."""
+        return [*chain.from_iterable(flats.values() for flats in self.flats.values()), *self.buffers.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def write(self, path: Path) -> FileDigest:
+        """Write the shard, and return the file's size and checksum."""
+        pieces = self.pieces
+        entries = [
+            tensor_entry(f"{kind}/{p.name}", p.of(flats))
+            for kind, flats in self.flats.items()
+            for p in pieces
+            if p.flat in flats
+        ]
+        entries += [tensor_entry(f"{BUFFER}/{name}", buffer) for name, buffer in self.buffers.items()]
+        starts = json.dumps({p.name: p.start for p in pieces})
+        return write_safetensors(path, entries, {"format": "pt", "starts": starts})
+
+
+def collect_shard(engine: ZeroEngine, ema: ShardedEMA | None) -> Shard | None:
+    """Collect what this rank holds. Returns None where rank 0 holds all of it (stage 0, ranks above 0)."""
     main = engine.global_rank == 0
     if engine.zero_optimization_stage() == 0 and not main:
         return None
-    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
-    if ema is not None:
-        kinds[AVERAGE] = ema.average
-    pieces = fragments(engine)
-    entries = [tensor_entry(f"{kind}/{p.name}", p.of(flats)) for kind, flats in kinds.items() for p in pieces]
-    if main:
-        entries += [tensor_entry(f"{BUFFER}/{n}", buffer) for n, buffer in _buffers(engine.module).items()]
-    starts = json.dumps({p.name: p.start for p in pieces})
-    return write_safetensors(path, entries, {"format": "pt", "starts": starts})
+    return Shard(_kinds(engine, ema), fragments(engine), _buffers(engine.module) if main else {})
+
+
+class HostCopy:
+    """Copy this rank's shard to host memory, so that it can be written while training changes the original.
+
+    The memory of the first copy is kept for the later ones, and page-locked for tensors of a GPU: to ask for new memory
+    takes longer than to copy.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Shard | None = None
+
+    @torch.no_grad()
+    def of(self, shard: Shard) -> Shard:
+        """Return a copy, which holds until the next call.
+
+        Raises:
+            RunError: there is not enough memory.
+        """
+        if self._kept is None or _layout(self._kept) != _layout(shard):
+            self._kept = None
+            self._kept = _allocate(shard)
+        for kept, tensor in zip(self._kept.tensors, shard.tensors, strict=True):
+            kept.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in shard.tensors):
+            torch.cuda.current_stream().synchronize()
+        return self._kept
+
+
+def _layout(shard: Shard) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in shard.tensors]
+
+
+def _allocate(shard: Shard) -> Shard:
+    """Return a shard like this one in host memory, not yet filled."""
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+    try:
+        return replace(
+            shard,
+            flats={kind: {i: like(flat) for i, flat in flats.items()} for kind, flats in shard.flats.items()},
+            buffers={name: like(buffer) for name, buffer in shard.buffers.items()},
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"there is no host memory for a copy of a checkpoint, {format_bytes(shard.num_bytes)} on this rank "
+            f"({str(error).splitlines()[0]}); checkpoint.background: false saves without one, while training waits"
+        ) from None
 
 
 @torch.no_grad()
@@ -56,16 +136,21 @@ def read_shards(paths: Iterable[Path], engine: ZeroEngine, ema: ShardedEMA | Non
     """
     if steps:
         init_optimizer_state(engine, steps)
-    kinds = {WEIGHT: master_weights(engine)} | optimizer_moments(engine)
-    if ema is not None:
-        kinds[AVERAGE] = ema.average
+    pieces = fragments(engine)
     with ShardReader(paths) as reader:
-        for kind, flats in kinds.items():
-            for piece in fragments(engine):
-                found = reader.read(kind, piece.name, piece.start, piece.start + piece.numel)
-                piece.of(flats).copy_(found)
+        for kind, flats in _kinds(engine, ema).items():
+            for piece in pieces:
+                if piece.flat in flats:
+                    found = reader.read(kind, piece.name, piece.start, piece.start + piece.numel)
+                    piece.of(flats).copy_(found)
         for n, buffer in _buffers(engine.module).items():
             buffer.copy_(reader.read_buffer(n))
+
+
+def _kinds(engine: ZeroEngine, ema: ShardedEMA | None) -> dict[str, dict[int, Tensor]]:
+    """Return what this rank holds, by kind and by the number of the master that it is laid out like."""
+    average = {} if ema is None else {AVERAGE: dict(enumerate(ema.average))}
+    return {WEIGHT: dict(enumerate(master_weights(engine)))} | optimizer_moments(engine) | average
 
 
 class ShardReader:

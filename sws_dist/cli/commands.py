@@ -78,21 +78,25 @@ def train_command(
     ranks: int = 1,
     beside_others: bool = False,
 ) -> Command:
-    """Return a training run through DeepSpeed's launcher.
+    """Return a training run: several ranks through DeepSpeed's launcher, one without, which starts sooner.
 
     Args:
         config: the name of a run config, such as ``quickstart/teacher``.
         sets: config overrides.
         beside_others: other runs take place at the same time; the output goes into a file.
     """
-    if in_checkout():
-        program = ["launcher/train.py", "--config", f"configs/runs/{config}.yaml"]
-        program += ["--deepspeed_config", "configs/deepspeed/zero2.json"]
+    if ranks == 1:
+        command = list(sws("train"))
     else:
-        program = ["--module", "sws_dist.cli.train", "--config", config, "--deepspeed_config", "zero2"]
-    # As a module: the first line of the script deepspeed cannot name an interpreter whose path has a space.
-    command = [Path(sys.executable).name, "-m", "deepspeed.launcher.runner", "--quiet"]
-    command += ["--num_accelerators", str(ranks), "--master_port", FREE_PORT, *program]
+        # As a module: the first line of the script deepspeed cannot name an interpreter whose path has a space.
+        command = [Path(sys.executable).name, "-m", "deepspeed.launcher.runner", "--quiet"]
+        command += ["--num_accelerators", str(ranks), "--master_port", FREE_PORT]
+        command += ["launcher/train.py"] if in_checkout() else ["--module", "sws_dist.cli.train"]
+    if in_checkout():
+        config_file, deepspeed_config = f"configs/runs/{config}.yaml", "configs/deepspeed/zero2.json"
+    else:
+        config_file, deepspeed_config = config, "zero2"
+    command += ["--config", config_file, "--deepspeed_config", deepspeed_config]
     for override in (f"output={escape_path(output)}", f"train.seed={seed}", *sets):
         command += ["--set", override]
     command += ["--resume", "auto", *options]

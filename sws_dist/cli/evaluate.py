@@ -25,7 +25,9 @@ from sws_dist.config.schema import MAX_BATCH
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights: .safetensors or a PyTorch file")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="weights, a run's folder, a timm folder, or an ONNX file"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders")
     order = parser.add_mutually_exclusive_group()
     order.add_argument(

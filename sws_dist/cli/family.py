@@ -2,6 +2,7 @@
 
     FOLDER/teacher                        the ancestry model
     FOLDER/auxiliary, FOLDER/fixed        trained at many depths, and at its own alone, as in the paper
+    FOLDER/tleg, FOLDER/unshared          rivals of the method: TLEG, and a model whose layers are picked
     FOLDER/depthD/expanded.safetensors    a descendant as it leaves the learngene
     FOLDER/depthD/tuned                   the same, fine-tuned
     FOLDER/depthD/scratch                 random weights, fine-tuning's recipe
@@ -20,10 +21,12 @@ from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, sws, train_command
 from sws_dist.config.paths import escape_path
+from sws_dist.progress import track
 
+AUXILIARIES = ("auxiliary", "fixed", "tleg", "unshared")
 RIVALS = ("scratch", "scratch_full", "scratch_taught")
-FULL_BUDGET = ("auxiliary", "fixed", "scratch_full", "scratch_taught")
-TAUGHT = ("auxiliary", "fixed", "tuned", "scratch", "scratch_taught")
+FULL_BUDGET = (*AUXILIARIES, "scratch_full", "scratch_taught")
+TAUGHT = (*AUXILIARIES, "tuned", "scratch", "scratch_taught")
 """The runs that learn from the teacher: fine-tuning does, so its rival with the same recipe does too."""
 
 
@@ -33,7 +36,7 @@ class Family:
 
     Args:
         configs: the folder of its run configs, such as ``quickstart``.
-        auxiliaries: ``auxiliary``, and ``fixed`` beside it.
+        auxiliaries: ``auxiliary``, and others of ``AUXILIARIES`` beside it.
         depths: layers of the descendants that are trained.
         rivals: which of ``RIVALS`` each has.
         sets: config overrides of all runs.
@@ -109,5 +112,6 @@ def perform_side_by_side(commands: Iterable[Command], jobs: int) -> None:
     Raises:
         RunError: one failed; those that had begun were finished.
     """
+    due = list(commands)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(perform, commands))
+        list(track(pool.map(perform, due), "runs", len(due), "runs"))

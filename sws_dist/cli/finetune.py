@@ -106,7 +106,8 @@ def main() -> None:
         print_result(
             f"the model     {config.output}/model.safetensors\n"
             f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
-            f"to use it     sws evaluate --checkpoint {shlex.quote(config.output)}/model.safetensors --data FOLDER"
+            f"to use it     sws classify {shlex.quote(config.output)} IMAGES...\n"
+            f"elsewhere     sws export --from {shlex.quote(config.output)} --out FOLDER --formats onnx"
         )
 
 

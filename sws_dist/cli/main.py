@@ -15,13 +15,16 @@ COMMANDS = {
     "finetune": "Fine-tune a learngene, a descendant or any timm checkpoint on a folder of one's own labelled images",
     "teach": "Store a teacher's logits for every image that a run will show, so that its students need no teacher",
     "evaluate": "Score a model on a folder of images (<class>/<image>), each image counted once",
+    "export": "Export a model to a folder that timm and the Hub read, and to ONNX, torch.export and int8, each checked",
+    "classify": "Classify images with a model of one's own, prepared as in an evaluation: the likeliest labels",
+    "push": "Put a folder that sws export made on the Hugging Face Hub, where timm finds it as hf-hub:OWNER/NAME",
     "convert": "Convert learngenes and checkpoints: from the paper's released code, and to plain timm",
     "scan": "Read and decode every file of a data set once, and list the bad ones with their reasons",
     "show-batch": "Write a picture of a training batch as the model will see it, with what was drawn for each image",
     "submit": "Write a SLURM job for a run config, submit it, and say where to watch it",
     "report": "Write a report of families of runs and their picture: accuracy against depth, and the bill",
     "quickstart": "Run the whole method on real images, GPU or none: teacher, auxiliary model, descendants, report",
-    "study": "Compare the method with its rivals on Fashion-MNIST, and write the report",
+    "study": "Compare the method with its rivals, and write the report",
 }
 
 

@@ -20,6 +20,12 @@ from sws_dist.config.loader import load_config
 from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
+AUXILIARIES = {
+    "fixed": ("auxiliary model of one depth", "untuned, from an auxiliary model of one depth"),
+    "tleg": ("TLEG's auxiliary model", "untuned, from TLEG's auxiliary model"),
+    "unshared": ("model without sharing", "untuned, layers picked from a model without sharing"),
+}
+"""Name what is expanded beside the auxiliary model, and its descendants."""
 KINDS = {
     "tuned": "fine-tuned",
     "scratch": "random weights, with the teacher",
@@ -35,20 +41,20 @@ class Family:
 
     Args:
         stages: the number of the auxiliary model's distinct layers.
-        fixed: the auxiliary model that was trained at its own depth alone, or None.
+        others: which of ``AUXILIARIES`` there are.
         depths: depth -> kind -> metrics, for the descendants that were trained and their rivals.
     """
 
     stages: int
     teacher: Metrics
     auxiliary: Metrics
-    fixed: Metrics | None
+    others: dict[str, Metrics]
     depths: dict[int, dict[str, Metrics]]
 
     @property
     def runs(self) -> tuple[object, ...]:
         """Return what there is, to be compared with other seeds."""
-        return self.fixed is not None, self.scored, {depth: sorted(runs) for depth, runs in self.depths.items()}
+        return sorted(self.others), self.scored, {depth: sorted(runs) for depth, runs in self.depths.items()}
 
     @property
     def scored(self) -> list[int]:
@@ -89,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the first of --runs)")
     parser.add_argument("--title", default="A family of vision transformers from one learngene")
     args = parse_args(parser, one_process=True)
-    families = [read_family(folder) for folder in args.runs]
+    families = [read_family(folder, args.runs[0]) for folder in args.runs]
     for folder, family in zip(args.runs, families, strict=True):
         if family.runs != families[0].runs:
             raise ValueError(f"--runs {folder}: has not the same runs as {args.runs[0]}, so no mean can be taken")
@@ -102,11 +108,15 @@ def main() -> None:
     print_result(text)
 
 
-def read_family(folder: Path) -> Family:
+def read_family(folder: Path, first: Path) -> Family:
     """Read the metrics of one family's runs.
 
+    Args:
+        folder: the family's.
+        first: that of the first family, whose teacher may have taught this one too.
+
     Raises:
-        ValueError: a run that has not finished, or a folder without runs.
+        ValueError: a run that has not finished, a folder without runs, or one without its teacher.
     """
 
     def metrics(run: Path) -> Metrics:
@@ -129,11 +139,19 @@ def read_family(folder: Path) -> Family:
             f"{folder}: holds no depth*/scratch_full, with which descendants are compared; run sws quickstart or "
             "sws study first"
         )
-    fixed = metrics(folder / "fixed") if (folder / "fixed").is_dir() else None
-    stages = load_config(folder / "auxiliary" / "config.yaml").model.schedule
+    others = {name: metrics(folder / name) for name in AUXILIARIES if (folder / name).is_dir()}
+    config, firsts = (load_config(place / "auxiliary" / "config.yaml") for place in (folder, first))
+    stages = config.model.schedule
     if stages is None:
         raise ValueError(f"{folder}/auxiliary/config.yaml: model.schedule is null, so this is no auxiliary model")
-    return Family(len(stages), metrics(folder / "teacher"), metrics(folder / "auxiliary"), fixed, depths)
+    is_firsts = not (folder / "teacher").is_dir() and config.distill.teacher == firsts.distill.teacher
+    return Family(
+        len(stages),
+        metrics((first if is_firsts else folder) / "teacher"),
+        metrics(folder / "auxiliary"),
+        others,
+        depths,
+    )
 
 
 def top1(run: Metrics, epoch: int | None = None) -> float:
@@ -154,10 +172,9 @@ def rows_of(families: list[Family]) -> list[Row]:
     """Return the rows of the report's table."""
     first = families[0]
     rows = []
-    for kind, name, runs in (
-        ("untuned", "untuned", [f.auxiliary for f in families]),
-        ("fixed", "untuned, from an auxiliary model of one depth", [f.fixed for f in families if f.fixed]),
-    ):
+    expanded = {"untuned": ("untuned", [f.auxiliary for f in families])}
+    expanded |= {kind: (AUXILIARIES[kind][1], [f.others[kind] for f in families]) for kind in first.others}
+    for kind, (name, runs) in expanded.items():
         scores = {depth: [untuned(run, depth) for run in runs] for depth in first.scored}
         rows.append(Row(kind, name, {d: [v for v in values if v is not None] for d, values in scores.items()}))
     for kind in KINDS:
@@ -271,27 +288,42 @@ def _costs(families: list[Family]) -> list[str]:
         "|---|--:|--:|",
         *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
         "",
+        *_without_teacher(families, bill),
         *_storage(first),
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
     ]
     runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
-    runs |= {"auxiliary model of one depth": [f.fixed for f in families if f.fixed]}
+    runs |= {AUXILIARIES[kind][0]: [f.others[kind] for f in families] for kind in first.others}
     for depth, kinds in first.depths.items():
         runs |= {
             f"depth {depth}: {_name(kind, run['epochs'])}": [f.depths[depth][kind] for f in families]
             for kind, run in kinds.items()
         }
     for name, found in runs.items():
-        if found:
-            flops, seconds = mean(r["flops"] for r in found), min(r["rank_seconds"] for r in found)
-            run = found[0]
-            lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3g} | {seconds:.0f} |")
+        flops, seconds = mean(r["flops"] for r in found), min(r["rank_seconds"] for r in found)
+        run = found[0]
+        lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3g} | {seconds:.0f} |")
     return [
         *lines,
         "",
         "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
         "what else a machine does only ever adds to them.",
+    ]
+
+
+def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str]:
+    """Compare the costs where the teacher was there before, so that its training is not paid for."""
+    learngene = mean(family.auxiliary["flops"] for family in families) / 1e15
+    parts = []
+    for kind in ("scratch_full", "scratch_taught"):
+        if any(kind in runs for runs in families[0].depths.values()):
+            name = _name(kind, _epochs_of(kind, families[0]))
+            teacher = mean(family.teacher["flops"] for family in families) / 1e15 if kind == "scratch_taught" else 0.0
+            parts.append(f"{name} {(bill[name] - teacher) / learngene:.1f} x as much")
+    return [
+        f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
+        "",
     ]
 
 

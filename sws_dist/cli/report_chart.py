@@ -9,6 +9,8 @@ from statistics import mean
 LOOKS = {  # kind of a row -> colour, marker, line
     "untuned": ("#1b6ca8", "o", "-"),
     "fixed": ("#888888", "o", "--"),
+    "tleg": ("#6a9f58", "o", ":"),
+    "unshared": ("#a87cb8", "o", ":"),
     "tuned": ("#7fb2d9", "^", "none"),
     "scratch": ("#d9b38c", "v", "none"),
     "scratch_full": ("#e08e2b", "s", "none"),

@@ -44,7 +44,7 @@ def main() -> None:
     keys = args.image_extensions, args.label_key
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
-        good, found = scan_split(root, split, prefix, args.num_threads, *keys, show_bar=not args.quiet)
+        good, found = scan_split(root, split, prefix, args.num_threads, *keys)
         num_images += good
         bad += found
     if args.json:
@@ -74,18 +74,13 @@ def scan_split(
     num_threads: int,
     image_extensions: Sequence[str] | None,
     label_key: str,
-    *,
-    show_bar: bool,
 ) -> tuple[int, list[dict[str, str]]]:
     """Scan one split. Returns the number of good images, and path and reason of each bad file."""
-    from tqdm import tqdm
-
     from sws_dist.data import manifest
     from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 
     keys = SampleKeys(tuple(image_extensions or DEFAULT_KEYS.image_extensions), label_key)
-    with tqdm(unit="file", desc=split, disable=not show_bar) as bar:
-        found, kept = manifest.scan_and_decode(root, split, num_threads, bar, keys)
+    found, kept = manifest.scan_and_decode(root, split, num_threads, keys)
     print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
     for note in found.notes:
         log.warning(note)

@@ -1,18 +1,21 @@
-"""Compare the method with its rivals on Fashion-MNIST, and write the report.
+"""Compare the method with its rivals, and write the report.
 
-The data set's scores are public. A study is made of families of runs. Each has a teacher, an auxiliary model that is
-trained at many depths, one that is trained at its own depth alone, and at some depths fine-tuned descendants beside
-models of random weights. A study that was interrupted goes on where it stopped; the same seeds give the same table.
+A study is made of families of runs. Each has a teacher, an auxiliary model that is trained at many depths, rivals that
+are not (as published, TLEG, a model without sharing), and at some depths fine-tuned descendants beside models of random
+weights. A study that was interrupted goes on where it stopped; the same seeds give the same table.
 
   size    training images   epochs   trained depths   seeds   time on 2 CPU cores
 {SIZES}
 
-The images come from Debian's package dataset-fashion-mnist (apt install dataset-fashion-mnist).
+Fashion-MNIST, whose scores are public, is in Debian's package dataset-fashion-mnist (apt install
+dataset-fashion-mnist). Characters in fonts that were never trained on are drawn from a folder of fonts; python -m
+sws_dist.study.font_files --help says how to get it.
 
 examples:
   sws study                                          # size small, into runs/study; make study in a checkout
-  sws study --seeds 0 1 2                            # three families: another hour, and the spread
+  sws study --seeds 0 1 2                            # three families, and their spread
   sws study --size tiny --output runs/study-tiny
+  sws study --data-set characters --fonts fonts --output runs/study-characters
 """
 
 from __future__ import annotations
@@ -26,15 +29,30 @@ from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, prepare_devices, require_packages, sws
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
-from sws_dist.cli.family import RIVALS, Family, perform_side_by_side
+from sws_dist.cli.family import AUXILIARIES, RIVALS, Family, perform_side_by_side
 from sws_dist.config.paths import escape_path
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """Name the module that writes a data set, and what its runs have that others do not."""
+
+    title: str
+    module: str
+    sets: tuple[str, ...] = ()
+
+
+DATA_SETS = {
+    "fashion-mnist": DataSet("Fashion-MNIST", "sws_dist.study.fashion"),
+    "characters": DataSet("Characters in unseen fonts", "sws_dist.study.fonts", ("augment.hflip=0",)),
+}
+
+
+@dataclass(frozen=True)
 class Size:
-    """Say how large a study is. Its validation set is always the whole public one of 10,000 images."""
+    """Say how large a study is. Its validation set has always 10,000 images, which is all of Fashion-MNIST's."""
 
     images: int
     epochs: int
@@ -49,14 +67,16 @@ class Size:
 
 SIZES = {
     "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
-    "small": Size(6_000, 20, 15, (5, 12), (0,), "45 minutes"),
-    "full": Size(60_000, 40, 20, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
+    "small": Size(6_000, 10, 12, (5, 12), (0,), "30 minutes"),
+    "full": Size(60_000, 20, 12, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
 }
 
 
 def main() -> None:
     parser = make_parser(__doc__.replace("{SIZES}", _table()))
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--data-set", choices=DATA_SETS, default="fashion-mnist")
+    parser.add_argument("--fonts", type=Path, help="folder of the fonts that the characters are drawn from")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder for all runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the images")
     parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", help="instead of the size's")
@@ -67,12 +87,16 @@ def main() -> None:
     prepare_devices()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     jobs = args.jobs or (os.cpu_count() if on_cpu else None) or 1
-    data = args.data / f"fashion-mnist-{size.images}"
+    data_set, data = DATA_SETS[args.data_set], args.data / f"{args.data_set}-{size.images}"
+    if (args.fonts is not None) != (args.data_set == "characters"):
+        parser.error("--fonts goes with --data-set characters, which needs it")
     quiet = ("--quiet",) if args.quiet else ()
-    families = make_families(args.output, size, args.seeds or size.seeds, data, quiet)
+    sets = (f"data.root={escape_path(data)}", *data_set.sets)
+    families = make_families(args.output, size, args.seeds or size.seeds, sets, quiet)
 
-    convert = (Path(sys.executable).name, "-m", "sws_dist.study.fashion", escape_path(data))
-    perform(Command("the data", (*convert, "--train", str(size.images), *quiet), data / "train"))
+    write = (Path(sys.executable).name, "-m", data_set.module, escape_path(data), "--train", str(size.images))
+    fonts = ("--fonts", escape_path(args.fonts)) if args.fonts else ()
+    perform(Command("the data", (*write, *fonts, *quiet), data / "train"))
     perform(families[0].teacher_command())
     log.info(f"\n# 2. auxiliary models; {jobs} runs at a time")
     perform_side_by_side((c for family in families for c in family.auxiliary_commands(beside_others=True)), jobs)
@@ -83,14 +107,14 @@ def main() -> None:
     perform_side_by_side((c for family in families for c in family.depth_commands()), jobs)
     report = args.output / "study.md"
     runs = (escape_path(family.folder) for family in families)
-    title = f"Fashion-MNIST, {size.images:,} training images"
+    title = f"{data_set.title}, {size.images:,} training images"
     words = (*sws("report"), "--runs", *runs, "--out", escape_path(report), "--title", title)
     perform(Command("5. the report", (*words, *quiet), done=None))
     print_result(f"the report   {report}   ({time.monotonic() - begun:.0f} s)")
 
 
 def make_families(
-    output: Path, size: Size, seeds: tuple[int, ...], data: Path, options: tuple[str, ...]
+    output: Path, size: Size, seeds: tuple[int, ...], sets: tuple[str, ...], options: tuple[str, ...]
 ) -> list[Family]:
     """Return a family for each seed. All learn from the first one's teacher, as an ancestor is given, not drawn."""
     return [
@@ -98,10 +122,10 @@ def make_families(
             output / f"seed{seed}",
             "study",
             seed,
-            ("auxiliary", "fixed"),
+            AUXILIARIES,
             size.depths,
             RIVALS,
-            sets=(f"data.root={escape_path(data)}",),
+            sets=sets,
             scored=size.scored,
             epochs={"teacher": size.teacher_epochs, "auxiliary": size.epochs},
             options=options,

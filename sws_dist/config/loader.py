@@ -41,10 +41,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: with every unknown, missing, duplicate or ill-typed key, the file and line where it stands and the
             nearest valid key.
 
-    >>> import sws_dist
-    >>> config = sws_dist.load_config("auxiliary_small", ["data.root=/data/imagenet", "train.epochs=3"])
-    >>> config.model.name, config.train.epochs
-    ('sws_aux_small_patch16_224', 3)
+    Examples:
+        >>> import sws_dist
+        >>> config = sws_dist.load_config("auxiliary_small", ["data.root=/data/imagenet", "train.epochs=3"])
+        >>> config.model.name, config.train.epochs
+        ('sws_aux_small_patch16_224', 3)
     """
     path = find_run_config(path)
     values, sources = _read_with_bases(path, seen=())

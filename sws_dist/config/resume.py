@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sws_dist.config.loader import load_config, marked_keys, valid_keys
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import IS_PATH, MAY_CHANGE, RunConfig
 from sws_dist.errors import ConfigError
 from sws_dist.text import read_text
@@ -21,13 +22,20 @@ from sws_dist.text import read_text
 CLIPPING = "gradient_clipping"
 """The one key of the DeepSpeed config that is part of the recipe; the others may change."""
 
+LENGTH = {"train.epochs", "optim.decay_epochs"}
+"""The keys that may change as long as the learning rate has not begun to decay."""
+
 _NO_WEIGHTS = "FILE (sws convert writes one from a checkpoint)"
 
 log = logging.getLogger(__name__)
 
 
 def compare_with_own_config(
-    folder: Path, config: RunConfig, ds: Mapping[str, Any] | None = None, weights: str | Path = _NO_WEIGHTS
+    folder: Path,
+    config: RunConfig,
+    ds: Mapping[str, Any] | None = None,
+    weights: str | Path = _NO_WEIGHTS,
+    reached: tuple[int, int] | None = None,
 ) -> RunConfig | None:
     """Compare ``config`` with that of the run in ``folder``, and log the keys that are allowed to differ and do.
 
@@ -35,6 +43,7 @@ def compare_with_own_config(
         folder: the run's output folder, as it stands now.
         ds: the resolved DeepSpeed config; None: it is not compared.
         weights: the file of the run's weights, for the message.
+        reached: the step of the checkpoint that the run goes on from, and the images of its epochs.
 
     Returns:
         The run's own config; None, with a warning, if the folder holds none.
@@ -50,6 +59,10 @@ def compare_with_own_config(
     harmless: list[str] = []
     refused: list[str] = []
     may_change = set(marked_keys(MAY_CHANGE))
+    if "muon" in (own.optim.name, config.optim.name):
+        may_change.remove("optim.name")  # it keeps another state than the Adams, which are one method
+    if reached is not None and _is_before_decay(own, *reached) and _is_before_decay(config, *reached):
+        may_change |= LENGTH
     for key, (before, now) in changed_keys(own, config).items():
         (harmless if key in may_change else refused).append(f"{key} {_text(now)} (it was {_text(before)})")
     if ds is not None and (folder / "deepspeed.json").is_file():
@@ -57,9 +70,10 @@ def compare_with_own_config(
         if before != now:
             refused.append(f"{CLIPPING} {_text(now)} in the DeepSpeed config (it was {_text(before)})")
     if refused:
+        hint = "; its length may change from a checkpoint before its decay" if own.optim.schedule == "wsd" else ""
         raise ConfigError(
-            f"{folder}: a run goes on only as it began, and this config has {', '.join(refused)}. Set that back, or "
-            f"begin a new run from its weights: --set model.initial_checkpoint={weights} --set output=ANOTHER"
+            f"{folder}: a run goes on only as it began{hint}, and this config has {', '.join(refused)}. Set that back, "
+            f"or begin a new run from its weights: --set model.initial_checkpoint={weights} --set output=ANOTHER"
         )
     if harmless:
         log.info("going on with %s", ", ".join(harmless))
@@ -109,6 +123,11 @@ def flatten_config(config: RunConfig) -> dict[str, Any]:
         if not is_dataclass(value):
             flat[dotted] = value
     return flat
+
+
+def _is_before_decay(config: RunConfig, step: int, epoch_size: int) -> bool:
+    """Return True if the learning rates of the first ``step`` steps do not depend on the length of the run."""
+    return config.optim.schedule == "wsd" and step <= LRSchedule.of_run(config, epoch_size).decay_start
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -31,6 +31,8 @@ DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", 
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
 """At most this many images are decoded as one batch on one rank."""
+MAX_TRACED = 100
+"""At most this many steps are traced: each takes megabytes."""
 MAX_LAYERS = 1000
 """An image passes through at most so many layers."""
 
@@ -162,12 +164,6 @@ class ModelConfig:
                 "cuda_graphs",
                 "model.cuda_graphs: torch.compile (model.compile) cannot see into a CUDA graph; set one of the two to "
                 "false",
-            )
-        if self.cuda_graphs and self.elastic is not None:
-            raise KeyConflictError(
-                "cuda_graphs",
-                "model.cuda_graphs: a graph is captured for one depth, and model.elastic draws another for each step; "
-                "set model.cuda_graphs to false",
             )
         return self
 
@@ -328,14 +324,22 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer, its learning rate, and the moving average of the weights."""
 
-    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam"]] = "adamw"
-    """torch's AdamW, DeepSpeed's FusedAdam (GPU) or DeepSpeed's CPUAdam (for CPU offload)."""
+    name: MayChange[Literal["adamw", "fused_adam", "cpu_adam", "muon"]] = "adamw"
+    """torch's AdamW, DeepSpeed's FusedAdam (GPU), DeepSpeed's CPUAdam (for CPU offload), or Muon for the weights of
+    the Linear layers inside ``blocks`` and torch's AdamW for the rest. A resumed run may change from one Adam to
+    another."""
     lr: float = Field(default=5e-4, gt=0, le=1000)
     """The highest learning rate; see ``lr_batch``."""
     lr_batch: int | None = Field(default=512, ge=1)
     """``lr`` is meant for this global batch and scales with it linearly; null takes ``lr`` as it is."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up the learning rate falls along a cosine over the whole run, or it stays and falls in the last
+    ``decay_epochs`` alone (``wsd``: warm-up, stable, decay). From a checkpoint before the decay a run of ``wsd`` may go
+    on with other ``epochs`` and ``decay_epochs``."""
+    decay_epochs: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Length of the decay of ``wsd`` in epochs; a fraction is allowed."""
     min_lr: float = Field(default=1e-5, ge=0, le=1000)
-    """The learning rate at the end of the cosine; never above the highest rate."""
+    """The learning rate at the end of the run; never above the highest rate."""
     warmup_lr: float = Field(default=1e-6, ge=0, le=1000)
     """The learning rate at the start of the warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0, le=1_000_000)
@@ -346,6 +350,8 @@ class OptimConfig:
     """Adam's averaging factors of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0, le=1)
     """Added to Adam's denominator."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's averaging factor of the gradient."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Exponential moving average of the weights, per step; null keeps none."""
 
@@ -353,6 +359,16 @@ class OptimConfig:
     def _check_ranges(self) -> OptimConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise KeyConflictError("betas", f"optim.betas {list(self.betas)}: each has to be at least 0 and below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimConfig:
+        if (self.schedule == "wsd") != (self.decay_epochs > 0):
+            raise KeyConflictError(
+                "decay_epochs",
+                f"optim.decay_epochs {self.decay_epochs:g}: schedule wsd needs a number above 0, and cosine needs none "
+                f"(optim.schedule is {self.schedule})",
+            )
         return self
 
 
@@ -373,7 +389,10 @@ class TrainConfig:
     eval_every: MayChange[int] = Field(default=1, ge=1)
     """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
     eval_depths: MayChange[tuple[int, ...]] = ()
-    """Further depths at which an auxiliary model is scored in each evaluation, as if it had been expanded to them."""
+    """Further depths at which a model of ours is scored in each evaluation, as if it had been expanded to them."""
+    eval_plan: MayChange[Literal["even", "proportional", "spaced"] | None] = None
+    """The expansion plan of ``eval_depths``; null takes that of ``model.elastic``, else ``even``. Only ``spaced`` may
+    leave layers out, so that a model whose layers share no weights can be scored below its own depth."""
     eval_at_start: MayChange[bool] = False
     """Evaluate before the first step too, to score an expanded descendant untrained."""
     log_every: MayChange[int] = Field(default=50, ge=1)
@@ -383,6 +402,19 @@ class TrainConfig:
     skip_nonfinite: MayChange[int] = Field(default=0, ge=0)
     """Number of steps in a row that may be skipped, with weights and averages untouched, because their loss or
     gradient is infinite or NaN; one more stops the run."""
+    profile: MayChange[tuple[int, int] | None] = None
+    """First and last step, as the log counts them, that torch's profiler traces on rank 0 (``[20, 22]``); the trace is
+    written to ``profile/`` in the run's folder."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> TrainConfig:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + MAX_TRACED:
+            raise KeyConflictError(
+                "profile",
+                f"train.profile {list(self.profile)}: expected the first and the last step, from 1 on, "
+                f"{MAX_TRACED} steps at most",
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -394,7 +426,11 @@ class CheckpointConfig:
     keep_last: MayChange[int] = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
     keep_best: MayChange[bool] = True
-    """Keep the checkpoint with the best validation top-1 as well."""
+    """Keep the checkpoint with the best validation top-1 as well. The last one before the decay of ``wsd`` is always
+    kept."""
+    background: MayChange[bool] = True
+    """Write while training goes on, from a copy in host memory: on each rank as many bytes as its share of weights,
+    optimizer state and moving average, 12 to 16 for each parameter. Otherwise training waits, and nothing is copied."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -415,4 +451,15 @@ class RunConfig:
     def _check_output(self) -> RunConfig:
         if not self.output.strip():
             raise KeyConflictError("output", "output is empty; give the folder that the run is to write")
+        return self
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> RunConfig:
+        warmup, decay = self.optim.warmup_epochs, self.optim.decay_epochs
+        if decay and warmup + decay > self.train.epochs:
+            raise KeyConflictError(
+                "optim.decay_epochs",
+                f"optim.decay_epochs {decay:g} and optim.warmup_epochs {warmup:g} are more than the "
+                f"{self.train.epochs} of train.epochs",
+            )
         return self

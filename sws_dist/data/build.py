@@ -35,6 +35,8 @@ class DataParts:
     bad_train: BadImages
     bad_val: BadImages
     val_loader: Loader
+    num_val_batches: int
+    """Of an evaluation on one rank."""
 
 
 def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
@@ -65,6 +67,7 @@ def build_data(
         bad_train=BadImages(train.bad),
         bad_val=bad_val,
         val_loader=pipeline.eval_loader(val, batches, config.data, device, bad_val),
+        num_val_batches=len(batches),
     )
 
 

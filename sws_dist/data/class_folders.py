@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sws_dist.data.image_names import EXTENSIONS, is_hidden, is_image_name
 from sws_dist.data.labels import check_classes, join_names
+from sws_dist.progress import track
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def list_class_folders(folder: Path, num_threads: int) -> ClassFolders:
         visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     names = [entry.name for entry in visible if _is_folder(entry)]
     with ThreadPoolExecutor(num_threads) as pool:
-        found = list(pool.map(lambda name: sorted(_walk(folder / name, f"{name}/", frozenset())), names))
+        walks = pool.map(lambda name: sorted(_walk(folder / name, f"{name}/", frozenset())), names)
+        found = list(track(walks, f"listing {folder.name}", len(names), "folders"))
     images = {name: paths for name, paths in zip(names, found, strict=True) if paths}
     notes = []
     if images and len(images) < len(names):

@@ -100,6 +100,8 @@ class Loader:
 
     An evaluation loader is iterated many times, since DALI never frees the threads of a pipeline that calls Python.
 
+    ``before_transfer`` is called when a batch is decoded and about to be moved to the device.
+
     ``failure`` is set when even substitutes cannot be read. The batch then holds NaN. A rank that raised alone would
     leave the others waiting; a loss that is NaN, compared over the ranks, stops all of them.
 
@@ -128,6 +130,7 @@ class Loader:
     ) -> None:
         self.manifest, self.device, self.bad = manifest, device, bad
         self.failure: Exception | None = None
+        self.before_transfer: Callable[[], None] = lambda: None
         self._substitute, self._epoch_size, self._image_size = substitute, epoch_size, image_size
         self._build_pipeline, self._start_plans = build_pipeline, plans
         self._plans: Iterator[tuple[BatchPlan, Feeds]] = iter(())
@@ -153,6 +156,7 @@ class Loader:
                 images, plan = self._recover_batch(self._in_flight.popleft(), error)
             indices, valid = plan.indices.repeat(plan.num_crops), plan.valid.repeat(plan.num_crops)
             labels = torch.from_numpy(self.manifest.labels[indices].astype(np.int64))
+            self.before_transfer()
             yield Batch(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),

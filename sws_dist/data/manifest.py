@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
@@ -33,9 +32,8 @@ from sws_dist.data.packed_names import PackedNames
 from sws_dist.data.sources import Source
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.data.validate import BadImageError, check_image, check_image_header
+from sws_dist.progress import track
 
-_PATIENCE_S = 3
-"""Seconds after which a progress bar appears."""
 _CHUNK = 4096
 """Number of files that are handed to the threads at once."""
 
@@ -169,21 +167,26 @@ def scan(
     file = manifest_path(root, split)
     known = {entry["path"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     examined = _map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads)
-    # A bar and a rate where it takes longer than a moment.
-    entries = list(tqdm(examined, split, len(source), unit="file", delay=_PATIENCE_S, leave=False))
+    entries = list(track(examined, f"reading headers, {split}", len(source), "files"))
     found = _build_manifest(source, entries, [*notes, *_describe_changes(source, known, entries, file)])
     check_bad_share(len(found.bad), len(source), max_bad_share, f"{source.folder}: ", found.bad)
     return found
 
 
+def list_files(files: Sequence[str], num_threads: int = 16) -> Manifest:
+    """List single image files, in their order. All have label 0, of one class without a name."""
+    source = Source(Path(), ("",), PackedNames.pack(files), np.zeros(len(files), dtype=np.int64))
+    entries = list(_map_in_threads(partial(_examine, source, {}, _size_from_header), len(source), num_threads))
+    return _build_manifest(source, entries, [])
+
+
 def scan_and_decode(
-    root: str | Path, split: str, num_threads: int, bar: tqdm[Any], keys: SampleKeys = DEFAULT_KEYS
+    root: str | Path, split: str, num_threads: int, keys: SampleKeys = DEFAULT_KEYS
 ) -> tuple[Manifest, Path | None]:
     """Decode every file of ``<root>/<split>``, and write the manifest's file.
 
     Args:
-        bar: a progress bar, moved by one for each file.
-        keys: see ``scan``.
+        num_threads, keys: see ``scan``.
 
     Returns:
         The manifest and the path of its file, or None if the file cannot be written.
@@ -192,11 +195,8 @@ def scan_and_decode(
         ValueError: no images.
     """
     source, notes = sources.find_source(root, split, None, num_threads, keys)
-    bar.reset(total=len(source))
-    entries = []
-    for entry in _map_in_threads(partial(_examine, source, {}, _size_by_decoding), len(source), num_threads):
-        entries.append(entry)
-        bar.update()
+    examined = _map_in_threads(partial(_examine, source, {}, _size_by_decoding), len(source), num_threads)
+    entries = list(track(examined, f"scanning {split}", len(source), "files"))
     file: Path | None = manifest_path(root, split)
     found = _build_manifest(source, entries, notes)
     try:

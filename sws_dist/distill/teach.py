@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from sws_dist.config.schema import RunConfig
 from sws_dist.data import pipeline, sampler
@@ -24,6 +23,7 @@ from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.errors import ConfigError
 from sws_dist.logging.startup import describe_left_out
+from sws_dist.progress import ProgressBar
 from sws_dist.provenance import collect_provenance
 from sws_dist.units import format_bytes
 
@@ -132,14 +132,12 @@ class _EpochWriter:
         """Write the files. A collective."""
         batches, rank, size = iter(self._loader), self.world.rank, self.folder.epoch_size
         total = sum(map(len, self._rounds)) * size
-        show_bar = total > 0 and self.world.is_rank_zero and log.isEnabledFor(logging.INFO)
-        with tqdm(total=total, unit="image", disable=not show_bar, leave=False) as bar:
+        with ProgressBar("teaching", total, "images") as bar:
             for epochs in self._rounds:
                 with raise_on_all_ranks("store the logits of an epoch"):
                     for epoch in epochs[rank : rank + 1]:
                         own = islice(batches, len(self._micro_batches(epoch)))
-                        self.folder.write(epoch, self._ask_teacher(epoch, own))
-                bar.update(len(epochs) * size)
+                        self.folder.write(epoch, self._ask_teacher(epoch, own, bar, len(epochs)))
                 max_share = self.config.data.max_bad_share
                 for line in self.data.bad_train.exchange(self.world.device, epochs[-1], size, max_share):
                     log.warning(line)
@@ -159,11 +157,12 @@ class _EpochWriter:
             for micro in range(num_micros)
         ]
 
-    def _ask_teacher(self, epoch: int, batches: Iterable[Batch]) -> Shard:
+    def _ask_teacher(self, epoch: int, batches: Iterable[Batch], bar: ProgressBar, num_ranks: int) -> Shard:
         """Return what the teacher says of the images of one epoch.
 
         Args:
             batches: the micro-batches of ``epoch``.
+            bar: counts the images of all ``num_ranks`` that write an epoch in this round.
         """
         size = self.folder.epoch_size
         shard = _allocate(self.folder, len(self.data.train), size)
@@ -175,6 +174,7 @@ class _EpochWriter:
             own = (rows >= 0) & (rows < size)
             for name, column in shard.arrays().items():
                 column[rows[own]] = found[name][own]
+            bar.update(num_ranks * int(own.sum()))
         return shard
 
     def _logits(self, batch: Batch) -> Tensor:

@@ -3,7 +3,8 @@
     OUTPUT/heartbeats/rank-00003.json    rank, host, process, step, and its phase; rewritten every few seconds
 
 A thread of each rank writes its file, and looks at the others' only once its own run has stood still for a while.
-A rank is stale when its file does not change: no two clocks are compared.
+A rank is stale when its file does not change: no two clocks are compared. Before a rank ends because of the others, it
+leaves a record (``flight_recorder.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.init import World
 from sws_dist.distributed.launch_env import ANY_RANK
 from sws_dist.distributed.step_timer import StepTimer, StepTimes
@@ -41,10 +43,12 @@ class Heartbeat:
         folder: where all ranks' files are.
         timeout_s: seconds without progress after which the process says which ranks are missing and ends
             (``train.timeout_s``).
+        recorder: writes what this rank was doing before that.
     """
 
-    def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
+    def __init__(self, folder: Path, world: World, timeout_s: float, recorder: FlightRecorder) -> None:
         self.step = 0
+        self._recorder = recorder
         self._folder, self._world, self._timeout_s = folder, world, timeout_s
         self._interval_s = min(5.0, max(1.0, timeout_s / 60))
         self._patience_s = min(60.0, timeout_s / 4)
@@ -102,7 +106,7 @@ class Heartbeat:
                 raise
             # gloo: [file:line] what happened. Advice
             what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
-            self._exit(f"lost the connection to other ranks ({what})")
+            self._exit(f"lost the connection to other ranks ({what})", error)
         self._close()
 
     def _close(self) -> None:
@@ -118,6 +122,9 @@ class Heartbeat:
                 written = now
                 self._write()
             idle = now - self._last_progress
+            if idle >= self._interval_s and self._recorder.is_asked and self._exiting.acquire(blocking=False):
+                self._record(f"no progress for {idle:.0f} s, and another rank has met an error")
+                self._exiting.release()
             if idle >= self._timeout_s and self._world.size > 1:
                 self._exit(f"no progress for {idle:.0f} s (train.timeout_s {self._timeout_s:g})")
             elif idle >= self._patience_s and now - max(reported, self._last_progress) >= self._patience_s:
@@ -126,14 +133,30 @@ class Heartbeat:
                 if report and self._last_progress + self._patience_s < time.monotonic():
                     log.warning("no progress for %.0f s: %s", idle, report, extra=ANY_RANK)
 
-    def _exit(self, reason: str) -> None:
+    def _exit(self, reason: str, error: BaseException | None = None) -> None:
         self._exiting.acquire()  # the other thread may come here too, when a rank that has reported it is gone
+        self._record(reason, error)
         report = self._observe_stall()
         if report is None:
             time.sleep(4 * _TICK_S)  # so that the rank that reports can do so first
         else:
-            log.error("%s; %s. The last checkpoint is whole", reason, report, extra=ANY_RANK)
+            log.error("%s; %s%s. The last checkpoint is whole", reason, report, self._find_hang(), extra=ANY_RANK)
         exit_now(EXIT_PEER_LOST)
+
+    def _record(self, reason: str, error: BaseException | None = None) -> None:
+        """Write what this rank is doing. Nothing that goes wrong here may keep it from ending."""
+        try:
+            self._recorder.write(f"{reason}; {self._phase} after step {self.step}", error)
+        except Exception as problem:
+            log.warning("%s: no record of what this rank did (%s)", self._recorder.folder, problem, extra=ANY_RANK)
+
+    def _find_hang(self) -> str:
+        """Return what the records of all ranks say, for the end of a message."""
+        try:
+            found = self._recorder.find_hang()
+        except Exception as problem:
+            found = f"their records cannot be compared ({problem})"
+        return "".join(f"; {part}" for part in (found, f"what each rank did: {self._recorder.folder}") if part)
 
     def _observe_stall(self) -> str | None:
         """Watch the heartbeats for a while, and describe the stale ranks, or each rank's phase.

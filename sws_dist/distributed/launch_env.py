@@ -51,6 +51,9 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
     """Set what torch and DeepSpeed read of ``env``: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE and the master's address.
 
     Variables that are set already keep their values.
+
+    Raises:
+        ConfigError: there are several ranks, and which one this is, or how many there are, is not said.
     """
     if "RANK" not in env and _is_task(env):
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
@@ -60,6 +63,13 @@ def complete_environment(env: MutableMapping[str, str]) -> None:
         # Every rank has to find the same port without asking. Below 32768, where systems begin to hand out their own.
         job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", 0))
         env.setdefault("MASTER_PORT", str(10_000 + (job + 997 * step) % 20_000))
+    if ("RANK" in env) != ("WORLD_SIZE" in env):
+        given, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        if env[given] != _ALONE[given]:  # this process would wait for others that nobody has started
+            raise ConfigError(
+                f"the environment has {given}={env[given]}, but no {missing}: unset {given} for a single process; "
+                "deepspeed, torchrun and srun set both for several"
+            )
     for name, value in _ALONE.items():
         env.setdefault(name, value)
     env.setdefault("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))

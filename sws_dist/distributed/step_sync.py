@@ -26,6 +26,8 @@ class StepStatus(NamedTuple):
     """True if the weights were updated; this is the same on all ranks."""
     failed: bool
     """True if any rank cannot go on."""
+    writing: bool
+    """True while any rank is writing its part of a checkpoint."""
     stop_requested: str | None
     """Names the signal and the rank that it reached, if one was told to stop."""
     times: list[StepTimes]
@@ -46,14 +48,14 @@ class StepSync:
         self._callbacks = callbacks
         self._step, self._table, self._pending = 0, torch.empty(0), False
 
-    def post(self, step: int, loss: Tensor, times: StepTimes, *, applied: bool, failed: bool) -> None:
+    def post(self, step: int, loss: Tensor, times: StepTimes, *, applied: bool, failed: bool, writing: bool) -> None:
         """Send this rank's status of ``step``. A collective.
 
         Args:
             loss: [] on the device of the process group.
-            applied, failed: see ``StepStatus``.
+            applied, failed, writing: see ``StepStatus``.
         """
-        own = torch.tensor([applied, failed, requested_signal(), *times], dtype=loss.dtype)
+        own = torch.tensor([applied, failed, writing, requested_signal(), *times], dtype=loss.dtype)
         row = torch.cat([loss.reshape(1), own.to(loss.device, non_blocking=True)])
         self._step, self._table, self._pending = step, gather_rows(row), True
 
@@ -62,10 +64,10 @@ class StepSync:
         if not self._pending:
             return None
         self._pending = False
-        losses, applied, failed, signals, *times = self._table.T.tolist()
+        losses, applied, failed, writing, signals, *times = self._table.T.tolist()
         first = next((f"{signal_name(number)} on rank {rank}" for rank, number in enumerate(signals) if number), None)
         rank_times = [StepTimes(*row) for row in zip(*times, strict=True)]
-        status = StepStatus(self._step, losses, all(applied), any(failed), first, rank_times)
+        status = StepStatus(self._step, losses, all(applied), any(failed), any(writing), first, rank_times)
         for callback in self._callbacks:
             callback(status)
         return status.stop_requested

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from typing import NamedTuple
 
-DATA, LOG = "waiting for data", "writing the log"
+DATA, LOG, SAVE = "waiting for data", "writing the log", "saving"
 
 
 class StepTimes(NamedTuple):

@@ -79,12 +79,13 @@ def load_learngene(path: str | Path) -> Learngene:
     Raises:
         ValueError: not a whole safetensors file, not a learngene, or its tensors do not fit its own geometry.
 
-    >>> import sws_dist
-    >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
-    >>> learngene.schedule
-    (2, 2, 2, 2, 2)
-    >>> learngene.weights["blocks.0.attn.qkv.weight"].shape
-    torch.Size([288, 96])
+    Examples:
+        >>> import sws_dist
+        >>> learngene = sws_dist.load_learngene("runs/auxiliary/learngene.safetensors")
+        >>> learngene.schedule
+        (2, 2, 2, 2, 2)
+        >>> learngene.weights["blocks.0.attn.qkv.weight"].shape
+        torch.Size([288, 96])
     """
     learngene = Learngene(read_learngene_info(path), load_tensors(path))
     _check_stages(path, learngene.info, learngene.weights)

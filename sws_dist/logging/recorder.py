@@ -1,13 +1,11 @@
-"""Record a run's numbers on rank 0: TensorBoard events, ``log.jsonl``, and a progress bar in a terminal."""
+"""Record a run's numbers on rank 0: TensorBoard events, ``log.jsonl``, and other places that follow it."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,49 +13,50 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from sws_dist.atomic import atomic_write_text
-
-log = logging.getLogger(__name__)
+from sws_dist.logging.dashboard import LAYOUT, tag_of
 
 
 class Recorder:
     """Write scalars, texts and images on rank 0; on the other ranks every method does nothing.
 
-    Scalars go to TensorBoard under ``group/name`` and, one JSON object a line, to ``log.jsonl``. Where they cannot be
+    Scalars go to TensorBoard (see ``dashboard.py``) and, one JSON object a line, to ``log.jsonl``. Where they cannot be
     written, ``failure`` is set and nothing more is tried: a rank that raised alone would leave the others waiting.
 
     Args:
         active: True on rank 0.
         first_step: the step after which the run goes on. What an earlier start has recorded of later steps is removed.
         is_evaluated: whether the evaluation after that step is done.
+        follow: called with a step and its values by TensorBoard's names, on rank 0.
     """
 
     def __init__(
-        self, output: Path, active: bool, total_steps: int, first_step: int = 0, is_evaluated: bool = False
+        self,
+        output: Path,
+        active: bool,
+        first_step: int = 0,
+        is_evaluated: bool = False,
+        follow: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.active = active
         self.failure: OSError | None = None
         if not active:
             return
-        self._output = output
+        self._output, self._follow = output, follow
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+        self.writer.add_custom_scalars(LAYOUT)
         _forget_later_steps(output / "log.jsonl", first_step, is_evaluated)
         self._log = (output / "log.jsonl").open("a", encoding="utf-8")
-        show_bar = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)  # not under --quiet
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not show_bar, leave=False)
-
-    def advance(self) -> None:
-        """Move the progress bar by one step."""
-        if self.active:
-            self._bar.update()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         with self._writing() as able:
             if able:
-                for name, value in values.items():
-                    self.writer.add_scalar(name, value, step)
+                tagged = {tag_of(name): value for name, value in values.items()}
+                for tag, value in tagged.items():
+                    self.writer.add_scalar(tag, value, step)
+                if self._follow is not None:
+                    self._follow(step, tagged)
                 finite = {
                     name: value if math.isfinite(value) else None for name, value in values.items()
                 }  # JSON has no NaN
@@ -76,20 +75,17 @@ class Recorder:
                 self.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def hparams(self, settings: dict[str, Any], result: dict[str, float]) -> None:
-        """Write the run's settings beside its final metrics, into the same event file."""
+        """Write the run's settings beside its final metrics, which are curves that it has, into the same event file."""
         with self._writing() as able:
             if able:
                 plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
                 for summary in hparams(plain, result):
                     self.writer._get_file_writer().add_summary(summary)
-                for name, value in result.items():
-                    self.writer.add_scalar(name, value)
 
     def close(self) -> None:
         """Close the files. Raises OSError where the last lines cannot be written."""
         if not self.active:
             return
-        self._bar.close()
         if self.failure is None:
             self._log.close()
             self.writer.close()

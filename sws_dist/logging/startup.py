@@ -30,6 +30,8 @@ class RunHeader:
     precision: str
     kernels: str
     """Log message about the code that runs the stages."""
+    peak: str
+    """Log message about the device's peak."""
 
 
 def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:
@@ -42,6 +44,7 @@ def log_run_header(header: RunHeader, train: Manifest, val: Manifest) -> None:
         ("data", f"{len(train)} training and {len(val)} validation images in {len(train.classes)} classes"),
         ("ranks", f"{header.world}, {header.device}, ZeRO-{header.zero_stage}, {header.precision}"),
         ("kernels", header.kernels.removeprefix("kernels: ")),
+        ("peak", header.peak),
     ]
     for label, text in lines:
         log.info(f"{label:8} {text}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
+from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models.losses import LossParts
@@ -58,44 +59,74 @@ class WindowMeans:
     loss: float
     loss_labels: float
     loss_distill: float
+    loss_by_depth: dict[int, float]
+    """Of the depths that were drawn, where each step draws one."""
     images_per_s: float
     data_wait_share: float
     """Share of the time that rank 0 waited for data."""
+    flops_per_s: float | None
+    """Of all ranks; None if the operations of a step are not known."""
+    phases_ms: dict[str, float]
+    """Milliseconds that a step spends in each of its phases (``StepClock``)."""
 
 
 class LogWindow:
-    """Add up losses and waiting times of this rank between two lines of the log.
+    """Add up losses, times and operations of this rank between two lines of the log.
 
     Args:
         global_batch: images of one step, over all ranks.
         world_size: number of ranks.
+        clock: splits the time of the steps.
     """
 
-    def __init__(self, global_batch: int, world_size: int) -> None:
-        self._global_batch, self._world_size = global_batch, world_size
+    def __init__(self, global_batch: int, world_size: int, clock: StepClock) -> None:
+        self._global_batch, self._world_size, self._clock = global_batch, world_size, clock
         self.reset()
 
     def reset(self) -> None:
         """Forget what was added, and start the clock anew."""
         self._sums: Tensor | None = None
+        self._by_depth: dict[int, Tensor] = {}
         self._num_steps, self._waited_s, self._start = 0, 0.0, time.perf_counter()
+        self._flops: int | None = 0
+        self._clock.reset()
 
-    def add(self, losses: LossParts, waited_s: float) -> None:
-        """Add one step of this rank: its losses, and the seconds that it waited for data."""
+    def add(self, losses: LossParts, waited_s: float, flops: int | None, depth: int | None) -> None:
+        """Add one step of this rank.
+
+        Args:
+            waited_s: the seconds that the rank waited for data.
+            flops: operations of the step on all ranks; None: not known.
+            depth: the layers that the step has drawn, the same on all ranks; None: it does not draw.
+        """
+        self._clock.finish_step()
         values = torch.stack(losses)
         self._sums = values if self._sums is None else self._sums + values
+        if depth is not None:
+            found = torch.stack([losses.total, torch.ones_like(losses.total)])
+            self._by_depth[depth] = self._by_depth[depth] + found if depth in self._by_depth else found
         self._num_steps += 1
         self._waited_s += waited_s
+        self._flops = None if flops is None or self._flops is None else self._flops + flops
 
-    def means(self) -> WindowMeans | None:
-        """Return the means since the last ``reset``; None if there was no step. A collective."""
-        if self._sums is None:
-            return None
-        losses = (sum_over_ranks(self._sums) / (self._num_steps * self._world_size)).tolist()
+    def means(self) -> WindowMeans:
+        """Return the means over the steps since the last ``reset``, one or more. A collective."""
+        assert self._sums is not None
+        depths = sorted(self._by_depth)
+        sums = torch.cat([self._sums, *(self._by_depth[depth] for depth in depths)])
+        loss, labels, distill, *by_depth = sum_over_ranks(sums).tolist()
         took_s = time.perf_counter() - self._start
-        loss, labels, distill = losses
-        rate = self._num_steps * self._global_batch / took_s
-        return WindowMeans(loss, labels, distill, rate, self._waited_s / took_s)
+        images = self._num_steps * self._world_size
+        return WindowMeans(
+            loss=loss / images,
+            loss_labels=labels / images,
+            loss_distill=distill / images,
+            loss_by_depth={d: total / n for d, total, n in zip(depths, by_depth[::2], by_depth[1::2], strict=True)},
+            images_per_s=self._num_steps * self._global_batch / took_s,
+            data_wait_share=self._waited_s / took_s,
+            flops_per_s=None if self._flops is None else self._flops / took_s,
+            phases_ms=self._clock.mean_ms(),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +138,13 @@ class Progress:
     images_left: int
     lr: float
     grad_norm: float
+    gradient_norms: dict[str, float]
+    weight_norms: dict[str, float]
+    """The two by part of the model (``zero/norms.py``)."""
     num_bad_images: int
     is_distilled: bool
+    peak_flops: float | None
+    """What the ranks' GPUs can do in a second; None: not known."""
 
 
 def log_progress(recorder: Recorder, means: WindowMeans, now: Progress, device: torch.device) -> None:
@@ -116,15 +152,21 @@ def log_progress(recorder: Recorder, means: WindowMeans, now: Progress, device: 
     left_s = now.images_left / means.images_per_s
     values = {"train/loss": means.loss, "train/loss_labels": means.loss_labels}
     values |= {"train/loss_distill": means.loss_distill} if now.is_distilled else {}
+    values |= {f"train_depth{depth}/loss": loss for depth, loss in means.loss_by_depth.items()}
     values |= {
         "train/lr": now.lr,
         "train/grad_norm": now.grad_norm,
         "perf/images_per_s": means.images_per_s,
-        "data/bad_images": now.num_bad_images,
+        "perf/bad_images": now.num_bad_images,
         "perf/data_wait_share": means.data_wait_share,
         "perf/memory_gib": peak_memory_gib(device),
         "perf/hours_left": left_s / 3600,
     }
+    if means.flops_per_s is not None and now.peak_flops is not None:
+        values["perf/mfu"] = means.flops_per_s / now.peak_flops
+    values |= {f"time/{phase}": milliseconds for phase, milliseconds in means.phases_ms.items()}
+    values |= {f"norms/gradient/{part}": norm for part, norm in now.gradient_norms.items()}
+    values |= {f"norms/weights/{part}": norm for part, norm in now.weight_norms.items()}
     recorder.scalars(now.step, values)
     # Numbers of fixed width, so that the eye can run down a column.
     log.info(

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,11 @@ def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: to
     return "kernels: Triton's"
 
 
-def enable_cuda_graphs(model: Any, device: torch.device) -> str:
+def enable_cuda_graphs(model: Any, device: torch.device, repeats: Iterable[Sequence[int]] = ()) -> str:
     """Let the stages of ``model`` train as CUDA graphs, which are captured at the first step.
+
+    Args:
+        repeats: how often each stage runs, for every depth that is trained; none for the model's own depth alone.
 
     Returns:
         A part of a log message.
@@ -60,8 +64,9 @@ def enable_cuda_graphs(model: Any, device: torch.device) -> str:
 
     with torch.cuda.device(device):
         pool = GraphPool()
-    for stage in model.blocks:
-        stage.graphed = GraphedStage(pool)
+    every_depth = list(repeats) or [model.schedule]
+    for stage, counts in zip(model.blocks, zip(*every_depth, strict=True), strict=True):
+        stage.graphed = GraphedStage(pool, counts)
     return "each stage's forward and backward a CUDA graph"
 
 
@@ -114,8 +119,10 @@ def _stage_obstacle(stage: Any) -> str | None:
     return None
 
 
-def fused_stage_forward(stage: Any, x: Tensor) -> Tensor:
-    """Compute ``Stage.forward`` for x [batch, tokens, width] by one call of ``sws_kernels.stage``."""
+def fused_stage_forward(stage: Any, x: Tensor, drop_rates: tuple[float, ...]) -> Tensor:
+    """Compute as many repeats of a stage as there are ``drop_rates``, for x [batch, tokens, width], by one call of
+    ``sws_kernels.stage``.
+    """
     from sws_kernels import StageWeights
     from sws_kernels import stage as run
 
@@ -125,8 +132,8 @@ def fused_stage_forward(stage: Any, x: Tensor) -> Tensor:
         *(stage.norm1.weight, stage.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias),
         *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
     )
-    scales = drop_path_scales(x, stage.drop_rates) if stage.training and any(stage.drop_rates) else None
-    arguments = x, weights, len(stage.drop_rates), attn.num_heads, stage.norm1.eps, scales
+    scales = drop_path_scales(x, drop_rates) if stage.training and stage.drops_path else None
+    arguments = x, weights, len(drop_rates), attn.num_heads, stage.norm1.eps, scales
     if stage.training and stage.graphed is not None:
         return stage.graphed(*arguments, recompute=stage.recompute)
     return run(*arguments, recompute=stage.recompute, backend="triton")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +30,7 @@ def linear_expansion(base: Tensor, slope: Tensor, layer: int, depth: int) -> Ten
     return base + slope * (layer / depth)
 
 
+@register_notrace_module
 class LinearStage(nn.Module):
     """Run all layers of a TLEG model, as many as there are ``drop_rates``: one drop-path rate for each.
 
@@ -60,7 +61,13 @@ class LinearStage(nn.Module):
         return x
 
     def run_layer(self, layer: int, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Run one layer, counted from 0."""
+        """Run one layer, counted from 0.
+
+        Raises:
+            ValueError: torch.fx traces the stage, which would record theta_A as the weights of every layer.
+        """
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("torch.fx cannot trace TLEG's layers: its tracer has to take LinearStage as a leaf")
         slope, depth = dict(self.slope.named_parameters()), len(self.drop_rates)
         weights = {
             name: linear_expansion(base, slope[name], layer, depth) for name, base in self.base.named_parameters()

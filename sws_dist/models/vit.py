@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Literal
 import timm
 from timm.layers import LayerNorm, calculate_drop_path_rates, drop_path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.models.kernel_backend import fused_stage_forward
+from sws_dist.models.unrolled_features import UnrolledFeatures
 
 PAPER_SCHEDULE = (3, 3, 4, 3, 3)
 """The paper's auxiliary model: 16 layers in 5 stages."""
@@ -55,7 +56,7 @@ class Layer(Block):
 
 
 class Stage(Layer):
-    """Run one transformer block several times in a row, with one set of weights.
+    """Run one transformer block several times in a row, with one set of weights, or not at all.
 
     ``drop_rates`` holds the drop-path rate of each *position*: its length is the number of repeats, which share the
     weights but have their own rates. The loop is inside one module so that ZeRO-3 gathers the weights once for each
@@ -65,6 +66,8 @@ class Stage(Layer):
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
+        self.drops_path = drop_path > 0
+        """True if the rates are above 0 at some position of the model, so that a CUDA graph always has them."""
         self.kernels: Literal["reference", "triton"] = "reference"
         self.recompute = False
         """True if the kernels recompute activations in backward (their own activation checkpointing)."""
@@ -82,13 +85,20 @@ class Stage(Layer):
         Raises:
             ValueError: a mask, with the Triton kernels.
         """
-        if self.kernels == "triton":
+        return self._run(x, self.drop_rates, attn_mask, is_causal)
+
+    def run_layer(self, layer: int, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Run one of the stage's repeats, counted from 0."""
+        return self._run(x, self.drop_rates[layer : layer + 1], attn_mask, is_causal)
+
+    def _run(self, x: Tensor, drop_rates: tuple[float, ...], attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if self.kernels == "triton" and drop_rates:
             if attn_mask is not None or is_causal:
                 raise ValueError(
                     "model.kernels: the Triton kernels attend to all tokens; set it to reference for a mask"
                 )
-            return fused_stage_forward(self, x)
-        for rate in self.drop_rates:
+            return fused_stage_forward(self, x, drop_rates)
+        for rate in drop_rates:
             x = super().forward(x, attn_mask, is_causal, rate)
         return x
 
@@ -106,7 +116,7 @@ class PatchProjection(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class SWSVisionTransformer(VisionTransformer):
+class SWSVisionTransformer(UnrolledFeatures):
     """Add a stage schedule to timm's VisionTransformer.
 
     Images [batch, channels, height, width] become logits [batch, classes].
@@ -167,18 +177,23 @@ class SWSVisionTransformer(VisionTransformer):
         self.set_repeats(schedule)
 
     def set_repeats(self, repeats: Sequence[int]) -> None:
-        """Let stage i run ``repeats[i]`` times from now on; ``schedule`` remains the model's own.
+        """Let stage i run ``repeats[i]`` times from now on, 0 to leave it out; ``schedule`` remains the model's own.
 
         Drop-path grows along the positions of this depth.
 
         Raises:
-            ValueError: not one number of 1 or more for each stage.
+            ValueError: not one number of 0 or more for each stage, or no layer at all.
         """
-        if len(repeats) != len(self.blocks) or min(repeats) < 1:
-            raise ValueError(f"repeats {list(repeats)}: expected {len(self.blocks)} numbers of 1 or more, one a stage")
+        if len(repeats) != len(self.blocks) or min(repeats) < 0 or not any(repeats):
+            raise ValueError(
+                f"repeats {list(repeats)}: expected {len(self.blocks)} numbers, one a stage; 0 leaves a stage out, but "
+                "one has to run"
+            )
         rates = iter(calculate_drop_path_rates(self.drop_path_rate, sum(repeats)))
         for stage, count in zip(self.blocks, repeats, strict=True):
             stage.drop_rates = tuple(next(rates) for _ in range(count))
+            stage.drops_path = self.drop_path_rate > 0
+        self.describe_features()
 
     @property
     def is_shared(self) -> bool:
@@ -275,10 +290,11 @@ def create_model(name: str, **kwargs: Any) -> Any:
     Raises:
         ValueError: naming the model or the argument that timm does not know.
 
-    >>> import sws_dist, torch
-    >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
-    >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
-    (3, torch.Size([2, 10]))
+    Examples:
+        >>> import sws_dist, torch
+        >>> model = sws_dist.create_model("sws_aux_tiny_patch16_224", schedule=(1, 2, 1), num_classes=10)
+        >>> len(model.blocks), model(torch.zeros(2, 3, 224, 224)).shape
+        (3, torch.Size([2, 10]))
     """
     timm_config(name)  # an unknown name is an error
     try:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sws_dist.cli.common import make_parser, parse_args, run_command
+from sws_dist.progress import track
 from sws_dist.study.dataset_folder import write_dataset
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -102,7 +102,7 @@ def convert_fashion(
         for split, (images, labels) in splits.items():
             for label in CLASSES:
                 (folder / split / label).mkdir(parents=True)
-            for index in tqdm(chosen[split], desc=f"{out.name}/{split}", unit=" images", disable=None):
+            for index in track(chosen[split], f"writing {split}", len(chosen[split]), "images"):
                 Image.fromarray(images[index]).save(folder / split / CLASSES[labels[index]] / f"{index:05d}.png")
 
     facts = {split: len(indices) for split, indices in chosen.items()}

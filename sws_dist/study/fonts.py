@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import PIL
 from PIL import Image, ImageFilter, features
-from tqdm import tqdm
 
 from sws_dist.cli.common import make_parser, parse_args, run_command, whole_number
+from sws_dist.progress import track
 from sws_dist.study.characters import CLASSES
 from sws_dist.study.dataset_folder import write_dataset
 from sws_dist.study.font_files import HOW_TO_GET, FontFile, draw_glyph, find_fonts, group_families, load_font
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """What one split is drawn from."""
+    """Hold what one split is drawn from."""
 
     name: str
     seed: tuple[int, int]
@@ -104,7 +104,7 @@ def draw_dataset(out: Path, folder: Path, images: dict[str, int], seed: int, pro
                 for label in CLASSES:
                     (root / split.name / label).mkdir(parents=True)
                 drawn = run(partial(draw_image, root, split), range(images[split.name]))
-                for _ in tqdm(drawn, f"{out.name}/{split.name}", images[split.name], unit=" images", disable=None):
+                for _ in track(drawn, f"drawing {split.name}", images[split.name], "images"):
                     pass
 
         write_dataset(out, facts, write)

@@ -19,7 +19,11 @@ from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError
 from sws_dist.text import read_text
 
+MONITORS = ("wandb", "csv_monitor", "comet")
+"""DeepSpeed's own ways to follow a run; ``monitor.py`` feeds them."""
+
 HONOURED = {
+    *MONITORS,
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -68,9 +72,10 @@ REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be righ
     },
     "bf16": {"bf16_master_weights_and_grads": _MASTERS, "bf16_optimizer_states": _MASTERS},
     "fp16": {"fp16_master_weights_and_grads": _MASTERS},
+    "comet": {"api_key": "it would be written into the run's folder; set COMET_API_KEY in the environment"},
 }
 
-GROUPS = ("zero_optimization", "bf16", "fp16", "comms_logger")
+GROUPS = ("zero_optimization", "bf16", "fp16", "comms_logger", *MONITORS)
 DATA_TYPES = ("fp32", "fp16", "bf16")
 STAGES = (0, 1, 2, 3)
 ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -19,11 +21,13 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from sws_dist.config.schema import OptimConfig
-from sws_dist.distributed.collectives import gather_scalars
+from sws_dist.distributed.collectives import gather_rows, gather_scalars
+from sws_dist.distributed.step_clock import REDUCE, StepClock
 from sws_dist.models import LinearStage, Stage
-from sws_dist.optim import parameter_groups
-from sws_dist.zero.config import precision_of
-from sws_dist.zero.partition import fragments, master_weights
+from sws_dist.optim import hidden_matrices, parameter_groups
+from sws_dist.zero.config import MONITORS, precision_of
+from sws_dist.zero.muon import MatrixPiece, Muon
+from sws_dist.zero.partition import fragments, fragments_and_gaps, master_keys, master_weights, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
 
@@ -38,7 +42,7 @@ def connect_deepspeed() -> None:
 def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> ZeroEngine:
     """Build the DeepSpeed engine around ``model``. A collective.
 
-    The trainer sets the learning rate before each step. DeepSpeed's own log is reduced to warnings.
+    The learning rate is 0 until the trainer sets it, before each step. DeepSpeed's own log is reduced to warnings.
 
     Args:
         ds: the resolved DeepSpeed config (``config.resolve_deepspeed_config``).
@@ -47,13 +51,30 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
     if ds["zero_optimization"]["stage"] == 3 and any(isinstance(m, (Stage, LinearStage)) for m in model.modules()):
         # Gather a stage's weights once a pass, not once for each of its layers and repeats.
         set_z3_leaf_modules(model, [Stage, LinearStage])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(optim, model), config=ds)
+    optimizer = _optimizer(optim, model)
+    own = {key: value for key, value in ds.items() if key not in MONITORS}  # see monitor.py
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=own)
+    optimizer.state.clear()  # in fp16 and bf16 DeepSpeed begins stage 0 with a step: its gradients and its lr are 0
+    if ds["zero_optimization"]["stage"] == 0 and precision_of(ds) == "fp32":
+        # DeepSpeed's own clipping fails where a skipped step has left no gradient.
+        engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(model.parameters(), engine.gradient_clipping())
+    if isinstance(optimizer, Muon):
+        optimizer.place_matrices(_matrix_pieces(engine, hidden_matrices(model)))
     return engine
 
 
 def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if config.name == "muon":
+        matrices = hidden_matrices(model)
+        if not matrices:
+            raise ValueError(
+                "optim.name: muon is for the weights of the Linear layers inside a model's blocks, and "
+                f"{type(model).__name__} has none; use adamw"
+            )
+        groups = parameter_groups(model, config.weight_decay, matrices)
+        return Muon(groups, momentum=config.momentum, fused=True, **arguments)
     groups = parameter_groups(model, config.weight_decay)
-    arguments: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **arguments)
     if config.name == "cpu_adam":
@@ -61,6 +82,21 @@ def _optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     if not torch.cuda.is_available():
         raise ValueError("optim.name: fused_adam needs a GPU; use adamw, or cpu_adam")
     return FusedAdam(groups, adam_w_mode=True, **arguments)
+
+
+def _matrix_pieces(engine: ZeroEngine, matrices: Mapping[str, int]) -> dict[Tensor, list[MatrixPiece]]:
+    """Return this rank's pieces of the matrices, by the masters that hold them. A collective."""
+    shapes, masters = whole_shapes(engine), master_keys(engine)
+    fragments = [fragment for fragment in fragments_and_gaps(engine) if fragment.name in matrices]
+    is_whole = [fragment.numel == math.prod(shapes[fragment.name]) for fragment in fragments]
+    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=masters[0].device)).bool().any(0)
+    pieces: dict[Tensor, list[MatrixPiece]] = {}
+    for fragment, split in zip(fragments, is_split.tolist(), strict=True):
+        rows, columns = shapes[fragment.name]
+        place = (fragment.start, fragment.numel, fragment.offset) if fragment.numel > 0 else (0, 0, 0)
+        piece = MatrixPiece(rows, columns, matrices[fragment.name], *place, is_split=split)
+        pieces.setdefault(masters[fragment.flat], []).append(piece)
+    return pieces
 
 
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -104,6 +140,35 @@ def sync_model_from_masters(engine: ZeroEngine) -> None:
         low_precision = [p for group in optimizer.fp16_groups for p in group]
         for low, master in zip(low_precision, master_weights(engine), strict=True):
             low.data.copy_(master)
+
+
+BUCKET_REDUCERS = {
+    1: "reduce_ipg_grads",
+    2: "reduce_ipg_grads",
+    3: "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+}
+"""ZeRO stage -> the method of its optimizer that reduces a bucket of gradients, in the midst of backward."""
+
+
+def time_reduction(engine: ZeroEngine, clock: StepClock) -> None:
+    """Let ``clock`` tell the exchange of gradients from the backward pass that DeepSpeed starts it in.
+
+    What a GPU exchanges beside its computation (``overlap_comm``) takes no time of its own and is not counted.
+    """
+    _count_as_reduction(engine, "allreduce_gradients", clock)
+    if (name := BUCKET_REDUCERS.get(engine.zero_optimization_stage())) is not None:
+        _count_as_reduction(engine.optimizer, name, clock)
+
+
+def _count_as_reduction(owner: Any, name: str, clock: StepClock) -> None:
+    method = getattr(owner, name)
+
+    @wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase(REDUCE):
+            return method(*args, **kwargs)
+
+    setattr(owner, name, timed)
 
 
 class StepResult(NamedTuple):

@@ -2,29 +2,30 @@
 
 Whatever the ZeRO stage and the precision, the weights that the optimizer updates are fp32 tensors of this rank, its
 *masters*: the parameters themselves (stage 0, fp32), fp32 copies (stage 0, bf16 and fp16), or this rank's flat
-shard of them (stages 1, 2, 3). Adam's moments and the moving average are laid out as the masters are.
+shard of them (stages 1, 2, 3). The optimizer's moments and the moving average are laid out as the masters are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sws_dist.zero.muon import MOMENTUM, Muon
 from sws_dist.zero.protocol import ZeroEngine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def master_weights(engine: ZeroEngine) -> list[Tensor]:
     """Return the fp32 tensors that this rank's optimizer updates, in a fixed order."""
-    return [flat.data for flat in _flats(engine)]
+    return [flat.data for flat in master_keys(engine)]
 
 
-def _flats(engine: ZeroEngine) -> list[Tensor]:
-    """Return the masters as the optimizer knows them: the keys of its state."""
+def master_keys(engine: ZeroEngine) -> list[Tensor]:
+    """Return the masters as the optimizer knows them: the members of its groups, and keys of its state."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return optimizer.fp32_partitioned_groups_flat
@@ -44,7 +45,7 @@ class Fragment:
     flat: int
     offset: int
 
-    def of(self, flats: Sequence[Tensor]) -> Tensor:
+    def of(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
         """Return the piece, [numel], as a view into ``flats``: the masters, or whatever is laid out as they are."""
         return flats[self.flat].view(-1).narrow(0, self.offset, self.numel)
 
@@ -59,9 +60,13 @@ def fragments(engine: ZeroEngine) -> list[Fragment]:
 
     At stages 1, 2 and 3 every element of every parameter lies on exactly one rank; at stage 0 each rank has all.
     """
+    return [piece for piece in fragments_and_gaps(engine) if piece.numel > 0]
+
+
+def fragments_and_gaps(engine: ZeroEngine) -> list[Fragment]:
+    """List one piece of every parameter, in the same order on all ranks; ``numel`` is 0 or less where there is none."""
     stage = engine.zero_optimization_stage()
-    found = {0: _whole_parameters, 1: _flat_slices, 2: _flat_slices, 3: _zero3_slices}[stage](engine)
-    return [piece for piece in found if piece.numel > 0]
+    return list({0: _whole_parameters, 1: _flat_slices, 2: _flat_slices, 3: _zero3_slices}[stage](engine))
 
 
 def _zero3_slices(engine: ZeroEngine) -> Iterator[Fragment]:
@@ -106,26 +111,43 @@ def _whole_parameters(engine: ZeroEngine) -> Iterator[Fragment]:
         flat += is_flat
 
 
-def optimizer_moments(engine: ZeroEngine) -> dict[str, list[Tensor]]:
-    """Return Adam's two moments, each laid out like the masters; empty before the first step."""
+def optimizer_moments(engine: ZeroEngine) -> dict[str, dict[int, Tensor]]:
+    """Return the optimizer's moments by name and by the number of the master that each is laid out like.
+
+    Adam has two for each master, Muon one for those of matrices; before the first step there are none.
+    """
     inner = _inner_optimizer(engine)
-    states = [inner.state[flat] for flat in _flats(engine) if flat in inner.state]
-    return {name: [state[name] for state in states] for name in MOMENTS} if states else {}
+    found: dict[str, dict[int, Tensor]] = {}
+    for number, flat in enumerate(master_keys(engine)):
+        for name in _moment_names(inner, flat) if flat in inner.state else ():
+            found.setdefault(name, {})[number] = inner.state[flat][name]
+    return found
 
 
 def optimizer_steps(engine: ZeroEngine) -> int:
     """Return the number of the optimizer's steps: fewer than the run's where fp16 skipped some."""
-    state, first = _inner_optimizer(engine).state, _flats(engine)[0]
+    state, first = _inner_optimizer(engine).state, master_keys(engine)[0]
     return int(state[first]["step"]) if first in state else 0
 
 
 def init_optimizer_state(engine: ZeroEngine, steps: int) -> None:
     """Give the optimizer moments of zero and a count of ``steps``, as if it had taken them."""
     inner = _inner_optimizer(engine)
-    for flat in _flats(engine):
-        # torch's fused AdamW counts on the device, DeepSpeed's optimizers count in Python.
-        count = torch.tensor(float(steps), device=flat.device) if type(inner) is torch.optim.AdamW else steps
-        inner.state[flat] = {"step": count} | {name: torch.zeros_like(flat.data) for name in MOMENTS}
+    for flat in master_keys(engine):
+        # torch's fused AdamW counts on the device, the others count in Python.
+        names, is_torchs = _moment_names(inner, flat), isinstance(inner, torch.optim.AdamW)
+        count = torch.tensor(float(steps), device=flat.device) if is_torchs and names == ADAM_MOMENTS else steps
+        inner.state[flat] = {"step": count} | {name: torch.zeros_like(flat.data) for name in names}
+
+
+def _moment_names(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[str, ...]:
+    return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.has_matrices(flat) else ADAM_MOMENTS
+
+
+def inner_optimizers(engine: ZeroEngine) -> list[torch.optim.Optimizer]:
+    """Return what takes the steps: the optimizer proper, and the one of what a partial offload leaves on the GPU."""
+    second = getattr(engine.optimizer, "backup_optimizer", None)
+    return [_inner_optimizer(engine), *([] if second is None else [second])]
 
 
 def _inner_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:

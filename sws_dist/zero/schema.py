@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, WandbConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
@@ -24,6 +25,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
     "comms_logger": CommsLoggerConfig,
+    "wandb": WandbConfig,
+    "csv_monitor": CSVConfig,
+    "comet": CometConfig,
 }
 
 

@@ -20,11 +20,11 @@ def train(jobs: list[tuple[Job, list[int]]]) -> tuple[list[ranks.Outcome], str]:
 def _train_each(jobs: list[tuple[Job, list[int]]]) -> None:
     for job, steps in jobs:
         trainer = runs.trainer(job)
-        _poison(trainer, steps)
+        poison(trainer, steps)
         trainer.run()
 
 
-def _poison(trainer: Trainer, steps: list[int]) -> None:
+def poison(trainer: Trainer, steps: list[int]) -> None:
     clean = trainer.parts.data.mixing
 
     def mixing(images: Any, *arguments: Any) -> Any:

@@ -16,5 +16,5 @@ def reshard(jobs: list[Job], world: int) -> None:
 def _reshard_each(jobs: list[Job]) -> None:
     for job in jobs:
         trainer = runs.trainer(job)
-        trainer._save(0, None)
+        trainer._save(None, wait=True)
         trainer.parts.recorder.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sws_dist.zero.engine import BUCKET_REDUCERS
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 IMPORTED = {
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.comm.config": ("CommsLoggerConfig",),
+    "deepspeed.monitor.config": ("CometConfig", "CSVConfig", "WandbConfig", "get_monitor_config"),
+    "deepspeed.monitor.monitor": ("MonitorMaster",),
     "deepspeed.runtime.precision_config": ("DeepSpeedBF16Config", "DeepSpeedFP16Config"),
     "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig",),
     "deepspeed.runtime.swap_tensor.partitioned_param_swapper": ("PartitionedParamStatus",),
@@ -26,21 +29,23 @@ IMPORTED = {
 # ZeRO stage, precision -> path from the engine (or from a parameter, or zero.Init) -> attributes.
 ENGINE = (
     "module optimizer config global_rank zero_optimization_stage gradient_accumulation_steps "
-    "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm"
+    "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm allreduce_gradients gradient_clipping "
+    "clip_fp32_gradients"
 )
 FLAT = "single_partition_of_fp32_groups round_robin_bit16_groups round_robin_bit16_offsets partition_size"
 LIVE: dict[tuple[int, str], dict[str, str]] = {
     (0, "fp32"): {"engine": ENGINE, "engine.optimizer": "param_groups state"},
     (0, "bf16"): {"engine.optimizer": "fp16_groups optimizer"},
     (1, "bf16"): {
-        "engine.optimizer": f"{FLAT} update_lp_params optimizer",
+        "engine.optimizer": f"{FLAT} update_lp_params optimizer {BUCKET_REDUCERS[1]}",
     },
     (2, "fp32"): {
-        "engine.optimizer": f"{FLAT} update_lp_params",
+        "engine.optimizer": f"{FLAT} update_lp_params {BUCKET_REDUCERS[2]}",
     },
     (3, "bf16"): {
         "engine.optimizer": "fp32_partitioned_groups_flat get_param_id grad_position optimizer "
-        "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
+        "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue "
+        f"{BUCKET_REDUCERS[3]}",
         "parameter": "ds_tensor ds_numel ds_shape ds_status ds_secondary_tensor ds_zero_partition_rank partition",
         "parameter.ds_tensor": "ds_numel status final_location",
         "init": "mem_efficient_linear _enable_mem_efficient_linear _convert_to_deepspeed_param",
@@ -98,7 +103,7 @@ def test_modules_have_the_names_that_we_import() -> None:
 def test_the_lists_above_are_complete() -> None:
     """Every attribute of DeepSpeed's parameters, and every private one, that zero/ touches is checked above."""
     listed = {name for checks in LIVE.values() for names in checks.values() for name in names.split()} | ON_GPUS
-    torchs = {"_parameters", "_foreach_lerp_"}
+    torchs = {"_parameters", "_foreach_lerp_", "_foreach_norm"}
     for path in (ROOT / "sws_dist" / "zero").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sws_dist.distributed.collectives import sum_over_ranks
+from sws_dist.distributed.collectives import gather_scalars, sum_over_ranks
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.step_timer import DATA, LOG
@@ -23,6 +24,10 @@ from sws_dist.logging.console import setup_console
 from tests import ranks
 
 ALONE = World(0, 1, 0, torch.device("cpu"), 1)
+
+
+def make_heartbeat(folder: Path, world: World, timeout_s: float) -> Heartbeat:
+    return Heartbeat(folder, world, timeout_s, FlightRecorder(folder / "crash", world))
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def wait_for(file: Path, key: str, value: object) -> dict[str, Any]:
 
 
 def test_a_heartbeat_says_who_and_where_it_is_and_beats(tmp_path: Path) -> None:
-    heartbeat, file = Heartbeat(tmp_path / "beats", ALONE, 60), tmp_path / "beats" / "rank-00000.json"
+    heartbeat, file = make_heartbeat(tmp_path / "beats", ALONE, 60), tmp_path / "beats" / "rank-00000.json"
     with heartbeat.monitoring():
         first = read(file)
         assert (first["rank"], first["host"], first["pid"]) == (0, socket.gethostname(), os.getpid())
@@ -62,9 +67,9 @@ def test_only_a_run_that_fails_leaves_its_heartbeat(tmp_path: Path) -> None:
             raise error
 
     with pytest.raises(Stopped):
-        fail(Heartbeat(tmp_path, ALONE, 60), Stopped)
+        fail(make_heartbeat(tmp_path, ALONE, 60), Stopped)
     assert not file.exists()
-    failing = Heartbeat(tmp_path, ALONE, 60)
+    failing = make_heartbeat(tmp_path, ALONE, 60)
     with pytest.raises(KeyError):
         fail(failing, KeyError)
     assert file.exists()
@@ -74,9 +79,9 @@ def test_only_a_run_that_fails_leaves_its_heartbeat(tmp_path: Path) -> None:
 
 def test_heartbeats_of_a_larger_run_before_are_cleared(tmp_path: Path) -> None:
     (tmp_path / "rank-00005.json").write_text("{}\n")
-    Heartbeat(tmp_path, World(1, 2, 1, torch.device("cpu"), 1), 60)
+    make_heartbeat(tmp_path, World(1, 2, 1, torch.device("cpu"), 1), 60)
     assert (tmp_path / "rank-00005.json").exists(), "only rank 0 clears"
-    Heartbeat(tmp_path, ALONE, 60)
+    make_heartbeat(tmp_path, ALONE, 60)
     assert not (tmp_path / "rank-00005.json").exists()
 
 
@@ -90,7 +95,7 @@ def test_the_time_of_a_step_is_split_into_data_log_and_the_rest(
         now += seconds
 
     monkeypatch.setattr("sws_dist.distributed.heartbeat.time.monotonic", lambda: now)
-    heartbeat = Heartbeat(tmp_path, ALONE, 60)
+    heartbeat = make_heartbeat(tmp_path, ALONE, 60)
     for _ in range(2):
         with heartbeat.phase(DATA):
             pass_time(2)
@@ -106,7 +111,7 @@ def hang_in(folder: Path, silent: bool) -> None:
     """Stand still, on rank 1 without a heartbeat or waiting for data."""
     setup_console()
     world = init_distributed(60)
-    heartbeat = Heartbeat(folder, world, timeout_s=2)
+    heartbeat = make_heartbeat(folder, world, timeout_s=2)
     with heartbeat.monitoring():
         if world.rank == 1:
             with heartbeat.phase(DATA):
@@ -114,7 +119,7 @@ def hang_in(folder: Path, silent: bool) -> None:
                 if silent:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 signal.pause()
-        signal.pause()
+        sum_over_ranks(torch.ones(3, 2))
 
 
 def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
@@ -127,7 +132,20 @@ def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
     # Rank 0 says it. On a machine so busy that rank 2 looks only when rank 0 is gone, it may add a line.
     name = f"rank 1 on {socket.gethostname()} (process {pid}): silent, last seen {DATA} after step 0"
     assert re.search(rf"no progress for \d+ s \(train.timeout_s 2\); {re.escape(name)}", errors[0])
-    assert "rank 2" not in errors[0]
+    callers = (
+        r"sum_over_ranks at distributed/collectives.py:\d+, called by hang_in at distributed/test_heartbeat.py:\d+"
+    )
+    hang = rf"ranks 0, 2 came to all_reduce number \d+ of Float\[3, 2\] \({callers}\), rank 1 left no record"
+    assert re.search(rf"; {hang}; ", errors[0])
+    assert f"what each rank did: {tmp_path / 'crash'}. " in errors[0]
+    records = sorted(file.name for file in (tmp_path / "crash").glob("*.txt"))
+    assert records == ["rank-00000.txt", "rank-00002.txt"]
+    record = (tmp_path / "crash" / "rank-00002.txt").read_text()
+    assert record.startswith(f"rank 2 of 3 on {socket.gethostname()}, ")
+    main = record.partition("Thread MainThread")[2].partition("Thread ")[0]
+    assert "in sum_over_ranks" in main, "the stack that hangs"
+    assert "Thread heartbeat" in record
+    assert re.search(r"all_reduce number \d+ of Float\[3, 2\] .*, not finished$", record, re.M)
 
 
 def test_a_rank_that_is_alive_is_named_with_what_it_waits_for(tmp_path: Path) -> None:
@@ -136,12 +154,33 @@ def test_a_rank_that_is_alive_is_named_with_what_it_waits_for(tmp_path: Path) ->
         errors = [line for line in group.printed().splitlines() if line.startswith("error: ")]
     assert "rank 1 on" in errors[0]
     assert f"alive, {DATA} after step 0" in errors[0]
+    assert re.search(r"; rank 0 came to all_reduce number \d+ of Float\[3, 2\] \(.*\), rank 1 did not; ", errors[0])
+    assert "signal.pause()" in (tmp_path / "crash" / "rank-00001.txt").read_text()
+
+
+def leave_a_collective_out(folder: Path) -> None:
+    setup_console()
+    world = init_distributed(60)
+    with make_heartbeat(folder, world, timeout_s=2).monitoring():
+        sum_over_ranks(torch.ones(5))
+        if world.rank == 0:
+            sum_over_ranks(torch.ones(3, 2))
+        gather_scalars(torch.tensor(1.0))
+        sum_over_ranks(torch.ones(5))
+
+
+def test_a_collective_that_one_rank_leaves_out_is_named(tmp_path: Path) -> None:
+    with ranks.start(leave_a_collective_out, tmp_path, world=2) as group:
+        assert group.wait() == [EXIT_PEER_LOST, EXIT_PEER_LOST]
+        errors = [line for line in group.printed().splitlines() if line.startswith("error: ")]
+    zero, one = r"all_reduce number (\d+) of Float\[3, 2\]", r"all_gather number \1 of Float\[1\]"
+    assert re.search(rf"the ranks are in different collectives: rank 0 in {zero} \(.*\), rank 1 in {one} ", errors[0])
 
 
 def lose_a_rank(folder: Path) -> None:
     setup_console()
     world = init_distributed(60)
-    with Heartbeat(folder, world, timeout_s=60).monitoring():
+    with make_heartbeat(folder, world, timeout_s=60).monitoring():
         if world.rank == 0:
             os._exit(0)
         sum_over_ranks(torch.tensor(1.0))
@@ -153,4 +192,8 @@ def test_a_lost_connection_ends_the_rank_and_says_who_is_gone(tmp_path: Path) ->
         printed = group.printed()
     assert "error: lost the connection to other ranks (" in printed
     assert "rank 0: no sign of life" in printed or "rank 0 on" in printed
+    assert re.search(r"; rank 1 came to all_reduce number \d+ of Float\[\] .*, rank 0 left no record; ", printed)
+    record = (tmp_path / "crash" / "rank-00001.txt").read_text()
+    assert "RuntimeError: [" in record
+    assert "in lose_a_rank" in record.partition("Thread ")[0], "where the connection broke"
     assert "Traceback" not in printed

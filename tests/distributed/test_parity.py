@@ -14,6 +14,7 @@ from sws_dist.checkpoint.checkpoint import read_state
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.shards import ShardReader
 from sws_dist.config.loader import load_config
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
@@ -21,10 +22,10 @@ from sws_dist.distill.teacher import load_teacher
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import create_model
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.optim import parameter_groups
 from sws_dist.seed import seed_everything
 from tests import runs
-from tests.launching import Job, losses
+from tests.launching import Job, log, losses
 
 STEPS = 5
 STAGES = (0, 1, 2, 3)
@@ -44,7 +45,7 @@ distill: {teacher: TEACHER, alpha: 0.7, tau: 2.0}
 optim: {lr: 3e-3, lr_batch: null, weight_decay: 0.1, warmup_epochs: 0.4, ema_decay: 0.7}
 train: {epochs: 1, global_batch: 16, log_every: 1, seed: 3}
 """
-CLIPPING = 0.5
+CLIPPING = 0.2  # the norms of the five gradients are 0.39, 0.22, 0.32, 0.16 and 0.19
 
 
 def deepspeed_config(stage: int, micro: int = 8, **extra: Any) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def plain(folder: Path) -> dict[str, Any]:
     order = sampler.TrainOrder(len(train_set), seed)
     cpu = torch.device("cpu")
     loader = pipeline.train_loader(train_set, order, positions, Recipe(run.augment, 32), seed, run.data, cpu)
-    found: dict[str, Any] = {"losses": []}
+    found: dict[str, Any] = {"losses": [], "norms": []}
     model.train()
     for index, micro in enumerate(loader):
         seed_everything(seed, micro.position)
@@ -108,8 +109,11 @@ def plain(folder: Path) -> dict[str, Any]:
         found["losses"].append((first + loss.item()) / 2)
         for group in optimizer.param_groups:
             group["lr"] = schedule(index // 2)
+        norms = {f"norms/gradient/{part}": norm for part, norm in norms_by_part(model, "grad").items()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         optimizer.step()
+        norms |= {f"norms/weights/{part}": norm for part, norm in norms_by_part(model, "data").items()}
+        found["norms"].append(norms)
         optimizer.zero_grad()
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), 1 - 0.7)
@@ -118,6 +122,16 @@ def plain(folder: Path) -> dict[str, Any]:
     found["average"] = average
     found["exp_avg"] = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
     return found
+
+
+def norms_by_part(model: torch.nn.Module, what: str) -> dict[str, float]:
+    """Return the norm of the weights (``data``) or gradients (``grad``) of each block, and of what is in none."""
+    squares: dict[str, float] = {}
+    for name, p in model.named_parameters():
+        words = name.split(".")
+        part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+        squares[part] = squares.get(part, 0.0) + float(getattr(p, what).double().square().sum())
+    return {part: square**0.5 for part, square in squares.items()}
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +181,36 @@ def test_gradients_equal_plain_pytorch(trained: Path, plain: dict[str, Any], sta
 def test_bf16_follows_fp32_with_fp32_masters(trained: Path, plain: dict[str, Any], stage: int) -> None:
     output = trained / f"bf16-zero{stage}"
     np.testing.assert_allclose(losses(output), plain["losses"], rtol=0.05)
+    assert read_state(output / "checkpoints" / f"step-{STEPS:08d}").optimizer_steps == STEPS
     head = load_file(output / "learngene.safetensors")["head.weight"]
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float()), "the saved weights are the rounded ones, not the masters"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_norms_by_part_equal_plain_pytorch(trained: Path, plain: dict[str, Any], stage: int, ranks: int) -> None:
+    """Before clipping, which takes place in this run, and of the weights after the step."""
+    entries = [entry for entry in log(trained / f"ranks{ranks}-zero{stage}") if "train/loss" in entry]
+    assert [entry["train/grad_norm"] > CLIPPING for entry in entries] == [True, True, True, False, False]
+    for entry, expected in zip(entries, plain["norms"], strict=True):
+        found = {name: value for name, value in entry.items() if name.startswith("norms/")}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        parts = [value for name, value in found.items() if name.startswith("norms/gradient/")]
+        assert np.linalg.norm(parts) == pytest.approx(entry["train/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_time_of_a_step_is_split(trained: Path, stage: int) -> None:
+    """On two ranks, at each stage, gradients are reduced in backward and after it; both are told from it."""
+    entries = [entry for entry in log(trained / f"ranks2-zero{stage}") if "train/loss" in entry]
+    phases = {name.removeprefix("time/") for name in entries[-1] if name.startswith("time/")}
+    assert phases == {"data", "to_device", "augment", "teacher", "forward", "backward", "reduce", "optimizer", "other"}
+    for entry in entries:
+        step_ms = sum(value for name, value in entry.items() if name.startswith("time/"))
+        assert step_ms < 1000 * 16 / entry["perf/images_per_s"]  # which has the wait for the line's means as well
+        assert entry["time/reduce"] > 0.01
+        assert entry["time/backward"] > 0.5
 
 
 def test_the_comparison_can_fail(trained: Path, plain: dict[str, Any]) -> None:

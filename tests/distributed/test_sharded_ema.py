@@ -39,12 +39,14 @@ def build(stage: int, precision: str) -> Any:
         ds["bf16"] = {"enabled": True}
     if stage == 3:
         set_zero3_memory_defaults(ds["zero_optimization"], sum(p.numel() for p in model.blocks[0].parameters()))
-    return build_engine(model, ds, OptimConfig(lr=1e-2))
+    return build_engine(model, ds, OptimConfig())
 
 
 def train_step(built: Any, step: int) -> None:
     seed_everything(step, built.global_rank)
     dtype = torch.bfloat16 if precision_of(built.config) == "bf16" else torch.float32
+    for group in built.optimizer.param_groups:
+        group["lr"] = 1e-2
     built.backward(built(torch.randn(2, 3, 16, 16).to(dtype)).square().mean())
     built.step()
 

@@ -29,7 +29,8 @@ def post_twice() -> tuple[list[str | None], list[StepStatus]]:
     for step in (1, 2):
         loss = torch.tensor(10.0 * step + world.rank)
         times = StepTimes(1.0 + world.rank, 0.5, 0.25)
-        sync.post(step, loss, times, applied=step == 1, failed=step == 2 and world.rank == 2)
+        failed, writing = (step, world.rank) == (2, 2), (step, world.rank) == (1, 0)
+        sync.post(step, loss, times, applied=step == 1, failed=failed, writing=writing)
         assert len(seen) == step - 1, "no callback is called before the status is collected"
         told += [sync.collect(), sync.collect()]
     return told, seen
@@ -38,8 +39,8 @@ def post_twice() -> tuple[list[str | None], list[StepStatus]]:
 def test_all_ranks_collect_the_same_status_and_each_step_once() -> None:
     times = [StepTimes(1.0 + rank, 0.5, 0.25) for rank in range(WORLD)]
     wanted = [
-        StepStatus(1, [10.0, 11.0, 12.0], applied=True, failed=False, stop_requested=None, times=times),
-        StepStatus(2, [20.0, 21.0, 22.0], applied=False, failed=True, stop_requested=None, times=times),
+        StepStatus(1, [10.0, 11.0, 12.0], applied=True, failed=False, writing=True, stop_requested=None, times=times),
+        StepStatus(2, [20.0, 21.0, 22.0], applied=False, failed=True, writing=False, stop_requested=None, times=times),
     ]
     for told, seen in ranks.run(post_twice, world=WORLD):
         assert told == [None] * 5
@@ -50,7 +51,7 @@ def apply_on_all_but(rank: int) -> bool:
     world = init_distributed(60)
     seen: list[StepStatus] = []
     sync = StepSync([seen.append])
-    sync.post(1, torch.tensor(0.0), StepTimes(0, 0, 0), applied=world.rank != rank, failed=False)
+    sync.post(1, torch.tensor(0.0), StepTimes(0, 0, 0), applied=world.rank != rank, failed=False, writing=False)
     sync.collect()
     return seen[0].applied
 
@@ -73,7 +74,8 @@ def post_with_a_callback() -> list[str]:
     world = init_distributed(60)
     after: list[StepStatus] = []
     sync = StepSync([check_the_loss, after.append])
-    sync.post(1, torch.tensor(2.0 if world.rank == 1 else 0.0), StepTimes(0, 0, 0), applied=True, failed=False)
+    loss = torch.tensor(2.0 if world.rank == 1 else 0.0)
+    sync.post(1, loss, StepTimes(0, 0, 0), applied=True, failed=False, writing=False)
     try:
         sync.collect()
     except Unsound as error:
@@ -106,7 +108,7 @@ def collect_a_signal() -> list[str | None]:
     for step in (1, 2):
         if step == 2:
             send(1, signal.SIGUSR1)
-        sync.post(step, torch.tensor(0.0), StepTimes(0, 0, 0), applied=True, failed=False)
+        sync.post(step, torch.tensor(0.0), StepTimes(0, 0, 0), applied=True, failed=False, writing=False)
         told.append(sync.collect())
     return told
 

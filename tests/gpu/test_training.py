@@ -46,8 +46,10 @@ def test_it_trains_and_saves(tmp_path: Path, digits_root: Path, stage: int, prec
     job = Job(tmp_path / "run.yaml", tmp_path / "run", ds, {"optim.name": optimizer})
     done = train(job, ranks=1)
     assert done.returncode == 0, done.stdout[-6000:]
-    losses = [entry["train/loss"] for entry in log(tmp_path / "run") if "train/loss" in entry]
-    assert losses[-1] < losses[0]
+    entries = [entry for entry in log(tmp_path / "run") if "train/loss" in entry]
+    assert entries[-1]["train/loss"] < entries[0]["train/loss"]
+    step_ms = sum(value for name, value in entries[-1].items() if name.startswith("time/"))  # by CUDA events
+    assert 1000 * 64 / entries[-1]["perf/images_per_s"] == pytest.approx(step_ms, rel=0.2)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["precision"] == precision
     assert metrics["top1"] > 0.15  # ten classes: chance is 0.10

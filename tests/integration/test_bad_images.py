@@ -39,7 +39,7 @@ def data(digits_root: Path, tmp_path: Path) -> Path:
 def counted(output: Path) -> list[float]:
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    return [event.value for event in events.Scalars("data/bad_images")]
+    return [event.value for event in events.Scalars("perf/bad_images")]
 
 
 def training_files(data: Path) -> list[Path]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from sws_dist.checkpoint.model_file import load_model_file
 from sws_dist.config.loader import load_config
@@ -43,9 +47,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits_root: Path) -> Path
     done = runs.train(Job(CONFIGS / "teacher.yaml", out / "teacher", ZERO2, SMALL | data), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
     teacher = {"distill.teacher": str(out / "teacher" / "model.safetensors")}
-    sets = teacher | {"optim.ema_decay": 0.9, "model.elastic": None, "train.eval_depths": [7]}
-    done = train(Job(CONFIGS / "auxiliary.yaml", out / "auxiliary", ZERO2, SMALL | data | sets), ranks=2)
+    sets = teacher | {"optim.ema_decay": 0.9, "model.elastic": None, "train.eval_depths": [7], "train.profile": [2, 3]}
+    followed = ZERO2 | {"csv_monitor": {"enabled": True}}
+    done = train(Job(CONFIGS / "auxiliary.yaml", out / "auxiliary", followed, SMALL | data | sets), ranks=2)
     assert done.returncode == 0, done.stdout[-6000:]
+    (out / "auxiliary.txt").write_text(done.stdout)
     learngene_file = out / "auxiliary/learngene.safetensors"
     for depth in (7, 10):
         file = out / f"des{depth}.safetensors"
@@ -148,15 +154,75 @@ def test_tensorboard_tells_the_whole_story(trained: Path) -> None:
     tags = events.Tags()
     assert set(tags["scalars"]) >= {
         "train/loss", "train/loss_labels", "train/loss_distill", "train/lr", "train/grad_norm",
-        "val/top1", "val/top5", "val_ema/top1", "perf/images_per_s", "perf/data_wait_share", "perf/memory_gib",
-        "final/top1",
+        "val/top1", "val/top5", "val/top1_ema", "depth/val_top1/7", "time/forward", "time/reduce",
+        "norms/gradient/blocks.4", "norms/weights/patch_embed",
+        "perf/images_per_s", "perf/data_wait_share", "perf/memory_gib",
     }  # fmt: skip
-    assert [image for image in tags["images"] if image.startswith("train/batch")]
+    assert {tag.split("/")[0] for tag in tags["scalars"]} == {"train", "val", "depth", "time", "norms", "perf"}
+    assert "perf/mfu" not in tags["scalars"], "a share of a peak that nobody knows"
     assert {"config.yaml/text_summary", "deepspeed.json/text_summary"} <= set(tags["tensors"])
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == sorted(set(steps))
     logged = [entry["train/loss"] for entry in log(trained / "auxiliary") if "train/loss" in entry]
     np.testing.assert_allclose([event.value for event in events.Scalars("train/loss")], logged, rtol=1e-6)
+
+
+def test_tensorboard_has_pictures_and_a_page_for_the_family(trained: Path) -> None:
+    events = EventAccumulator(str(trained / "auxiliary" / "tensorboard"), size_guidance={"tensors": 0, "images": 0})
+    events.Reload()
+    shown = {tag.split(" ")[0]: events.Images(tag) for tag in events.Tags()["images"]}
+    assert set(shown) == {"train/batch", "val/worst", "val/confusion"}
+    last = log(trained / "auxiliary")[-1]["step"]
+    assert len(shown["val/worst"]) == 2, "one an evaluation"
+    assert [event.step for event in shown["val/confusion"]] == [last]
+    (page,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(page.tensor_proto.string_val[0])
+    drawn = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    for tag in drawn:
+        if "mfu" not in tag and "train_loss" not in tag:  # no peak is known of a CPU; this run draws no depth
+            assert [name for name in events.Tags()["scalars"] if re.search(tag, name)], tag
+
+
+def test_the_confusion_matrix_is_that_of_the_final_weights(trained: Path, digits_root: Path) -> None:
+    weights, file = trained / "auxiliary" / "learngene.safetensors", trained / "auxiliary.npz"
+    evaluate(weights, digits_root / "val", "--predictions", file, "--no-ema")
+    with np.load(file) as found:
+        expected = np.zeros((10, 10), dtype=int)
+        np.add.at(expected, (found["label"], found["logits"].argmax(axis=1)), 1)
+    header, *rows = list(csv.reader((trained / "auxiliary" / "confusion.csv").read_text().splitlines()))
+    assert header == ["label / guess", *map(str, range(10))]
+    assert [row[0] for row in rows] == header[1:]
+    counts = np.array([row[1:] for row in rows], dtype=int)
+    assert abs(counts - expected).sum() <= 2, "but for a tie that another batch size decides otherwise"
+
+
+def test_steps_are_traced_and_deepspeeds_monitor_is_fed(trained: Path) -> None:
+    run, said = trained / "auxiliary", (trained / "auxiliary.txt").read_text()
+    (trace,) = (run / "profile").iterdir()
+    assert trace.name == "steps-2-3.pt.trace.json.gz"  # what TensorBoard's plugin looks for
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") >= 2
+    found = re.search(r"^profile  (\S+): (\S+ \d+%(, )?){5}$", said.replace("aten::", ""), re.M)
+    assert found is not None
+    assert found[1] == str(trace)
+    lines = (run / "csv" / "train_loss.csv").read_text().split()
+    assert lines[0] == "step,loss"
+    entries = [entry for entry in log(run) if "train/loss" in entry]
+    assert [int(line.split(",")[0]) for line in lines[1:]] == [32 * int(entry["step"]) for entry in entries]
+    assert [float(line.split(",")[1]) for line in lines[1:]] == [entry["train/loss"] for entry in entries]
+
+
+def test_the_end_of_a_run_is_summed_up(trained: Path) -> None:
+    said = (trained / "auxiliary.txt").read_text()
+    metrics = json.loads((trained / "auxiliary" / "metrics.json").read_text())
+    summary = said[said.index("\ndone ") :].split("\n")
+    assert [line.split()[0] for line in summary[1:8]] == [
+        "done", "accuracy", "time", "cost", "weights", "figures", "curves",
+    ]  # fmt: skip
+    assert f"top-1 {100 * metrics['top1']:.2f} %, " in summary[2]
+    for path in (*summary[5].split()[1:], *summary[6].replace(",", "").split()[1:]):
+        assert Path(path).is_file()
+    assert "\r" not in said
 
 
 def test_checkpoint_gives_the_learngene_and_plain_timm(trained: Path, tmp_path: Path) -> None:

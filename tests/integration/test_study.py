@@ -35,6 +35,6 @@ def test_a_tiny_study(tmp_path: Path, few_digits: Path) -> None:
 
     # One run is lost: it alone is made again, and the table is the same.
     shutil.rmtree(tmp_path / "out" / "seed0" / "depth6" / "scratch_full")
-    assert run_study(tmp_path / "out", tmp_path / "data").count("deepspeed.launcher.runner") == 1
+    assert run_study(tmp_path / "out", tmp_path / "data").count("launcher/train.py") == 1
     again = (tmp_path / "out" / "study.md").read_text()
     assert again[: again.index("| run |")] == report[: report.index("| run |")]

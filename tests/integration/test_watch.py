@@ -49,6 +49,11 @@ def test_a_silent_rank_is_named_and_ends_the_run(job: Job, victim: int) -> None:
         run.wait_for(lambda: run.errors())
         assert name in run.errors()[0]
         assert "train.timeout_s 16" in run.errors()[0]
+        survivor = f"rank {1 - victim} came to \\w+ number \\d+ of .*, rank {victim} left no record; "
+        assert re.search(survivor, run.errors()[0])
+        (record,) = job.output.glob("crash/*/*.txt")
+        assert record.name == f"rank-{1 - victim:05d}.txt"
+        assert "in _train_step" in record.read_text()
         run.wait_for(lambda: run.group.exitcodes()[1 - victim] == EXIT_PEER_LOST)
         assert "Traceback" not in run.said()
 

@@ -160,7 +160,8 @@ def test_wrong_arguments_are_errors_before_anything_is_captured() -> None:
         GraphedStage(new_pool())(inputs["x"], wrong, 1, 1)
 
 
-def test_a_model_trains_the_same() -> None:
+@pytest.mark.parametrize("depths", [[(1, 1, 1)], [(1, 1, 2), (2, 1, 1)]], ids=["one_depth", "elastic"])
+def test_a_model_trains_the_same(depths: list[tuple[int, ...]]) -> None:
     """The stages share their memory, drop-path is drawn outside, a step has two micro-batches and then evaluates."""
     losses: dict[bool, list[float]] = {}
     for graphs in (False, True):
@@ -172,12 +173,13 @@ def test_a_model_trains_the_same() -> None:
         model.use_kernels("triton")
         if graphs:
             pool = new_pool()
-            for block in model.blocks:
-                block.graphed = GraphedStage(pool)
+            for block, counts in zip(model.blocks, zip(*depths, strict=True), strict=True):
+                block.graphed = GraphedStage(pool, counts)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         images, labels = torch.randn(4, 3, 16, 16).to(DEVICE), torch.arange(4, device=DEVICE)
         losses[graphs] = []
-        for _ in range(2):
+        for step in range(2):
+            model.set_repeats(depths[step % len(depths)])
             for start in (0, 2):
                 logits = model(images[start : start + 2])
                 torch.nn.functional.cross_entropy(logits, labels[start : start + 2]).backward()

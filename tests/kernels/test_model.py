@@ -58,6 +58,8 @@ def test_the_model_is_the_same(changes: dict[str, Any]) -> None:
     expected.eval()
     images = torch.randn(2, 3, 16, 16, device=DEVICE)
     torch.testing.assert_close(found(images), expected(images), rtol=1e-4, atol=1e-4)
+    features, plain = (model.forward_intermediates(images, intermediates_only=True) for model in (found, expected))
+    torch.testing.assert_close(features, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_recomputes_inside_the_stage() -> None:

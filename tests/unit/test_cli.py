@@ -204,13 +204,15 @@ def test_a_name_that_the_locale_cannot_write_is_shown_escaped(tmp_path: Path) ->
 def test_the_quickstart_prints_commands_that_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert in_checkout()
-    here = train_command("", "quickstart/teacher", Path("runs/teacher"), 0).words
+    assert train_command("", "quickstart/teacher", Path("runs/teacher"), 0).words[:2] == ("python", "launcher/train.py")
+    here = train_command("", "quickstart/teacher", Path("runs/teacher"), 0, ranks=2).words
     assert Path(here[here.index("--config") + 1]).is_file()
     assert Path(here[here.index("--deepspeed_config") + 1]).is_file()
     assert "launcher/train.py" in here
     assert here[:3] == ("python", "-m", "deepspeed.launcher.runner")  # its script fails where a path has a space
     monkeypatch.chdir(tmp_path)
-    away = train_command("", "quickstart/teacher", Path("runs/teacher"), 0).words
+    assert train_command("", "quickstart/teacher", Path("runs/teacher"), 0).words[:2] == ("sws", "train")
+    away = train_command("", "quickstart/teacher", Path("runs/teacher"), 0, ranks=2).words
     assert away[away.index("--module") + 1] == "sws_dist.cli.train"
     assert find_run_config(away[away.index("--config") + 1]).is_file()
 

@@ -30,7 +30,7 @@ SCRIPTS = sorted((ROOT / "launcher").glob("*.py"))
 SBATCHES = sorted((ROOT / "launcher" / "slurm").glob("*.sbatch"))
 KEYS = set(valid_keys())
 FOLDERS = ("sws_dist", "kernels", "launcher", "configs", "tests", "benchmarks", "containers", "docs")
-EXACT_FILES = (".safetensors", ".jsonl", ".npz", ".txt", ".csv", ".tsv", ".tar")
+EXACT_FILES = (".safetensors", ".jsonl", ".npz", ".txt", ".csv", ".tsv", ".tar", ".onnx", ".pt2")
 """Endings of file names that look like config keys."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -77,8 +78,9 @@ def test_drop_path_grows_along_the_drawn_depth() -> None:
     model.set_repeats((2, 1, 1))
     assert [len(stage.drop_rates) for stage in model.blocks] == [2, 1, 1]
     assert [rate for stage in model.blocks for rate in stage.drop_rates] == pytest.approx([0, 0.1, 0.2, 0.3])
-    with pytest.raises(ValueError, match=r"repeats \[1, 0, 2\]"):
-        model.set_repeats((1, 0, 2))
+    for wrong in ((1, 2), (0, 0, 0), (1, -1, 2)):
+        with pytest.raises(ValueError, match=re.escape(f"repeats {list(wrong)}")):
+            model.set_repeats(wrong)
 
 
 def test_a_depth_that_was_not_trained_is_said() -> None:

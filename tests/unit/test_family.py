@@ -25,7 +25,7 @@ def config(command: Command) -> str:
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Family]:
     monkeypatch.chdir(tmp_path)  # not in a checkout: configs go by their names
-    return study.make_families(Path("out"), study.SIZES["small"], (3, 4), Path("data/d"), ())
+    return study.make_families(Path("out"), study.SIZES["small"], (3, 4), ("data.root=data/d",), ())
 
 
 def test_all_learn_from_the_first_seeds_teacher(families: list[Family]) -> None:
@@ -48,7 +48,7 @@ def test_every_run_of_a_depth(families: list[Family]) -> None:
         sets = overrides(command)
         expanded = f"out/seed4/depth{sets['model.depth']}/expanded.safetensors"
         assert sets.get("model.initial_checkpoint") == (expanded if config(command).endswith("tuned") else None)
-        assert sets.get("train.epochs") == ("20" if config(command).endswith(("_full", "_taught")) else None)
+        assert sets.get("train.epochs") == ("10" if config(command).endswith(("_full", "_taught")) else None)
     assert len({command.done for command in commands}) == len(commands)
 
 

@@ -34,6 +34,7 @@ from sws_dist.checkpoint.model_file import save_model_file
 from sws_dist.cli import family, quickstart, study
 from sws_dist.cli.main import COMMANDS
 from sws_dist.config.loader import config_to_dict, config_to_yaml, load_config, valid_keys
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import list_images
 from sws_dist.data.draws import Recipe
@@ -43,7 +44,6 @@ from sws_dist.distributed.init import close_distributed
 from sws_dist.errors import RunError, Stopped
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model
-from sws_dist.optim import LRSchedule
 from sws_dist.zero import config as deepspeed_config
 from sws_dist.zero import schema as deepspeed_schema
 from tests.unit import images
@@ -415,6 +415,9 @@ COMPLETE = {
     "expand": "--learngene gene.safetensors --depth 3 --out out.safetensors",
     "finetune": "--from gene.safetensors --data digits/train --output out",
     "evaluate": "--checkpoint gene.safetensors --data digits/val --num-threads 1",
+    "export": "--from gene.safetensors --depth 3 --out exported",
+    "classify": "gene.safetensors digits/val/0 --num-threads 1",
+    "push": "hollow --repo me/pets",
     "convert": "--out out.safetensors",
     "scan": "--data one",
     "show-batch": "--config quickstart/auxiliary --set data.root=digits --set train.global_batch=8 --out out.png",
@@ -424,7 +427,8 @@ COMPLETE = {
     "quickstart": "",
     "study": "--size tiny",
 }
-"""Command -> arguments with which it works, but for ``convert``, ``report`` and ``teach``, which need a run."""
+"""Command -> arguments with which it works, but for ``convert``, ``report`` and ``teach``, which need a run, and
+``push``, which needs the network."""
 
 
 def test_every_command_has_arguments() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World
 
 
 def test_a_heartbeat_is_whole_at_any_moment(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path, World(0, 2, 0, torch.device("cpu"), 1), timeout_s=60)
+    world = World(0, 2, 0, torch.device("cpu"), 1)
+    heartbeat = Heartbeat(tmp_path, world, 60, FlightRecorder(tmp_path / "crash", world))
     heartbeat._write()
     file, done = tmp_path / "rank-00000.json", threading.Event()
 

@@ -54,6 +54,18 @@ def test_an_address_that_is_set_stays() -> None:
     assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["RANK"]) == ("10.0.0.1", "4000", "9")
 
 
+@pytest.mark.parametrize(("given", "missing"), [({"WORLD_SIZE": "4"}, "RANK"), ({"RANK": "1"}, "WORLD_SIZE")])
+def test_a_rank_of_a_world_without_the_other_is_refused(given: dict[str, str], missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"has {next(iter(given))}=., but no {missing}: unset"):
+        complete_environment(given)
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "1"}, {"RANK": "0"}])
+def test_a_world_of_one_needs_only_one_of_them(given: dict[str, str]) -> None:
+    complete_environment(given)
+    assert (given["RANK"], given["WORLD_SIZE"]) == ("0", "1")
+
+
 def test_a_launcher_below_srun_decides() -> None:
     """One task a node starts torchrun or DeepSpeed, which starts the ranks."""
     torchrun = {"RANK": "17", "WORLD_SIZE": "24", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "12"}

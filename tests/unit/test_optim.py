@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate against timm's."""
+"""Parameter groups, and the learning rate: a cosine against timm's, and warm-up, stable, decay."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import OptimConfig
 from sws_dist.models import create_model
-from sws_dist.optim import LRSchedule, parameter_groups
+from sws_dist.optim import hidden_matrices, parameter_groups
 
 
 def test_biases_norms_and_positions_do_not_decay() -> None:
@@ -51,3 +52,40 @@ def test_ends() -> None:
     assert LRSchedule(OptimConfig(lr=1e-6, lr_batch=None, min_lr=1e-5), 64, 10, 10)(10) == 1e-6
     only_warmup = LRSchedule(OptimConfig(warmup_epochs=9), 512, 10, 20)
     assert only_warmup(19) < only_warmup.peak
+
+
+WSD = OptimConfig(schedule="wsd", lr=1e-3, lr_batch=None, min_lr=1e-5, warmup_lr=0.0, warmup_epochs=1, decay_epochs=2)
+
+
+def test_wsd_stays_and_then_falls_as_one_minus_a_root() -> None:
+    schedule = LRSchedule(WSD, 8, steps_per_epoch=10, total_steps=100)
+    assert schedule.decay_start == 80
+    assert [schedule(step) for step in (0, 5, 10, 79, 80)] == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3])
+    assert schedule(85) == pytest.approx(1e-5 + 0.99e-3 * (1 - 0.25**0.5))
+    assert schedule(100) == 1e-5
+
+
+def test_the_length_changes_no_rate_before_the_decay() -> None:
+    short, long = (LRSchedule(WSD, 8, 10, total_steps=total) for total in (100, 300))
+    assert all(short(step) == long(step) for step in range(short.decay_start + 1))
+    assert short(short.decay_start + 1) < long(short.decay_start + 1)
+
+
+def test_muon_takes_the_linear_weights_inside_blocks_and_splits_qkv_by_head() -> None:
+    model = create_model("sws_vit", schedule=[2], img_size=16, patch_size=8, embed_dim=24, num_heads=2)
+    inside = "blocks.0."
+    assert hidden_matrices(model) == {
+        f"{inside}attn.qkv.weight": 6,
+        f"{inside}attn.proj.weight": 1,
+        f"{inside}mlp.fc1.weight": 1,
+        f"{inside}mlp.fc2.weight": 1,
+    }
+    groups = parameter_groups(model, 0.05, hidden_matrices(model))
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups][:2] == [(4, 0.05), (2, 0.05)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_muon_takes_both_sets_of_tleg_and_nothing_of_a_convolutional_model() -> None:
+    tleg = create_model("tleg_vit", depth=2, img_size=16, patch_size=8, embed_dim=24, num_heads=2)
+    assert {name.split(".")[2] for name in hidden_matrices(tleg)} == {"base", "slope"}
+    assert hidden_matrices(create_model("test_resnet")) == {}

@@ -26,18 +26,18 @@ def write(run: Path, tops: dict[int, float], **more: Any) -> None:
     (run / "metrics.json").write_text(json.dumps(metrics))
 
 
-def family(folder: Path, seed: int, tuned: float, *, fixed: bool = False) -> Path:
+def family(folder: Path, seed: int, tuned: float, *, others: bool = False) -> Path:
     """Write a family: two stages, scored at 3, 4 and 5 layers, of which 3 and 4 were trained too."""
     write(folder / "teacher", {2: 0.99}, rank_seconds=5.0, flops=2 * 10**14)
-    for name, near in (("auxiliary", 0.9), ("fixed", 0.5)):
-        if name == "auxiliary" or fixed:
+    for name, near in (("auxiliary", 0.9), ("fixed", 0.5), ("unshared", 0.6)):
+        if name == "auxiliary" or others:
             write(folder / name, {6: 0.98}, seed=seed, parameters=500_000, flops=10**15)
             path = folder / name / "metrics.json"
             metrics = json.loads(path.read_text())
             metrics["history"][-1] |= {"val_depth3/top1": near, "val_depth5/top1": near, "val_depth3/loss": 1.0}
             path.write_text(json.dumps(metrics))
             (folder / name / "config.yaml").write_text(
-                "output: o\ndata: {root: r}\nmodel: {name: sws_vit, schedule: [2, 2]}\n"
+                "output: o\ndata: {root: r}\nmodel: {name: sws_vit, schedule: [2, 2]}\ndistill: {teacher: t}\n"
             )
     for depth, full in ((3, 0.95), (4, 0.97)):
         of = {"depth": depth, "flops_forward": depth * 10**8, "parameters": 500_000 + (depth - 2) * 100_000}
@@ -52,7 +52,7 @@ def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_numbers_of_two_seeds(tmp_path: Path) -> None:
-    folders = [family(tmp_path / "a", 0, tuned=0.94, fixed=True), family(tmp_path / "b", 7, tuned=0.96, fixed=True)]
+    folders = [family(tmp_path / "a", 0, tuned=0.94, others=True), family(tmp_path / "b", 7, tuned=0.96, others=True)]
     done = report("--runs", *folders, "--out", tmp_path / "out.md", "--title", "Two seeds")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out.md").read_text()
@@ -62,6 +62,7 @@ def test_numbers_of_two_seeds(tmp_path: Path) -> None:
         "| top-1 at depth | 3 | 4 | 5 |",
         "| untuned | 90.0 | 98.0 | 90.0 |",
         "| untuned, from an auxiliary model of one depth | 50.0 | 98.0 | 50.0 |",
+        "| untuned, layers picked from a model without sharing | 60.0 | 98.0 | 60.0 |",
         "| fine-tuned, 1 epoch | 90.0 | 90.0 |  |",
         "| fine-tuned, 2 epochs | 95.0 (94.0-96.0) | 95.0 (94.0-96.0) |  |",
         "| random weights, 6 epochs | 95.0 | 97.0 |  |",
@@ -73,6 +74,7 @@ def test_numbers_of_two_seeds(tmp_path: Path) -> None:
     # teacher and auxiliary: 0.2 + 1 PFLOP; each depth's tuning 3 * 0.1 M images * depth * 0.1 GFLOP = 0.03 depth PFLOP
     assert "| learngene, untuned | 1.2 | 3.0 x |" in text
     assert "| learngene, each fine-tuned | 1.56 | 2.3 x |" in text
+    assert "the untuned learngene costs 1 PFLOP; random weights, 6 epochs 3.6 x as much." in text
     assert "| random weights, 6 epochs | 3.6 | 1.0 x |" in text  # 3 * 1 M images * (3 + 4 + 5) * 0.1 GFLOP
     assert "0.50 M parameters, descendants of these depths 2.10 M: 4.2 times" in text  # 0.6 + 0.7 + 0.8
     with Image.open(tmp_path / "out.png") as picture:
@@ -93,6 +95,20 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     done = report("--runs", folder)
     assert done.returncode == 1
     assert "depth4/scratch_full/metrics.json: not there; this run has not finished" in done.stderr
+
+
+def test_the_first_familys_teacher_taught_the_others(tmp_path: Path) -> None:
+    """As in a study of several seeds. A family that another teacher taught has to have it."""
+    folders = [family(tmp_path / "a", 0, tuned=0.94), family(tmp_path / "b", 7, tuned=0.96)]
+    shutil.rmtree(folders[1] / "teacher")
+    done = report("--runs", *folders)
+    assert done.returncode == 0, done.stderr
+    assert "- Teacher: m, 99.0 %." in done.stdout
+    config = folders[1] / "auxiliary" / "config.yaml"
+    config.write_text(config.read_text().replace("teacher: t", "teacher: another"))
+    done = report("--runs", *folders)
+    assert done.returncode == 1
+    assert "b/teacher/metrics.json: not there" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["depth3", "depth4"])

@@ -22,7 +22,11 @@ def test_scores_count_valid_images_only() -> None:
     valid = [True] * 17 + [False] * 3
     batches = [batch(logits[:20], labels[:20], [True] * 20), batch(logits[20:], labels[20:], valid, first=20)]
     predictions: list[Predictions] = []
-    scores = score_batches(lambda images: images, batches, torch.float32, predictions)
+
+    def keep(batch: Batch, logits: torch.Tensor) -> None:
+        predictions.append(Predictions.of(batch, logits))
+
+    scores = score_batches(lambda images: images, batches, torch.float32, keep)
     logits, labels = logits[:37], labels[:37]
     best = logits.argsort(dim=1, descending=True)
     assert scores.images == 37

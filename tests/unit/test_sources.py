@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tqdm import tqdm
 
 from sws_dist.data import manifest
 from sws_dist.data.sources import Source, find_source
@@ -319,8 +318,7 @@ def test_repeated_lines_are_oversampling(tmp_path: Path) -> None:
     source, (note,) = find_source(tmp_path, "some.txt")
     assert source.paths == ("a.jpg", "b.jpg", "a.jpg", "a.jpg")
     assert "its 4 lines name 2 images; those that repeat are trained on as often" in note
-    with tqdm(disable=True) as bar:
-        manifest.scan_and_decode(tmp_path, "some.txt", 2, bar)
+    manifest.scan_and_decode(tmp_path, "some.txt", 2)
     again = manifest.scan(tmp_path, "some.txt")
     assert len(again) == 4
     assert not [line for line in again.notes if "has changed" in line]

@@ -14,7 +14,7 @@ def reported(caplog: pytest.LogCaptureFixture, *steps: list[StepTimes]) -> list[
     caplog.clear()
     detector = SlowStepDetector()
     for step, times in enumerate([[StepTimes(0.1, 0.01, 0.0)] * 2] * 20 + list(steps), start=1):
-        detector.check(StepStatus(step, [1.0, 1.0], True, False, None, times))
+        detector.check(StepStatus(step, [1.0, 1.0], True, False, False, None, times))
     return caplog.messages
 
 
@@ -25,7 +25,7 @@ def test_only_steps_far_beyond_the_median_and_a_second_are_slow(caplog: pytest.L
 
 
 def test_the_first_steps_are_not_judged(caplog: pytest.LogCaptureFixture) -> None:
-    SlowStepDetector().check(StepStatus(1, [1.0], True, False, None, [StepTimes(90.0, 1.0, 0.0)]))
+    SlowStepDetector().check(StepStatus(1, [1.0], True, False, False, None, [StepTimes(90.0, 1.0, 0.0)]))
     assert caplog.messages == []
 
 

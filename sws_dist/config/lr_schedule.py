@@ -1,0 +1,53 @@
+"""Compute the learning rate of each step. This module imports no torch.
+
+``cosine`` falls from the end of the warm-up to the end of the run, so that each length of a run has rates of its own.
+``wsd`` (warm-up, stable, decay) stays at the highest rate and falls in the last epochs alone, so that a run can be
+stopped before them and go on to any length: Hu et al., "MiniCPM" (arXiv 2404.06395). Its decay is 1 - sqrt, the best of
+those that Haegele et al. compare in "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv
+2405.18392).
+"""
+
+from __future__ import annotations
+
+import math
+
+from sws_dist.config.schema import OptimConfig, RunConfig
+
+
+class LRSchedule:
+    """Compute the learning rate: linear warm-up, then ``optim.schedule`` down to ``min_lr``, all per step.
+
+    It is a pure function of the step, so there is no state to save. Steps before ``decay_start`` do not depend on the
+    length of the run.
+
+    Args:
+        config: rates, lengths and form; ``lr`` scales with ``global_batch / lr_batch``.
+        steps_per_epoch: may be a fraction; epochs do not have to end with a step.
+        total_steps: number of steps of the whole run.
+    """
+
+    def __init__(self, config: OptimConfig, global_batch: int, steps_per_epoch: float, total_steps: int) -> None:
+        self.peak = config.lr * (global_batch / config.lr_batch if config.lr_batch else 1.0)
+        self.warmup_lr, self.min_lr = config.warmup_lr, min(config.min_lr, self.peak)
+        self.is_wsd = config.schedule == "wsd"
+        self.total_steps = total_steps
+        self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
+        decay_steps = round(config.decay_epochs * steps_per_epoch) if self.is_wsd else total_steps
+        self.decay_start = max(self.warmup_steps, total_steps - decay_steps)
+
+    @classmethod
+    def of_run(cls, config: RunConfig, epoch_size: int) -> LRSchedule:
+        """Build the schedule of a run whose epochs have ``epoch_size`` images."""
+        global_batch = config.train.global_batch
+        total_steps = config.train.epochs * epoch_size // global_batch
+        return cls(config.optim, global_batch, epoch_size / global_batch, total_steps)
+
+    def __call__(self, step: int) -> float:
+        """Return the rate of the update that takes the weights from ``step`` to ``step + 1``."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.peak - self.warmup_lr) * step / self.warmup_steps
+        if step < self.decay_start:
+            return self.peak
+        done = min(1.0, (step - self.decay_start) / max(1, self.total_steps - self.decay_start))
+        left = 1 - math.sqrt(done) if self.is_wsd else 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr + (self.peak - self.min_lr) * left

@@ -1,0 +1,77 @@
+"""Find out where exported weights come from, and what their run has measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sws_dist.config.yaml_text import parse_yaml
+from sws_dist.export.source import ExportSource
+from sws_dist.learngene.plan import expansion_plan
+from sws_dist.text import read_json, read_text
+
+_PAPER = "[Stage-wise Weight Sharing](https://arxiv.org/abs/2404.16897)"
+
+
+def describe_origin(source: ExportSource) -> dict[str, str]:
+    """Return what the weights' file and their run's folder say: a title and a text for each fact that is known."""
+    expanded = source.info.provenance
+    trained = expanded.get("learngene") or {} if "plan" in expanded else expanded
+    config, metrics = _read_run(source.file, trained)
+    rows = {"method": _describe_method(expanded)}
+    if trained.get("teacher"):
+        rows["teacher"] = trained["teacher"]
+    if config:
+        rows["trained on"] = Path(str(config["data"]["root"])).name
+    if "epochs" in trained:
+        whose = ", of the auxiliary model" if "plan" in expanded else ""
+        rows["training"] = f"{trained['epochs']} epochs, {trained.get('step')} steps, seed {trained.get('seed')}{whose}"
+    rows["accuracy"] = _measured_accuracy(source, config, metrics) or "not measured for these weights"
+    if trained.get("commit"):
+        rows["commit"] = f"`{trained['commit']}` of SWS-Dist"
+    if trained.get("versions"):
+        rows["versions"] = ", ".join(f"{package} {version}" for package, version in trained["versions"].items())
+    if trained.get("hardware"):
+        rows["hardware"] = trained["hardware"]
+    return rows
+
+
+def _describe_method(provenance: dict[str, Any]) -> str:
+    if "plan" in provenance:
+        plan = provenance["plan"]
+        layers = "theta_A + i/L theta_B (TLEG)" if plan == "linear" else f"stages {', '.join(map(str, plan))}"
+        return f"{_PAPER}: layers expanded from a learngene, {layers}; not fine-tuned"
+    if start := provenance.get("initial_learngene"):
+        return f"{_PAPER}: expanded from a learngene ({start}), then fine-tuned"
+    if start := provenance.get("initial_checkpoint"):
+        return f"fine-tuned from {start}"
+    return "trained from random weights" if "run" in provenance else "not known"
+
+
+def _read_run(file: Path, trained: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config and metrics of the run that wrote ``file``; both empty where they are not beside it."""
+    config, metrics = file.parent / "config.yaml", file.parent / "metrics.json"
+    if not (config.is_file() and metrics.is_file()):
+        return {}, {}
+    found = read_json(metrics)
+    if (found.get("steps"), found.get("commit")) != (trained.get("step"), trained.get("commit")):
+        return {}, {}  # another run's file was put there
+    return parse_yaml(read_text(config), str(config), is_file=True), found
+
+
+def _measured_accuracy(source: ExportSource, config: dict[str, Any], metrics: dict[str, Any]) -> str | None:
+    """Return the accuracy that the run measured for these weights at this depth and image size; None if it did not."""
+    size, plan = source.image_shape[-1], source.info.provenance.get("plan")
+    if not metrics or config["data"]["image_size"] != size:
+        return None
+    name = "val_ema" if source.file.stem.endswith("_ema") else "val"
+    if plan is not None:
+        depth, elastic = len(source.model.blocks), config["model"].get("elastic") or {}
+        if plan != "linear" and plan != list(expansion_plan(source.schedule, depth, elastic.get("plan", "even"))):
+            return None
+        name += f"_depth{depth}" * (depth != metrics["depth"])
+    last = metrics["history"][-1]
+    if f"{name}/top1" not in last:
+        return None
+    top1, top5 = (100 * last[f"{name}/{key}"] for key in ("top1", "top5"))
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {metrics['validation_images']} images, in the training run"
