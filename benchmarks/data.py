@@ -160,7 +160,7 @@ def providers_of(args: argparse.Namespace) -> dict[str, Callable[[Path, int, int
     if args.crops is None:
         return PROVIDERS
     augment = RECIPES[args.recipe]
-    return {f"{count} crops a decode": partial(ours, augment=augment, num_crops=count) for count in args.crops}
+    return {f"num_crops {count}": partial(ours, augment=augment, num_crops=count) for count in args.crops}
 
 
 def cpu_seconds() -> float:
@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="full", help="with --crops: what is done to each image")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # what the parent asks of a child
     args = parser.parse_args()
+    if args.recipe != "full" and args.crops is None:
+        parser.error(f"--recipe {args.recipe} needs --crops: the other providers know the full recipe alone")
     providers = providers_of(args)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if args.only:

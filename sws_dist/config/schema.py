@@ -277,8 +277,8 @@ class AugmentConfig:
     num_repeats: int = Field(default=1, ge=1, le=1000)
     """Repeated augmentation: the number of times an image appears in a row, each time drawn anew."""
     num_crops: int = Field(default=1, ge=1, le=64)
-    """Crops of an image that is decoded once, each drawn anew, all in one micro-batch (FKD). Each crop counts as an
-    image, so one pass over all images takes this many epochs."""
+    """Crops of an image that is decoded once, each drawn anew, all in one micro-batch (FKD), whose size it has to
+    divide. Each crop counts as an image, so one pass over all images takes this many epochs."""
 
     @model_validator(mode="after")
     def _check_repeats(self) -> AugmentConfig:

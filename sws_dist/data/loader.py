@@ -2,9 +2,8 @@
 
 DALI works ahead of the training step. A decoding error costs DALI the whole batch, but no other batch. The loader
 decodes that batch a second time in halves, and in halves of halves, until the bad images stand alone. In training
-another image takes the place of each (of all its crops), chosen as a function of the position; in evaluation a bad
-image does not count.
-So the result is the same at any world size and after a resume.
+another image takes the place of each and of all its crops, chosen as a function of the position; in evaluation a bad
+image does not count. So the result is the same at any world size and after a resume.
 """
 
 from __future__ import annotations
@@ -61,8 +60,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The n files of a batch, of each of which DALI makes C crops, and what it is told about them: all arrays are
-    [n, ...]. The batch has n * C images.
+    """The n files of a batch, and what DALI is told about them. All arrays are [n, ...].
+
+    DALI makes C crops of each file, so the batch has n * C images.
     """
 
     indices: np.ndarray

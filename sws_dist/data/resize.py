@@ -93,9 +93,7 @@ def build_resize_crops(interpolation: str, size: int, on_gpu: bool, num_threads:
 
 
 def _resize_crops_on_cpu(kernel: Any, size: int, image: np.ndarray, *windows: np.ndarray) -> list[np.ndarray]:
-    """Resize crops of one image [H, W, C] uint8; ``windows`` are the starts and then the shapes. Returns
-    [size, size, C] each.
-    """
+    """Resize windows of one image [H, W, C] uint8, given as all starts, then all shapes: [size, size, C] each."""
     crops, count = [], len(windows) // 2
     for start, shape in zip(windows[:count], windows[count:], strict=True):
         (top, left), (height, width) = np.minimum(start, np.array(image.shape[:2]) - 1).tolist(), shape.tolist()
