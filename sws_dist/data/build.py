@@ -88,6 +88,6 @@ def build_order(config: RunConfig, images: Manifest, share: tuple[int, int] = (0
     if left := config.train.epochs % crops:
         log.warning(
             f"train.epochs {config.train.epochs} is no multiple of augment.num_crops {crops}: the last pass over the "
-            f"images ends after {left} of its {crops} epochs, and does not show the others"
+            f"images ends after {left} of its {crops} epochs, before it has shown all of them"
         )
     return TrainOrder(len(images), config.train.seed, repeats, crops, shards, window, share)
