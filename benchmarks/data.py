@@ -1,16 +1,19 @@
 """Times the input: this pipeline, timm's create_loader and torchvision's ImageFolder on the same files and threads.
 
     python benchmarks/data.py [--data DIR] [--images 2048] [--threads N] [--repeats 3] [--out results.json]
+    python benchmarks/data.py --crops 1 2 4 [--recipe plain] [...]
 
 Every provider gives batches of the full recipe, mixed and on the device: random-resized crop (bicubic), flip,
 rand-m9-mstd0.5-inc1, normalisation, erasing 0.25, mixup 0.8 and cutmix 1.0. CPU-ms are those of the process and its
 workers, so a provider that keeps the cores busy for longer shows it, whatever the clock says. `decode` is no
 provider but the ceiling: DALI's decoder on whole images, nothing else. With a GPU, `this pipeline` runs on it, and the
 images/s of a training step (sws_aux_small, bf16) stand beside. Without --data, files are made of scikit-learn's two
-photographs, in ImageNet's usual size.
+photographs, in ImageNet's usual size. --crops compares this pipeline with itself instead, at so many crops of each
+decoded image; each crop counts as an image. --recipe plain is crop, flip and normalisation alone, as in FKD.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +34,13 @@ from PIL import Image
 from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, DataConfig
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
-from sws_dist.data.mixup import Mixing, erase
+from sws_dist.data.mixup import Mixing, augment_batch
 from sws_dist.provenance import collect_provenance
 
 AUGMENT = AugmentConfig(
     auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, smoothing=0.1
 )
+RECIPES = {"full": AUGMENT, "plain": AugmentConfig()}
 SIZE, CLASSES = 224, 1000
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -59,15 +64,17 @@ def write_images(root: Path, count: int) -> None:
         image.save(file, quality=95, subsampling="4:2:0")
 
 
-def ours(root: Path, batch: int, threads: int, device: torch.device) -> Batches:
+def ours(
+    root: Path, batch: int, threads: int, device: torch.device, augment: AugmentConfig = AUGMENT, num_crops: int = 1
+) -> Batches:
+    augment = dataclasses.replace(augment, num_crops=num_crops)
     listed = manifest.scan(root, "train")
     positions = (np.arange(start, start + batch) for start in range(0, 1 << 40, batch))
-    order, recipe = sampler.TrainOrder(len(listed), seed=0), Recipe(AUGMENT, SIZE)
+    order, recipe = sampler.TrainOrder(len(listed), seed=0, num_crops=num_crops), Recipe(augment, SIZE)
     data = DataConfig(root=str(root), num_threads=threads)
-    mixing = Mixing(AUGMENT, CLASSES, seed=0)
+    mixing = Mixing(augment, CLASSES, seed=0)
     for item in pipeline.train_loader(listed, order, positions, recipe, 0, data, device):
-        assert item.erase is not None
-        yield mixing(erase(item.images, item.erase), item.labels, item.position)
+        yield augment_batch(item, mixing, augment, seed=0)
 
 
 def mend_timm() -> None:
@@ -148,6 +155,14 @@ PROVIDERS: dict[str, Callable[[Path, int, int, torch.device], Batches]] = {
 }
 
 
+def providers_of(args: argparse.Namespace) -> dict[str, Callable[[Path, int, int, torch.device], Batches]]:
+    """What is compared: the first is what the others are compared with."""
+    if args.crops is None:
+        return PROVIDERS
+    augment = RECIPES[args.recipe]
+    return {f"num_crops {count}": partial(ours, augment=augment, num_crops=count) for count in args.crops}
+
+
 def cpu_seconds() -> float:
     """User and system time so far of this process and its living children."""
     process = psutil.Process()
@@ -177,7 +192,8 @@ def measure(batches: Batches, num_batches: int, batch: int, device: torch.device
 def in_its_own_process(name: str, root: Path, args: argparse.Namespace) -> dict[str, float]:
     """So that no provider's workers live on into the next one's time."""
     command = [sys.executable, __file__, "--only", name, "--data", root, "--images", args.images]
-    command += ["--batch", args.batch, "--threads", args.threads]
+    command += ["--batch", args.batch, "--threads", args.threads, "--recipe", args.recipe]
+    command += ["--crops", *args.crops] if args.crops else []
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -205,21 +221,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(), help="DALI threads, or worker processes")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all providers; medians are shown")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--only", choices=PROVIDERS, help=argparse.SUPPRESS)  # what the parent asks of a child
+    parser.add_argument("--crops", type=int, nargs="+", metavar="K", help="compare these numbers of crops a decode")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="with --crops: what is done to each image")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # what the parent asks of a child
     args = parser.parse_args()
+    if args.recipe != "full" and args.crops is None:
+        parser.error(f"--recipe {args.recipe} needs --crops: the other providers know the full recipe alone")
+    providers = providers_of(args)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if args.only:
         torch.set_num_threads(1)
-        batches = PROVIDERS[args.only](args.data, args.batch, args.threads, device)
+        batches = providers[args.only](args.data, args.batch, args.threads, device)
         print(json.dumps(measure(batches, args.images // args.batch, args.batch, device)))
         return
     with tempfile.TemporaryDirectory() as made:
         root = args.data or Path(made)
         if args.data is None:
             write_images(root, 512)
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in PROVIDERS}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in providers}
         for _ in range(args.repeats):
-            for name in PROVIDERS:
+            for name in providers:
                 rounds[name].append(in_its_own_process(name, root, args))
         report(args, rounds, root, device)
 
@@ -233,6 +254,7 @@ def report(args: argparse.Namespace, rounds: dict[str, Any], root: Path, device:
         "threads": args.threads,
         "batch": args.batch,
         "images": args.images,
+        "recipe": args.recipe,
         "kib_per_file": sum(file.stat().st_size for file in files) / len(files) / 1024,
         "providers": {
             name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} | {"rounds": rows}
@@ -243,11 +265,11 @@ def report(args: argparse.Namespace, rounds: dict[str, Any], root: Path, device:
     if device.type == "cuda":
         results["training_step_images_per_s"] = step_rate(args.batch, device)
         print(f"a training step needs {results['training_step_images_per_s']:.0f} images/s")
-    ours_ms = results["providers"]["this pipeline"]["cpu_ms_per_image"]
+    first_ms = next(iter(results["providers"].values()))["cpu_ms_per_image"]
     for name, row in results["providers"].items():
         print(
             f"{name:24s} {row['images_per_s']:8.1f} images/s  {row['cpu_ms_per_image']:6.2f} CPU-ms an image  "
-            f"{row['cpu_ms_per_image'] / ours_ms:5.2f} x"
+            f"{row['cpu_ms_per_image'] / first_ms:5.2f} x"
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, done: Barr
 
     plan(0)
     first_s = time.perf_counter() - begun
-    order._epochs[1].result()
+    order._passes[1].result()
     barrier.wait()
     mb = {"first_batch": since(before)}
     begun = time.perf_counter()
@@ -125,7 +125,7 @@ def run_rank(rank: int, num_ranks: int, root: Path, barrier: Barrier, done: Barr
     next_epoch_s = time.perf_counter() - begun
     for array in (images.paths.ends, images.labels, images.sizes):  # names are read from the file
         array.view(np.uint8).ravel()[::1024].sum()
-    order._epochs[2].result()
+    order._passes[2].result()
     barrier.wait()
     mb["all_read"] = since(before)
     results.put({"before_mb": before["private"], "first_s": first_s, "next_epoch_s": next_epoch_s, "mb": mb})

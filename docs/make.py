@@ -2,7 +2,7 @@
 """Write the parts of the documentation that are made from the code: ``docs/config.md`` and the diagrams.
 
 ``docs/config.md`` lists every key of a run config with its type, default and meaning, as ``sws_dist/config/schema.py``
-defines them. ``docs/pictures.py`` draws the diagrams.
+defines them. ``docs/pictures.py`` draws the diagrams, ``docs/scaling.py`` the curves of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _escape(text: str) -> str:
 
 if __name__ == "__main__":
     import pictures
+    import scaling
 
     CONFIG_PAGE.write_text(page())
     print(f"wrote {CONFIG_PAGE.relative_to(ROOT)}")
     pictures.main()
+    scaling.main()

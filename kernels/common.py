@@ -32,6 +32,8 @@ def is_triton(operator: str, backend: str) -> bool:
 def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype: bool = True) -> None:
     """Check that all tensors are on one device, in dtypes that Triton can run there; None is skipped.
 
+    On the meta device the operators give shapes and no values, which is how memory is planned.
+
     one_dtype: whether all must have the same dtype, as a matrix product needs.
 
     Raises:
@@ -43,7 +45,7 @@ def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"{operator}: all tensors must be on one device, found {found}")
     device = devices.pop()
-    if not (device.type == "cuda" or (INTERPRETED and device.type == "cpu")):
+    if not (device.type in ("cuda", "meta") or (INTERPRETED and device.type == "cpu")):
         raise ValueError(
             f"{operator}: backend='triton' was asked for, but the tensors are on {device}. "
             "Move them to a CUDA device, choose backend='reference', or, to test without a GPU, "
@@ -54,7 +56,8 @@ def check_triton(operator: str, tensors: dict[str, Tensor | None], *, one_dtype:
         found = ", ".join(f"{name} {_short(x.dtype)}" for name, x in present.items())
         raise ValueError(f"{operator}: backend='triton' takes tensors of one dtype, got {found}")
     # The interpreter truncates fp32 to bf16 where the hardware rounds, so its bf16 results would not hold on a GPU.
-    allowed = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+    takes_bf16 = not INTERPRETED or device.type == "meta"
+    allowed = [torch.float32, torch.float16] + ([torch.bfloat16] if takes_bf16 else [])
     for dtype in dtypes - set(allowed):
         where = " under TRITON_INTERPRET=1" if INTERPRETED else ""
         raise ValueError(
@@ -80,6 +83,6 @@ def weight_gradient(d_out: Tensor, x: Tensor) -> Tensor:
     d_out, x = d_out.flatten(0, -2), x.flatten(0, -2)
     if x.dtype == torch.float32:
         return d_out.t() @ x
-    if x.is_cuda:
-        return torch.mm(d_out.t(), x, out_dtype=torch.float32)
-    return d_out.float().t() @ x.float()  # PyTorch has out_dtype on CUDA only
+    if x.device.type == "cpu":  # where PyTorch has no out_dtype
+        return d_out.float().t() @ x.float()
+    return torch.mm(d_out.t(), x, out_dtype=torch.float32)

@@ -2,14 +2,18 @@
 
 process group -> resolved configs -> output folder -> checkpoint to resume -> images -> models -> input pipeline
 -> DeepSpeed engine with its weights -> moving average -> restored state -> stored logits -> recorder
+
+``check_run`` makes the first line of it alone, for ``sws train --dry-run``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from sws_dist.checkpoint.checkpoint import (
     latest_valid,
     load_checkpoint,
     read_state,
+    require_same_stream,
     set_aside_newer,
     verify,
 )
@@ -32,7 +37,7 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.moved import follow_move, is_data_moved
-from sws_dist.data.sampler import TrainOrder
+from sws_dist.data.sampler import TrainOrder, count_steps
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -40,7 +45,6 @@ from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.distributed.nonfinite import NonFiniteGuard
-from sws_dist.errors import RunError
 from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion, prepare_expansion
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
@@ -96,6 +100,41 @@ class RunParts:
     nonfinite: NonFiniteGuard
 
 
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything of a run that can be had without the engine: what ``sws train --dry-run`` checks."""
+
+    config: RunConfig
+    ds: dict[str, Any]
+    world: World
+    output: Path
+    provenance: dict[str, Any]
+    dtype: torch.dtype
+    checkpoint: Path | None
+    """The checkpoint that the run goes on from."""
+    models: ModelParts
+    teacher: Teacher | None
+    """None too where its stored logits are read, which ``open_logits`` opens."""
+    expansion: Expansion | None
+    data: DataParts
+    total_steps: int
+    stream: dict[str, int]
+    """What decides which images and draws a step sees, and has to be the checkpoint's."""
+
+    def open_logits(self, step: int) -> Teacher | None:
+        """Open the stored logits that are left after ``step``, where the run reads any; else return ``teacher``.
+
+        A collective.
+        """
+        if self.config.distill.logits is None:
+            return self.teacher
+        global_batch = self.config.train.global_batch
+        with raise_on_all_ranks("open the stored logits"):
+            left = range(step * global_batch, self.total_steps * global_batch)
+            micro_batch, size = self.ds["train_micro_batch_size_per_gpu"], self.data.order.epoch_size
+            return open_stored_teacher(self.config, self.data.train, size, left, micro_batch, self.world)
+
+
 def build_run(
     config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
 ) -> RunParts:
@@ -109,6 +148,58 @@ def build_run(
     Raises:
         ValueError, OSError, RunError: errors that the user can fix, on every rank.
     """
+    run = prepare_run(config, deepspeed_config, resume)
+    world, output, dtype = run.world, run.output, run.dtype
+    flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
+    with raise_on_all_ranks("prepare the heartbeats"):
+        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
+    engine = build_student_engine(config, run.models.student, run.ds, run.expansion, world, dtype)
+    # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
+    ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
+    resumed = None
+    if run.checkpoint is not None:
+        resumed = restore_run(run.checkpoint, engine, ema, output, world, run.stream)
+    with raise_on_all_ranks("start the monitors"):
+        monitors = open_monitors(run.ds, config.train.global_batch, output)
+    paths = run.data.train.paths
+    return RunParts(
+        config=config,
+        ds=run.ds,
+        world=world,
+        output=output,
+        provenance=run.provenance,
+        heartbeat=heartbeat,
+        data=run.data,
+        models=run.models,
+        teacher=run.open_logits(resumed.state.step if resumed else 0),
+        dtype=dtype,
+        total_steps=run.total_steps,
+        lr_schedule=LRSchedule.of_run(config, run.data.order.epoch_size),
+        loss=DistillationLoss(config.distill),
+        engine=engine,
+        ema=ema,
+        resumed=resumed,
+        recorder=build_recorder(output, resumed, world, monitors),
+        nonfinite=NonFiniteGuard(
+            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(paths[index])
+        ),
+    )
+
+
+def prepare_run(
+    config: RunConfig,
+    deepspeed_config: str | Path | Mapping[str, Any],
+    resume: str | None = None,
+    lists: Path | None = None,
+) -> PreparedRun:
+    """Build and check everything of a run but the engine and what needs one. A collective.
+
+    Args:
+        lists: a folder for the lists of images, seen by all nodes; None: the run's own.
+
+    Raises:
+        ValueError, OSError, RunError: what ``build_run`` raises.
+    """
     world = init_distributed(config.train.timeout_s)
     connect_deepspeed()
     with raise_on_all_ranks("read the DeepSpeed config"):
@@ -116,13 +207,10 @@ def build_run(
         check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
     dtype = DTYPES[precision_of(ds)]
     output = prepare_output(config, resume, world)
-    flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
-    with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
     provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
     checkpoint = find_checkpoint(output, resume, world)
     own = load_own_config(checkpoint, config, ds)
-    train, val = load_image_lists(config, output, checkpoint, own, world)
+    train, val = load_image_lists(config, lists or output, checkpoint, own, world)
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
         models = build_models(config, train.classes, world.device, dtype, provenance)
@@ -134,46 +222,46 @@ def build_run(
     expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
     with raise_on_all_ranks("build the input pipeline"):
         data = build_data(config, train, val, world.rank, world.size, world.device)
-    total_steps = count_steps(config, data.order)
-    engine = build_student_engine(config, models.student, ds, expansion, world, dtype)
-    # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
-    ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
-    resumed = None
-    if checkpoint is not None:
-        stream = describe_stream(config, data.order, total_steps)
-        if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
-            del stream["total_steps"]
-        resumed = restore_run(checkpoint, engine, ema, output, world, stream)
-    global_batch = config.train.global_batch
-    if config.distill.logits is not None:
-        with raise_on_all_ranks("open the stored logits"):
-            left = range((resumed.state.step if resumed else 0) * global_batch, total_steps * global_batch)
-            micro_batch = global_batch // (engine.gradient_accumulation_steps() * world.size)
-            teacher = open_stored_teacher(config, train, data.order.epoch_size, left, micro_batch, world)
-    with raise_on_all_ranks("start the monitors"):
-        monitors = open_monitors(ds, global_batch, output)
-    return RunParts(
-        config=config,
-        ds=ds,
-        world=world,
-        output=output,
-        provenance=provenance,
-        heartbeat=heartbeat,
-        data=data,
-        models=models,
-        teacher=teacher,
-        dtype=dtype,
-        total_steps=total_steps,
-        lr_schedule=LRSchedule.of_run(config, data.order.epoch_size),
-        loss=DistillationLoss(config.distill),
-        engine=engine,
-        ema=ema,
-        resumed=resumed,
-        recorder=build_recorder(output, resumed, world, monitors),
-        nonfinite=NonFiniteGuard(
-            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(train.paths[index])
-        ),
+    total_steps = count_steps(config.train, data.order.epoch_size)
+    stream = describe_stream(config, data.order, total_steps)
+    if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
+        del stream["total_steps"]
+    return PreparedRun(
+        config, ds, world, output, provenance, dtype, checkpoint, models, teacher, expansion, data, total_steps, stream
     )
+
+
+def check_run(
+    config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
+) -> PreparedRun:
+    """Check a run as far as that goes without training, and leave nothing behind in its folder. A collective.
+
+    Raises:
+        ValueError, OSError, RunError: what ``build_run`` raises; and for a checkpoint of another stream of images.
+    """
+    world = init_distributed(config.train.timeout_s)
+    output = Path(config.output)
+    was_there = broadcast_from_rank0(output.exists())
+    lists = output / ".dry-run"
+    try:
+        with raise_on_all_ranks("write into the output folder"):
+            if world.is_rank_zero:
+                lists.mkdir(parents=True, exist_ok=True)
+        run = prepare_run(config, deepspeed_config, resume, lists)
+        step = 0
+        if run.checkpoint is not None:
+            with raise_on_all_ranks("read the checkpoint"):
+                state = read_state(run.checkpoint)
+                require_same_stream(run.checkpoint, state, run.stream)
+            step = state.step
+        run.open_logits(step)
+        return run
+    finally:
+        if world.is_rank_zero:
+            shutil.rmtree(lists, ignore_errors=True)
+            if not was_there:
+                with suppress(OSError):  # somebody else has put something there
+                    output.rmdir()
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
@@ -295,19 +383,6 @@ def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
             train, val = map(Manifest.load, files)
             return train, val
     return None
-
-
-def count_steps(config: RunConfig, order: TrainOrder) -> int:
-    """Return the number of optimizer steps of the whole run.
-
-    Raises:
-        RunError: a step needs more images than the run has.
-    """
-    num_images = config.train.epochs * order.epoch_size
-    total_steps = num_images // config.train.global_batch
-    if total_steps == 0:
-        raise RunError(f"train.global_batch {config.train.global_batch} is more than the run's {num_images} images")
-    return total_steps
 
 
 def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:

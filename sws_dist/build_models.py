@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def build_models(
         _load_initial_checkpoint(student, config, classes)
     if not config.model.initial_learngene:  # on the meta device nothing can run; our models are built for their images
         require_image_size(student, f"model.name {config.model.name}", config.data.image_size)
-    elastic = _elastic_depth(config, student)
+    elastic = elastic_depth(config, student)
     if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
@@ -91,7 +92,12 @@ def build_models(
     )
 
 
-def _elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
+def elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
+    """Return the depth of each step, or None where none is drawn.
+
+    Raises:
+        ValueError: a model without a choice of depths, or a depth at which some stage would not run.
+    """
     if config.model.elastic is None:
         return None
     if not (isinstance(student, SWSVisionTransformer) and student.is_shared):
@@ -190,39 +196,44 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
     """Count the operations of student and teacher."""
     size = config.data.image_size
-
-    def deeper() -> Any:
-        model = build_student(config, num_classes)
-        model.set_repeats((model.schedule[0] + 1, *model.schedule[1:]))
-        return model
-
     student = forward_flops(lambda: build_student(config, num_classes), size)
-    layer = forward_flops(deeper, size) - student if config.model.elastic else 0
+    layer = count_layer(config, num_classes) if config.model.elastic else 0
     online = config.distill.logits is None
     return Flops(student, layer, count_teacher_flops(config.distill, size) if online else 0)
 
 
-def step_flops(models: ModelParts, global_batch: int, depth: int | None = None) -> int | None:
+def count_layer(config: RunConfig, num_classes: int) -> int:
+    """Count the operations of one layer of an auxiliary model."""
+
+    def build(extra: int) -> Any:
+        model = build_student(config, num_classes)
+        model.set_repeats((model.schedule[0] + extra, *model.schedule[1:]))
+        return model
+
+    own, deeper = (forward_flops(partial(build, extra), config.data.image_size) for extra in (0, 1))
+    return deeper - own
+
+
+def step_flops(flops: Flops, elastic: ElasticDepth | None, global_batch: int, depth: int | None = None) -> int | None:
     """Return the operations of a step, the teacher's among them; None if torch cannot count those.
 
     Args:
         depth: the layers that the step runs; None: the model's own.
     """
-    if models.flops.teacher is None:
+    if flops.teacher is None:
         return None
-    layers = 0 if depth is None or models.elastic is None else depth - sum(models.elastic.schedule)
-    student = models.flops.student + layers * models.flops.layer
-    return global_batch * (TRAIN_FACTOR * student + models.flops.teacher)
+    layers = 0 if depth is None or elastic is None else depth - sum(elastic.schedule)
+    return global_batch * (TRAIN_FACTOR * (flops.student + layers * flops.layer) + flops.teacher)
 
 
-def training_flops(models: ModelParts, total_steps: int, global_batch: int) -> int | None:
+def training_flops(flops: Flops, elastic: ElasticDepth | None, total_steps: int, global_batch: int) -> int | None:
     """Return the operations of a whole run; None if torch cannot count the teacher's."""
-    depths = {None: total_steps} if models.elastic is None else models.elastic.count_steps(total_steps)
+    depths = {None: total_steps} if elastic is None else elastic.count_steps(total_steps)
     found = 0
     for depth, count in depths.items():
-        if (flops := step_flops(models, global_batch, depth)) is None:
+        if (one := step_flops(flops, elastic, global_batch, depth)) is None:
             return None
-        found += count * flops
+        found += count * one
     return found
 
 

@@ -43,7 +43,7 @@ def collect_results(
         "rank_seconds": round(seconds * parts.world.size, 3),
         "flops_forward": models.flops.student,
         "flops_teacher": models.flops.teacher,
-        "flops": training_flops(models, parts.total_steps, train.global_batch),
+        "flops": training_flops(models.flops, models.elastic, parts.total_steps, train.global_batch),
         **describe_layout(parts.engine, parts.world),
         **parts.provenance,
     }

@@ -312,7 +312,7 @@ class Trainer:
         num_micros = accumulation * parts.world.size
         micros = range(parts.world.rank, num_micros, parts.world.size)
         positions = (
-            sampler.micro_batch_positions(step, config.train.global_batch, micro, num_micros)
+            sampler.micro_batch_positions(step, config.train.global_batch, micro, num_micros, config.augment.num_crops)
             for step in range(self.step, self._last_step)
             for micro in micros
         )

@@ -69,9 +69,10 @@ class StepWatch:
             waited_s: the seconds that this rank waited for data.
             grad_norm: of the whole gradient before clipping.
         """
-        parts, elastic = self._parts, self._parts.models.elastic
-        depth = None if elastic is None else elastic.draw(number - 1)
-        self._window.add(losses, waited_s, step_flops(parts.models, parts.config.train.global_batch, depth), depth)
+        parts, models = self._parts, self._parts.models
+        depth = None if models.elastic is None else models.elastic.draw(number - 1)
+        flops = step_flops(models.flops, models.elastic, parts.config.train.global_batch, depth)
+        self._window.add(losses, waited_s, flops, depth)
         self._bar.update()
         if self._is_logged(number):
             with parts.heartbeat.phase(LOG):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Generator
@@ -34,6 +35,16 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Generator[None, None, None]:
+    """Let caplog see the package's log, which a command that ran in this process would otherwise keep to itself."""
+    logger = logging.getLogger("sws_dist")
+    before = list(logger.handlers), logger.level
+    logger.propagate = True
+    yield
+    logger.handlers[:], logger.level, logger.propagate = *before, True
 
 
 @pytest.fixture

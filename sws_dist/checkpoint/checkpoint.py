@@ -184,12 +184,7 @@ def load_checkpoint(
     """
     with raise_on_all_ranks("read a checkpoint"):
         state = read_state(checkpoint)
-        for name, value in stream.items():
-            if getattr(state, name) != value:
-                raise ValueError(
-                    f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
-                    f"only as it began. {_HOW_TO_RESTART}"
-                )
+        require_same_stream(checkpoint, state, stream)
         if state.shapes != whole_shapes(engine):
             raise ValueError(
                 f"{checkpoint}: of another model than the config's ({state.model['name']}); {_HOW_TO_RESTART}"
@@ -200,6 +195,16 @@ def load_checkpoint(
             load_loss_scaler_state(engine, state.loss_scaler)
     sync_model_from_masters(engine)
     return state
+
+
+def require_same_stream(checkpoint: Path, state: CheckpointState, stream: dict[str, int]) -> None:
+    """Raise ValueError if a checkpoint's run sees other images than this one; ``stream`` is ``load_checkpoint``'s."""
+    for name, value in stream.items():
+        if getattr(state, name) != value:
+            raise ValueError(
+                f"{checkpoint}: written with {name} {getattr(state, name)}, this run has {value}; a run goes on "
+                f"only as it began. {_HOW_TO_RESTART}"
+            )
 
 
 def export_weights(

@@ -19,6 +19,7 @@ from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, rank
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
+from sws_dist.zero.config import require_whole_images
 
 _HEAD_START_S = 2.0
 
@@ -108,6 +109,7 @@ def micro_batch_of(args: argparse.Namespace, config: RunConfig) -> int:
         raise ConfigError(
             f"--batch {micro}: expected a divisor of train.global_batch {global_batch}, at most {MAX_BATCH}"
         )
+    require_whole_images(micro, config.augment.num_crops)
     return micro
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "Convert learngenes and checkpoints: from the paper's released code, and to plain timm",
     "scan": "Read and decode every file of a data set once, and list the bad ones with their reasons",
     "show-batch": "Write a picture of a training batch as the model will see it, with what was drawn for each image",
+    "plan": "Plan a run before it is queued: memory, traffic, time, and what its family costs",
     "submit": "Write a SLURM job for a run config, submit it, and say where to watch it",
     "report": "Write a report of families of runs and their picture: accuracy against depth, and the bill",
     "quickstart": "Run the whole method on real images, GPU or none: teacher, auxiliary model, descendants, report",

@@ -63,7 +63,7 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
 
     images, _ = list_images(config.data)
     order = build_order(config, images)
-    positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro)
+    positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro, augment.num_crops)
     recipe, mixing = Recipe(augment, config.data.image_size), Mixing(augment, len(images.classes), seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     (batch,) = pipeline.train_loader(images, order, [positions], recipe, seed, config.data, device)

@@ -18,6 +18,9 @@ their paths: --config configs/runs/auxiliary_small.yaml. Every config key stands
 `deepspeed --quiet` (before --module) hides what the launcher says of itself at every start; its errors are shown. On a
 machine without a GPU, DS_ACCELERATOR=cpu in the environment hides its warning that it finds none.
 
+--dry-run checks configs, ranks, data, weights and the checkpoint to resume, prints memory, traffic and time (as
+`sws plan` does), and trains nothing.
+
 The run's folder (config key `output`) receives config.yaml, deepspeed.json, log.jsonl, tensorboard/, checkpoints/,
 and at the end metrics.json with learngene.safetensors (auxiliary models) or model.safetensors (all others).
 
@@ -27,6 +30,8 @@ start again with --resume auto. A second Ctrl-C stops at once.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sws_dist.cli.common import (
     add_config_options,
     add_deepspeed_option,
@@ -34,7 +39,9 @@ from sws_dist.cli.common import (
     expanded,
     make_parser,
     parse_args,
+    print_result,
 )
+from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.signals import install_handlers
 
 
@@ -53,6 +60,11 @@ def main() -> None:
         metavar="auto|PATH",
         help="auto: go on from the run's newest valid checkpoint, if any; or the path of a checkpoint",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked without training, print the plan (sws plan), and leave nothing",
+    )
     add_local_rank_option(parser)
     args = parse_args(parser)
     config = load_config(args.config, args.overrides)
@@ -63,8 +75,32 @@ def main() -> None:
     from sws_dist.api import train
     from sws_dist.distributed.init import close_distributed
 
-    train(config, args.deepspeed_config, resume=args.resume)
+    if args.dry_run:
+        print_result(check_and_plan(config, args.deepspeed_config, args.resume))
+    else:
+        train(config, args.deepspeed_config, resume=args.resume)
     close_distributed()
+
+
+def check_and_plan(config: RunConfig, deepspeed_config: Path, resume: str | None) -> str:
+    """Check a run on the ranks that are there, and return its plan. A collective."""
+    import torch
+
+    from sws_dist.build import check_run
+    from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, find_device
+    from sws_dist.plan.run import Request, plan_run
+    from sws_dist.plan.table import plan_table
+
+    run = check_run(config, deepspeed_config, resume)
+    world, train = run.world, run.data.train
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    known = name in [each.cuda_name for each in DEVICES.values()]
+    device = find_device(name if known else DEFAULT_DEVICE)
+    place = (world.nodes, world.size // world.nodes, device)
+    plan = plan_run(Request(config, run.ds, len(train), len(train.classes), *place))
+    start = f"from {run.checkpoint}" if run.checkpoint else "from its first step"
+    note = "" if known else f"; memory and time below are for {device.name}, since of {name} no figures are known"
+    return f"checked    {config.output} would train {start}{note}\n{plan_table(plan, device)}"
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.train

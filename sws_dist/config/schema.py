@@ -276,6 +276,19 @@ class AugmentConfig:
     """Label smoothing: the share of the target that is spread over all classes."""
     num_repeats: int = Field(default=1, ge=1, le=1000)
     """Repeated augmentation: the number of times an image appears in a row, each time drawn anew."""
+    num_crops: int = Field(default=1, ge=1, le=64)
+    """Crops of an image that is decoded once, each drawn anew, all in one micro-batch (FKD), whose size it has to
+    divide. Each crop counts as an image, so one pass over all images takes this many epochs."""
+
+    @model_validator(mode="after")
+    def _check_repeats(self) -> AugmentConfig:
+        if self.num_repeats > 1 and self.num_crops > 1:
+            raise KeyConflictError(
+                "num_crops",
+                f"augment.num_crops {self.num_crops}: augment.num_repeats {self.num_repeats} repeats each image too; "
+                "set one of the two to 1",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_ranges(self) -> AugmentConfig:

@@ -36,13 +36,13 @@ class BadImages:
         """Return the number of known bad files."""
         return len(self.known)
 
-    def add(self, path: str, reason: str, epoch: int = 0, missed: bool = True) -> None:
+    def add(self, path: str, reason: str, epoch: int = 0, num_missed: int = 1) -> None:
         """Report an image that could not be read.
 
         Args:
-            missed: True if the epoch should have shown this image, False if it was to replace another one.
+            num_missed: how often the epoch should have shown this image here; 0 if it was to replace another one.
         """
-        self._num_missed[epoch] += missed
+        self._num_missed[epoch] += num_missed
         if path not in self._found:
             self._found.add(path)
             self._not_exchanged.append(BadFile(path, reason))

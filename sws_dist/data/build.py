@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,8 @@ from sws_dist.data.manifest import Manifest
 from sws_dist.data.mixup import Mixing
 from sws_dist.data.sampler import TrainOrder
 from sws_dist.data.tar_shards import SampleKeys
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,4 +84,10 @@ def build_order(config: RunConfig, images: Manifest, share: tuple[int, int] = (0
     window = config.data.shuffle_shards
     if window is not None and shards is None:
         raise ValueError(f"data.shuffle_shards {window}: {images.folder} holds no tar shards; set it to null")
-    return TrainOrder(len(images), config.train.seed, config.augment.num_repeats, shards, window, share)
+    repeats, crops = config.augment.num_repeats, config.augment.num_crops
+    if left := config.train.epochs % crops:
+        log.warning(
+            f"train.epochs {config.train.epochs} is no multiple of augment.num_crops {crops}: the last pass over the "
+            f"images ends after {left} of its {crops} epochs, before it has shown all of them"
+        )
+    return TrainOrder(len(images), config.train.seed, repeats, crops, shards, window, share)

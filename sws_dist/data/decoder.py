@@ -28,12 +28,19 @@ def decode_window(encoded: Any, decoder: dict[str, Any], start: Any = None, shap
         start, shape: top and left, height and width of each window, in pixels.
     """
     size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)[:2]
-    if start is None:
-        start, shape = [0, 0], size
-    else:
-        start = dali_math.min(start, size - 1)
-        shape = dali_math.min(shape, size - start)
+    start, shape = ([0, 0], size) if start is None else _cut_window(start, shape, size)
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+
+
+def slice_window(images: Any, start: Any, shape: Any) -> Any:
+    """Copy a window out of each decoded image, cut to the image as ``decode_window`` cuts its windows."""
+    start, shape = _cut_window(start, shape, images.shape(dtype=types.INT32)[:2])
+    return fn.slice(images, start=start, shape=shape, axes=[0, 1])
+
+
+def _cut_window(start: Any, shape: Any, size: Any) -> tuple[Any, Any]:
+    start = dali_math.min(start, size - 1)
+    return start, dali_math.min(shape, size - start)
 
 
 def decode_size(data: bytes) -> tuple[int, int]:

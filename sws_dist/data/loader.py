@@ -2,8 +2,8 @@
 
 DALI works ahead of the training step. A decoding error costs DALI the whole batch, but no other batch. The loader
 decodes that batch a second time in halves, and in halves of halves, until the bad images stand alone. In training
-another image takes the place of each, chosen as a function of the position; in evaluation a bad image does not count.
-So the result is the same at any world size and after a resume.
+another image takes the place of each and of all its crops, chosen as a function of the position; in evaluation a bad
+image does not count. So the result is the same at any world size and after a resume.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The images of a batch of B, and what DALI is told about each. All arrays are [B, ...]."""
+    """The n files of a batch, and what DALI is told about them. All arrays are [n, ...].
+
+    DALI makes C crops of each file, so the batch has n * C images.
+    """
 
     indices: np.ndarray
     """Places in the manifest."""
@@ -69,13 +72,18 @@ class BatchPlan:
     feeds: Feeds
     """Arrays for the pipeline's source, after the encoded images."""
     positions: np.ndarray | None = None
-    """Positions in the stream; None in evaluation."""
+    """[n, C]: positions in the stream; None in evaluation, where C is 1."""
     erase: np.ndarray | None = None
-    """See ``Batch.erase``."""
+    """[n, C, 4]: see ``Batch.erase``."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of files."""
         return len(self.indices)
+
+    @property
+    def num_crops(self) -> int:
+        """Number of images that are made of each file."""
+        return 1 if self.positions is None else self.positions.shape[1]
 
     def select_rows(self, rows: slice) -> BatchPlan:
         """Return the plan of a part of the batch."""
@@ -104,7 +112,7 @@ class Loader:
         image_size: height and width in pixels of the pipeline's images.
         device: where the batches are moved to.
         bad: collects the unreadable images.
-        substitute: returns, for the plan of one position and the number of the attempt, a plan with another image.
+        substitute: returns, for the plan of one file and the number of the attempt, a plan with another file.
             None: bad images do not count.
         epoch_size: positions of an epoch; a bad image is counted in its own epoch.
     """
@@ -146,15 +154,16 @@ class Loader:
                 if not self._in_flight:
                     raise
                 images, plan = self._recover_batch(self._in_flight.popleft(), error)
-            labels = torch.from_numpy(self.manifest.labels[plan.indices].astype(np.int64))
+            indices, valid = plan.indices.repeat(plan.num_crops), plan.valid.repeat(plan.num_crops)
+            labels = torch.from_numpy(self.manifest.labels[indices].astype(np.int64))
             self.before_transfer()
             yield Batch(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
-                plan.indices,
-                plan.valid,
-                plan.erase,
-                plan.positions,
+                indices,
+                valid,
+                None if plan.erase is None else plan.erase.reshape(-1, 4),
+                None if plan.positions is None else plan.positions.ravel(),
             )
 
     def _start_pass(self) -> None:
@@ -168,7 +177,7 @@ class Loader:
         """Run a pipeline once. Returns its images, [B, 3, S, S]."""
         (output,) = pipeline.run()
         # There is no copy: DALI keeps the buffer for as long as the tensor lives (exec_dynamic).
-        return torch.from_dlpack(output.as_tensor())
+        return torch.from_dlpack(output.as_tensor()).flatten(0, -4)  # several crops of a file: [n, C, 3, S, S]
 
     def _next_feeds(self) -> Feeds:
         plan, feeds = next(self._plans)
@@ -202,8 +211,8 @@ class Loader:
         return parts
 
     def _replace_image(self, plan: BatchPlan, error: Exception) -> tuple[Tensor, BatchPlan]:
-        """Decode a substitute for the one image of ``plan``, which failed with ``error``."""
-        nothing = torch.zeros(1, 3, self._image_size, self._image_size)
+        """Decode a substitute for the one file of ``plan``, which failed with ``error``."""
+        nothing = torch.zeros(plan.num_crops, 3, self._image_size, self._image_size)
         for attempt in range(_MAX_SUBSTITUTES):
             self._report_bad_image(plan, error, is_first=attempt == 0)
             if self._substitute is None:
@@ -230,10 +239,10 @@ class Loader:
         return self._read_feeds(self._retries.popleft())
 
     def _report_bad_image(self, plan: BatchPlan, error: Exception, is_first: bool) -> None:
-        """Find out why the one image of ``plan`` is bad, and report it.
+        """Find out why the one file of ``plan`` is bad, and report it.
 
         Args:
-            is_first: True for the position's own image, False for a substitute.
+            is_first: True for the file that belongs to these positions, False for a substitute.
         """
         index = int(plan.indices[0])
         try:
@@ -243,8 +252,9 @@ class Loader:
             reason = str(found)
         except OSError as found:
             reason = "missing" if isinstance(found, FileNotFoundError) else f"unreadable: {found.strerror}"
-        epoch = 0 if plan.positions is None else int(plan.positions[0]) // self._epoch_size
-        self.bad.add(self.manifest.paths[index], reason, epoch, missed=is_first and bool(plan.valid[0]))
+        epoch = 0 if plan.positions is None else int(plan.positions[0, 0]) // self._epoch_size
+        num_missed = plan.num_crops if is_first and plan.valid[0] else 0
+        self.bad.add(self.manifest.paths[index], reason, epoch, num_missed)
 
 
 def _join_plans(plans: list[BatchPlan]) -> BatchPlan:

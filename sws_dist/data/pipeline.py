@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from sws_dist.config.schema import MAX_BATCH, DataConfig
+from sws_dist.config.schema import MAX_BATCH, AffineConfig, DataConfig
 from sws_dist.data.bad_images import BadImages
 from sws_dist.data.decoder import DECODER_ARGUMENTS, decode_window
-from sws_dist.data.draws import Recipe
+from sws_dist.data.draws import Draws, Recipe
 from sws_dist.data.loader import BatchPlan, BuildPipeline, Loader
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.randaugment import apply_layer, warp
-from sws_dist.data.resize import WHOLE_IMAGE, Resize, build_resize
+from sws_dist.data.resize import Resize, ResizeCrops, build_resize, build_resize_crops
 from sws_dist.data.sampler import TrainOrder
 
 _THIN = 4
@@ -44,7 +44,7 @@ def train_loader(
     Args:
         manifest: the images.
         order: the image at each position of the stream.
-        positions: for each batch the positions [B] of its images, rising.
+        positions: for each batch the positions [B] of its images, rising; all crops of an image are in one batch.
         recipe: draws what is done to each image.
         seed: of the draws.
         config: image size, normalisation, and how DALI works.
@@ -55,27 +55,49 @@ def train_loader(
         ValueError: a GPU setting on a rank without a GPU.
     """
 
+    num_crops = recipe.config.num_crops
+
     def plan(places: np.ndarray, indices: np.ndarray) -> BatchPlan:
-        draws = recipe.draw(seed, places, manifest.sizes_of(indices))
-        feeds: list[Any] = [draws.crop_start, draws.crop_shape, draws.flip]
-        if draws.affine is not None:
-            feeds.append(draws.affine)
-        if draws.operations is not None:
-            for layer in range(draws.operations.operator.shape[1]):
-                feeds += [np.ascontiguousarray(part[:, layer]) for part in draws.operations]
-        return BatchPlan(indices, np.ones(len(indices), dtype=bool), tuple(feeds), places, draws.erase)
+        """Plan the crops of n files: at ``places`` [n, C] of the stream, ``indices`` [n] of the manifest."""
+        assert (places[:, 0] % num_crops == 0).all(), "an image without its first crops"
+        draws = recipe.draw(seed, places.ravel(), manifest.sizes_of(indices).repeat(num_crops, axis=0))
+        erase = None if draws.erase is None else draws.erase.reshape(*places.shape, 4)
+        return BatchPlan(indices, np.ones(len(indices), dtype=bool), _train_feeds(draws, num_crops), places, erase)
 
     def substitute(bad_one: BatchPlan, attempt: int) -> BatchPlan:
         assert bad_one.positions is not None
-        other = order.substitute(int(bad_one.positions[0]), attempt)
+        other = order.substitute(int(bad_one.positions[0, 0]), attempt)
         return plan(bad_one.positions, np.array([other]))
 
     def plans() -> Iterator[BatchPlan]:
-        return (plan(places, order.images(places)) for places in positions)
+        return (plan(places.reshape(-1, num_crops), order.images(places)[::num_crops]) for places in positions)
 
-    build_pipeline = _pipeline_builder(_train_graph, manifest, config, device, recipe=recipe)
+    build_pipeline = _pipeline_builder(_train_graph, build_resize_crops, manifest, config, device, recipe=recipe)
     bad = BadImages() if bad is None else bad
     return Loader(build_pipeline, plans, manifest, config.image_size, device, bad, substitute, order.epoch_size)
+
+
+def _train_feeds(draws: Draws, num_crops: int) -> tuple[np.ndarray, ...]:
+    """Arrange the draws of n * ``num_crops`` crops as the training graph reads them, each [n, ...].
+
+    The box to decode of each file comes first, then crop by crop: its window in the box, flip and augmentation.
+    """
+    box_start, box_shape = _bounding_boxes(draws, num_crops)
+    arrays = [draws.crop_start - box_start.repeat(num_crops, axis=0), draws.crop_shape, draws.flip]
+    if draws.affine is not None:
+        arrays.append(draws.affine)
+    if draws.operations is not None:
+        for layer in range(draws.operations.operator.shape[1]):
+            arrays += [part[:, layer] for part in draws.operations]
+    crops = [np.ascontiguousarray(array[crop::num_crops]) for crop in range(num_crops) for array in arrays]
+    return (box_start, box_shape, *crops)
+
+
+def _bounding_boxes(draws: Draws, num_crops: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest box that holds all windows of each file: [n, 2] int32 top and left, height and width."""
+    start, shape = (array.reshape(-1, num_crops, 2) for array in (draws.crop_start, draws.crop_shape))
+    first = start.min(axis=1)
+    return first, (start + shape).max(axis=1) - first
 
 
 def eval_loader(
@@ -104,7 +126,7 @@ def eval_loader(
                 _eval_geometry(manifest.sizes_of(indices), config.image_size, config.crop_pct),
             )
 
-    build_pipeline = _pipeline_builder(_eval_graph, manifest, config, device)
+    build_pipeline = _pipeline_builder(_eval_graph, build_resize, manifest, config, device)
     bad = BadImages() if bad is None else bad
     return Loader(build_pipeline, plans, manifest, config.image_size, device, bad)
 
@@ -140,7 +162,12 @@ def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple
 
 
 def _pipeline_builder(
-    graph: Callable[..., Any], manifest: Manifest, config: DataConfig, device: torch.device, **arguments: Any
+    graph: Callable[..., Any],
+    build_resizing: Callable[..., Any],
+    manifest: Manifest,
+    config: DataConfig,
+    device: torch.device,
+    **arguments: Any,
 ) -> BuildPipeline:
     """Return a function that builds the pipeline of ``graph`` from its source and the number of prefetched batches."""
     on_gpu = config.device == "gpu" or (config.device == "auto" and device.type == "cuda")
@@ -157,7 +184,7 @@ def _pipeline_builder(
             source=source,
             config=config,
             decoder=decoder,
-            resize=build_resize(config.interpolation, config.image_size, on_gpu, config.num_threads),
+            resize=build_resizing(config.interpolation, config.image_size, on_gpu, config.num_threads),
             from_files=manifest.spans is None,
             **arguments,
             batch_size=MAX_BATCH,  # each batch has the size that the source gives it
@@ -174,24 +201,37 @@ def _pipeline_builder(
 
 @pipeline_def(enable_conditionals=True)
 def _train_graph(
-    source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool, recipe: Recipe
+    source: Any, config: DataConfig, decoder: dict[str, Any], resize: ResizeCrops, from_files: bool, recipe: Recipe
 ) -> Any:
-    """Decode a window of each image, resize, flip and augment it."""
+    """Decode the box of each image that holds its crops; resize, flip and augment each crop."""
+    num_crops, affine = recipe.config.num_crops, recipe.config.affine
     num_layers = recipe.policy.num_layers if recipe.policy else 0
-    affine = recipe.config.affine
-    num_outputs = 4 + (affine is not None) + 3 * num_layers
-    encoded, start, shape, flip, *rest = fn.external_source(source=source, num_outputs=num_outputs, batch=True)
-    red, green, blue = (round(255 * channel) for channel in config.mean)
+    of_crop = 3 + (affine is not None) + 3 * num_layers  # feeds
+    encoded, start, shape, *feeds = fn.external_source(source=source, num_outputs=3 + num_crops * of_crop, batch=True)
     encoded = fn.io.file.read(encoded) if from_files else encoded
-    images = decode_window(encoded, decoder, start, shape)
-    images = resize(images, *(types.Constant(edge, dtype=types.FLOAT, shape=[2], device="cpu") for edge in WHOLE_IMAGE))
+    decoded = decode_window(encoded, decoder, start, shape)
+    crops = resize(decoded, feeds[::of_crop], feeds[1::of_crop])
+    augmented = [
+        _augment(crop, feeds[number * of_crop + 2 : (number + 1) * of_crop], config, affine)
+        for number, crop in enumerate(crops)
+    ]
+    if num_crops == 1:
+        return _normalise(augmented[0], config)
+    return _normalise(fn.stack(*augmented, axis_name="F"), config, "FCHW")
+
+
+def _augment(images: Any, feeds: Sequence[Any], config: DataConfig, affine: AffineConfig | None) -> Any:
+    """Flip images and apply the operations of their recipe, as ``_train_feeds`` arranges them."""
+    flip, *feeds = feeds
     images = fn.flip(images, horizontal=flip)
     if affine is not None:
-        images = warp(images, rest.pop(0), fill=affine.fill)
-    for _ in range(num_layers):
-        operator, strength, matrix, *rest = rest
+        matrix, *feeds = feeds
+        images = warp(images, matrix, fill=affine.fill)
+    red, green, blue = (round(255 * channel) for channel in config.mean)
+    while feeds:
+        operator, strength, matrix, *feeds = feeds
         images = apply_layer(images, operator, strength, matrix, fill=(red, green, blue))
-    return _normalise(images, config)
+    return images
 
 
 @pipeline_def
@@ -204,12 +244,12 @@ def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], resize
     return _normalise(images, config)
 
 
-def _normalise(images: Any, config: DataConfig) -> Any:
-    """Subtract the mean, divide by the standard deviation: uint8 HWC -> float32 CHW."""
+def _normalise(images: Any, config: DataConfig, layout: str = "CHW") -> Any:
+    """Subtract the mean, divide by the standard deviation: uint8 with the channel last -> float32 in ``layout``."""
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="CHW",
+        output_layout=layout,
         mean=[255 * channel for channel in config.mean],
         std=[255 * channel for channel in config.std],
     )

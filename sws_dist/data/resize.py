@@ -1,4 +1,4 @@
-"""Resize images with Pillow's filters and Pillow's rounding, as a part of a DALI graph.
+"""Resize images, or crops of them, with Pillow's filters and Pillow's rounding, as a part of a DALI graph.
 
 On the CPU the graph calls torch's kernel for uint8 images. It is within one unit of Pillow, and several times as fast
 as DALI's. It resizes whole images only, so Pillow itself resizes the boxes whose edges lie between two pixels. On the
@@ -8,7 +8,7 @@ GPU it is DALI's own operator, whose cubic filter comes from a table of 129 valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from nvidia.dali import fn, types
 from PIL import Image
+
+from sws_dist.data.decoder import slice_window
 
 _DALI_FILTER = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _TORCH_KERNEL = {
@@ -29,9 +31,7 @@ _ALIGNED = 0.01
 _LIKE_PILLOW = {"antialias": True, "subpixel_scale": False, "dtype": types.UINT8}
 
 Resize = Callable[[Any, Any, Any], Any]
-
-WHOLE_IMAGE = (0.0, 0.0), (1.0, 1.0)
-"""Start and end of the box that is the whole image."""
+ResizeCrops = Callable[[Any, Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
 def build_resize(interpolation: str, size: int, on_gpu: bool, num_threads: int) -> Resize:
@@ -56,6 +56,58 @@ def build_resize(interpolation: str, size: int, on_gpu: bool, num_threads: int) 
         return list(pool.map(resize, images, starts, ends))  # torch and Pillow release Python's lock
 
     return partial(fn.python_function, function=resize_batch, batch_processing=True, output_layouts="HWC")
+
+
+def build_resize_crops(interpolation: str, size: int, on_gpu: bool, num_threads: int) -> ResizeCrops:
+    """Build the operator of a DALI graph that cuts crops out of each image, and resizes each as an image of its own.
+
+    Args:
+        interpolation, size, on_gpu, num_threads: as for ``build_resize``.
+
+    Returns:
+        A function of uint8 HWC images, and of the starts (top, left) and the shapes (height, width) of one or more
+        windows in each, int32, in pixels. A window is cut to the image. It returns for each window the crops,
+        [size, size, C].
+    """
+    if on_gpu:
+        return partial(_resize_crops_with_dali, size=size, interpolation=_DALI_FILTER[interpolation])
+    resize, pool = partial(_resize_crops_on_cpu, _TORCH_KERNEL[interpolation], size), ThreadPoolExecutor(num_threads)
+
+    def resize_batch(images: list[np.ndarray], *windows: list[np.ndarray]) -> Any:
+        crops = [list(column) for column in zip(*pool.map(resize, images, *windows), strict=True)]
+        return tuple(crops) if len(crops) > 1 else crops[0]
+
+    def resize_crops(images: Any, starts: Sequence[Any], shapes: Sequence[Any]) -> Sequence[Any]:
+        crops: Any = fn.python_function(
+            images,
+            *starts,
+            *shapes,
+            function=resize_batch,
+            batch_processing=True,
+            num_outputs=len(starts),
+            output_layouts=["HWC"] * len(starts),
+        )
+        return crops if len(starts) > 1 else [crops]
+
+    return resize_crops
+
+
+def _resize_crops_on_cpu(kernel: Any, size: int, image: np.ndarray, *windows: np.ndarray) -> list[np.ndarray]:
+    """Resize windows of one image [H, W, C] uint8, given as all starts, then all shapes: [size, size, C] each."""
+    crops, count = [], len(windows) // 2
+    for start, shape in zip(windows[:count], windows[count:], strict=True):
+        (top, left), (height, width) = np.minimum(start, np.array(image.shape[:2]) - 1).tolist(), shape.tolist()
+        crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+        crops.append(_resize_with_torch(kernel, crop, size, size))
+    return crops
+
+
+def _resize_crops_with_dali(
+    images: Any, starts: Sequence[Any], shapes: Sequence[Any], size: int, interpolation: Any
+) -> Sequence[Any]:
+    first, last = (types.Constant([edge, edge], dtype=types.FLOAT, shape=[2], device="cpu") for edge in (0.0, 1.0))
+    crops = [slice_window(images, start, shape) for start, shape in zip(starts, shapes, strict=True)]
+    return [_resize_with_dali(crop, first, last, size, interpolation) for crop in crops]
 
 
 def _resize_on_cpu(interpolation: str, size: int, image: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

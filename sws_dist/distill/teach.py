@@ -150,9 +150,12 @@ class _EpochWriter:
         """
         size, batch = self.folder.epoch_size, self.config.train.global_batch
         steps = range(epoch * size // batch, -(-(epoch + 1) * size // batch))
-        num_micros = batch // self.micro_batch
-        micros = range(num_micros)
-        return [sampler.micro_batch_positions(step, batch, micro, num_micros) for step in steps for micro in micros]
+        num_micros, num_crops = batch // self.micro_batch, self.config.augment.num_crops
+        return [
+            sampler.micro_batch_positions(step, batch, micro, num_micros, num_crops)
+            for step in steps
+            for micro in range(num_micros)
+        ]
 
     def _ask_teacher(self, epoch: int, batches: Iterable[Batch], bar: ProgressBar, num_ranks: int) -> Shard:
         """Return what the teacher says of the images of one epoch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -107,13 +108,19 @@ def count_teacher_flops(config: DistillConfig, image_size: int) -> int | None:
     """Count the operations of the teacher for one image: 0 without a teacher, None if torch cannot count them."""
     if config.teacher is None:
         return 0
-    info = read_model_info(config.teacher) if is_model_file(config.teacher) else None
-    name = info.name if info else config.teacher
-    sized = image_size_arguments(name, image_size)
     try:
-        return forward_flops(lambda: info.build(**sized) if info else create_model(name, **sized), image_size)
+        return forward_flops(partial(build_teacher, config, image_size), image_size)
     except Exception:  # some timm models do not run on the meta device; a figure of the report is not worth a run
         return None
+
+
+def build_teacher(config: DistillConfig, image_size: int) -> nn.Module:
+    """Build the configured teacher with random weights, for images of this size."""
+    assert config.teacher is not None
+    if is_model_file(config.teacher):
+        info = read_model_info(config.teacher)
+        return info.build(**image_size_arguments(info.name, image_size))
+    return create_model(config.teacher, **image_size_arguments(config.teacher, image_size))
 
 
 def weights_file(config: DistillConfig) -> Path:

@@ -32,7 +32,7 @@ def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: to
     Raises:
         ValueError: ``triton`` where the kernels cannot run, because of the device, the precision or the architecture.
     """
-    obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or _model_obstacle(model)
+    obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or model_obstacle(model)
     if kernels == "triton" and obstacle is not None:
         raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
     if kernels == "reference" or obstacle is not None:
@@ -89,7 +89,7 @@ def _device_obstacle(kernels: Kernels, device: torch.device, dtype: torch.dtype)
     return "TRITON_INTERPRET=1 takes no bf16" if dtype == torch.bfloat16 else None
 
 
-def _model_obstacle(model: Any) -> str | None:
+def model_obstacle(model: Any) -> str | None:
     """Return why the kernels cannot run ``model``, or None."""
     if not hasattr(model, "use_kernels"):
         return f"{type(model).__name__} is not one of our models (sws_...)"

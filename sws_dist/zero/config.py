@@ -112,6 +112,7 @@ def resolve_deepspeed_config(
         raise ConfigError(f"{path}: optim.name: cpu_adam under ZeRO-3 needs zero_optimization.offload_optimizer")
     _check_nonfinite(ds, path, config.train.skip_nonfinite)
     ds.update(_batch(ds, path, config.train.global_batch, world_size))
+    require_whole_images(ds["train_micro_batch_size_per_gpu"], config.augment.num_crops)
     ds.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default is 1.0
     ds["zero_allow_untested_optimizer"] = True
     ds["steps_per_print"] = 10**9  # the trainer prints
@@ -226,6 +227,15 @@ def _check_nonfinite(ds: dict[str, Any], path: str | Path, limit: int) -> None:
         raise ConfigError(
             f"train.skip_nonfinite {limit}: {path} turns off what finds such gradients "
             "(compute_grad_norm, check_grad_overflow)"
+        )
+
+
+def require_whole_images(micro_batch: int, num_crops: int) -> None:
+    """Raise ConfigError if a micro-batch does not hold all crops of each of its images."""
+    if micro_batch % num_crops:
+        raise ConfigError(
+            f"augment.num_crops {num_crops}: a micro-batch of {micro_batch} images (train.global_batch / (ranks x "
+            "accumulation)) is no multiple of it, and all crops of an image come in one micro-batch"
         )
 
 

@@ -163,8 +163,11 @@ def test_a_node_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
 
 
 def check_resumed(job: Job, lost: int) -> None:
-    """At most the steps since the last save were taken again."""
-    saved = int(re.findall(r"from step (\d+), ", printed(job))[-1])
+    """At most the steps since the last save were taken again.
+
+    On a busy machine SLURM may find a node too slow and take it for dead, so that there are more resumes than this one.
+    """
+    saved = int(re.findall(r"from step (\d+), ", printed(job))[0])
     assert 0 <= lost - saved < 15
     assert taken(job)[-1] == 160
     assert (job.output / "metrics.json").is_file()

@@ -20,12 +20,13 @@ from tests import ranks as pool
 from tests import runs
 from tests.launching import Job, losses
 
-# Epochs of 80 positions in steps of 32: both seams lie inside a step. All that depends on the micro-batch is on.
+# Epochs of 80 positions in steps of 32: both seams lie inside a step. All that depends on the micro-batch is on, and
+# each image is decoded once for two crops, so the three epochs are one and a half passes.
 RUN = """
 output: unused
 model: {name: sws_vit, schedule: [2, 1], drop_path: 0.1, kwargs: {patch_size: 8, embed_dim: 32, num_heads: 2}}
 data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
-augment: {hflip: 0.5, re_prob: 0.5, mixup: 0.8, cutmix: 1.0, smoothing: 0.1}
+augment: {hflip: 0.5, re_prob: 0.5, mixup: 0.8, cutmix: 1.0, smoothing: 0.1, num_crops: 2}
 distill: {teacher: TEACHER, tau: 2.0}
 optim: {lr: 3e-3, lr_batch: null}
 train: {epochs: 3, global_batch: 32, log_every: 1, eval_every: 3, seed: 3}
@@ -60,6 +61,7 @@ def logits(folder: Path) -> Path:
     """The logits of all classes, written by two ranks."""
     done = teach(folder, folder / "logits", ranks=2)
     assert done.returncode == 0, done.stdout
+    assert "the last pass over the images ends after 1 of its 2 epochs" in done.stdout
     assert "3 epochs of 80 images, 10 of 10 classes, 21 bytes an image, 5.04 kB in all" in done.stdout
     return folder / "logits"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tests.unit import bad_files
 
 CPU = torch.device("cpu")
 CONFIG = DataConfig(root="unused", image_size=32, num_threads=1)
-RECIPE = Recipe(AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", scale=(1.0, 1.0), re_prob=0.5), 32)
+RECIPE = Recipe(AugmentConfig(auto_augment="rand-m9-n1-mstd0.5-inc1", scale=(1.0, 1.0), re_prob=0.5), 32)
 
 
 @pytest.fixture
@@ -35,14 +37,18 @@ def spoil(listed: Manifest, count: int = 9) -> dict[str, str]:
     return bad_files.spoil([listed.file(i) for i in np.linspace(3, 77, count).astype(int)])
 
 
-def training(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None) -> Loader:
-    return train_loader(listed, sampler.TrainOrder(len(listed), 1), positions, RECIPE, 5, CONFIG, CPU, bad)
+def training(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None, num_crops: int = 1) -> Loader:
+    order = sampler.TrainOrder(len(listed), 1, num_crops=num_crops)
+    recipe = Recipe(replace(RECIPE.config, num_crops=num_crops), RECIPE.image_size)
+    return train_loader(listed, order, positions, recipe, 5, CONFIG, CPU, bad)
 
 
-def seen(listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None) -> dict[int, tuple[int, bytes]]:
+def seen(
+    listed: Manifest, positions: list[np.ndarray], bad: BadImages | None = None, num_crops: int = 1
+) -> dict[int, tuple[int, bytes]]:
     """Train on ``positions``. Returns position -> (image, its pixels)."""
     pairs: dict[int, tuple[int, bytes]] = {}
-    for places, batch in zip(positions, training(listed, positions, bad), strict=True):
+    for places, batch in zip(positions, training(listed, positions, bad, num_crops), strict=True):
         assert batch.position == places[0]
         assert batch.labels.tolist() == listed.labels[batch.indices].tolist()
         assert batch.erase is not None
@@ -78,6 +84,27 @@ def test_substitutes_are_functions_of_the_position(listed: Manifest) -> None:
     assert seen(listed, ranks) == whole
     assert seen(listed, [np.arange(17, 22), np.arange(22, 48)]) == {place: whole[place] for place in range(17, 48)}
     assert seen(listed, [np.array([place]) for place in (11, 30)]) == {place: whole[place] for place in (11, 30)}
+
+
+def test_one_substitute_takes_the_places_of_all_crops(listed: Manifest) -> None:
+    steps = [np.arange(start, start + 16) for start in range(0, 320, 16)]  # a pass: four epochs of 80
+    before = seen(listed, steps, num_crops=4)
+    names = {Path(listed.paths[i]).name: i for i in range(len(listed))}
+    lost = {names[name] for name in spoil(listed)}
+    bad = BadImages()
+    after = seen(listed, steps, bad, num_crops=4)
+    for first in range(0, 320, 4):
+        (image,) = {after[place][0] for place in range(first, first + 4)}
+        assert image not in lost
+        if before[first][0] not in lost:
+            assert all(after[place] == before[place] for place in range(first, first + 4))
+    alone = [np.arange(first, first + 4) for first in range(0, 320, 4) if before[first][0] in lost]
+    assert seen(listed, alone, num_crops=4) == {place: after[place] for places in alone for place in places.tolist()}
+    shown = Counter(place // 80 for place, (image, _) in before.items() if image in lost)
+    worst = max(shown.values())
+    assert sum(shown.values()) == 4 * len(lost)
+    with pytest.raises(ValueError, match=f"epoch 4: {worst} of 80 images are bad"):
+        bad.exchange(CPU, 3, 80, max_share=(worst - 1) / 80)
 
 
 def test_too_many_bad_images_stop_the_run(listed: Manifest) -> None:

@@ -70,7 +70,6 @@ def test_fewer_folders_than_labels_are_scored_with_a_class_map(
     data = grey_folders(tmp_path / "val", {"eel": 4, "ant": 0, "cow": 2})
     model = Brightness(6, ("ant", "bee", "cow", "dog", "eel", "fox"))
     assert ranks.run(_top1, [(model, {})], data) == [[1.0]] * 2
-    logging.getLogger("sws_dist").propagate = True
     caplog.set_level(logging.INFO, "sws_dist")
     assert names(model, data)[4] == "eel"
     assert "has 3 of the 6 classes that the model tells apart: ant, cow, eel" in caplog.text

@@ -336,4 +336,6 @@ def test_contradictions_name_the_source_of_the_key(file: Path) -> None:
     said = refused(file, "augment.scale=[0.5, 1.2]")
     expected = "augment.scale [0.5, 1.2]: expected [smallest, largest], both from 1e-06 to 1"
     assert said == f"--set augment.scale=[0.5, 1.2]: {expected}"
+    said = refused(file, "augment.num_repeats=3", "augment.num_crops=4")
+    assert said.startswith("--set augment.num_crops=4: augment.num_crops 4: augment.num_repeats 3 repeats each image")
     assert "augment.affine.scale [0.0, 1.0]: expected" in refused(file, "augment.affine.scale=[0.0, 1.0]")

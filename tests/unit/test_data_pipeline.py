@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -160,3 +162,30 @@ def test_full_recipe_depends_on_positions_alone(listed: Manifest) -> None:
     ranks = [sampler.micro_batch_positions(step, 12, rank, 3) for step in range(4) for rank in range(3)]
     assert run(ranks) == whole
     assert run([np.arange(17, 22), np.arange(22, 48)]) == {place: whole[place] for place in range(17, 48)}
+
+
+def test_several_crops_a_decode_are_those_of_as_many_decodes(listed: Manifest) -> None:
+    """Check that decoding an image once changes no pixel of its crops, on one rank and on two."""
+    full = AugmentConfig(auto_augment="rand-m9-n1-mstd0.5-inc1", re_prob=0.5, affine=AffineConfig(degrees=10))
+    data, order = config(listed, image_size=64), sampler.TrainOrder(len(listed), seed=1, num_crops=4)
+
+    def run(num_crops: int, num_micros: int) -> dict[int, tuple[int, int, bytes, bytes]]:
+        positions = [
+            sampler.micro_batch_positions(step, 24, micro, num_micros, num_crops)
+            for step in range(2)
+            for micro in range(num_micros)
+        ]
+        recipe, seen = Recipe(replace(full, num_crops=num_crops), 64), {}
+        for places, batch in zip(positions, train_loader(listed, order, positions, recipe, 5, data, CPU), strict=True):
+            assert batch.erase is not None
+            np.testing.assert_array_equal(batch.positions, places)
+            rows = zip(batch.indices, batch.labels, batch.images, batch.erase, strict=True)
+            for place, (index, label, image, box) in zip(places, rows, strict=True):
+                seen[int(place)] = int(index), int(label), image.numpy().tobytes(), box.tobytes()
+        return seen
+
+    expected = run(num_crops=1, num_micros=1)
+    assert len({image for _, _, image, _ in expected.values()}) == 48, "each crop has its own draws"
+    assert len({index for index, *_ in expected.values()}) == 12, "of one image four times"
+    assert run(num_crops=4, num_micros=1) == expected
+    assert run(num_crops=4, num_micros=2) == expected

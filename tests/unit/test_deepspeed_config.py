@@ -147,6 +147,13 @@ def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, run: RunConfig) -> 
         resolve(tmp_path, run, {}, world_size=5)
 
 
+def test_a_micro_batch_that_would_part_the_crops_of_an_image(tmp_path: Path, run: RunConfig) -> None:
+    run = dataclasses.replace(run, augment=dataclasses.replace(run.augment, num_crops=4))
+    assert resolve(tmp_path, run, {})["train_micro_batch_size_per_gpu"] == 24
+    with pytest.raises(ConfigError, match=r"augment.num_crops 4: a micro-batch of 6 images .* is no multiple of it"):
+        resolve(tmp_path, run, {"gradient_accumulation_steps": 4})
+
+
 def test_a_micro_batch_above_the_decoders_limit(tmp_path: Path, run: RunConfig) -> None:
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, global_batch=8192))
     with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu 8192 is more than the 4096 images"):

@@ -48,6 +48,19 @@ def test_crops_are_timms(height: int, width: int, scale: tuple[float, float]) ->
     same_distribution(ours[3] / ours[2], theirs[3] / theirs[2])
 
 
+def test_crops_of_one_image_are_drawn_like_those_of_many() -> None:
+    """Compare each of four crops a decode with single crops, and with its neighbour, which it must not resemble."""
+    sizes = np.tile([375, 500], (COUNT, 1))
+    single = Recipe(AugmentConfig(), 224).draw(11, np.arange(COUNT), sizes)
+    several = Recipe(AugmentConfig(num_crops=4), 224).draw(12, np.arange(COUNT), sizes)
+    for theirs, ours in ((single.crop_start, several.crop_start), (single.crop_shape, several.crop_shape)):
+        for column in range(2):
+            crops = ours[:, column].reshape(-1, 4)
+            for crop in crops.T:
+                same_distribution(crop, theirs[:, column])
+            assert np.abs(np.corrcoef(crops.T) - np.eye(4)).max() < 4 / np.sqrt(len(crops))
+
+
 def test_fallback_is_timms_window() -> None:
     """Check ratios that no window has: the largest central window of the nearest ratio is taken every time."""
     for height, width in [(100, 640), (640, 100), (101, 997), (33, 35)]:

@@ -29,9 +29,8 @@ Weights = dict[str, Tensor]
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """Return what was logged since the last call."""
-    monkeypatch.setattr(logging.getLogger("sws_dist"), "propagate", True)
     caplog.set_level(logging.INFO, "sws_dist")
 
     def text() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -400,13 +399,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sws_dist.cli.train.install_handlers", lambda: None)
     monkeypatch.setattr("sws_dist.cli.finetune.install_handlers", lambda: None)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    logger, environment = logging.getLogger("sws_dist"), dict(os.environ)
-    before = list(logger.handlers), logger.level, logger.propagate
+    environment = dict(os.environ)
     yield
     close_distributed()
     os.environ.clear()
     os.environ.update(environment)
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 SHORT_WORDS = ["even", "3,3", "1,1", "0,1,1", "output=x", "train.seed=-1", "train.global_batch=3", "data.root=one"]
@@ -421,6 +418,7 @@ COMPLETE = {
     "convert": "--out out.safetensors",
     "scan": "--data one",
     "show-batch": "--config quickstart/auxiliary --set data.root=digits --set train.global_batch=8 --out out.png",
+    "plan": "--config quickstart/auxiliary --deepspeed_config zero2 --images 1000 --classes 10",
     "submit": "auxiliary --time 9 --dry-run --config quickstart/auxiliary --deepspeed_config zero2",
     "report": "--runs runs",
     "teach": "--config quickstart/auxiliary --set data.root=digits --out logits",

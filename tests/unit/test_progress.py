@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,14 +18,9 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def shown_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PATIENCE_S", 1e-9)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    logger = logging.getLogger("sws_dist")
-    before = logger.level, logger.propagate
-    yield
-    logger.setLevel(before[0])
-    logger.propagate = before[1]
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from sws_dist.data.sampler import TrainOrder, eval_batches, micro_batch_position
 def test_repeated_augmentation_is_timms_index_for_index(num_images: int, num_repeats: int, world_size: int) -> None:
     order = TrainOrder(num_images, seed=0, num_repeats=num_repeats)
     for epoch in (0, 1, 7):
-        ours = order.epoch_images(epoch)
+        ours = order.pass_images(epoch)
         for rank in range(world_size):
             theirs = RepeatAugSampler(range(num_images), world_size, rank, num_repeats=num_repeats)
             theirs.set_epoch(epoch)
@@ -73,10 +73,29 @@ def test_goes_on_at_another_world_size() -> None:
     np.testing.assert_array_equal(np.concatenate(stream), whole.images(np.arange(240)))
 
 
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("num_images", [5, 257])
+def test_one_pass_shows_all_crops_of_every_image(num_images: int, world_size: int, accumulation: int) -> None:
+    """Count over passes of four epochs, whose batches reach across the ends of epochs and of passes."""
+    num_micros, pass_size = world_size * accumulation, 4 * num_images
+    orders = [TrainOrder(num_images, seed=3, num_crops=4, share=(rank, world_size)) for rank in range(world_size)]
+    assert orders[0].epoch_size == num_images
+    stream = np.full(-(-2 * pass_size // 24) * 24, -1)
+    for step in range(len(stream) // 24):
+        for micro in range(num_micros):
+            positions = micro_batch_positions(step, 24, micro, num_micros, num_crops=4)
+            assert (np.diff(positions.reshape(-1, 4)) == 1).all(), "the crops of an image are side by side"
+            stream[positions] = orders[micro % world_size].images(positions)
+    for number in range(2):
+        images = stream[number * pass_size : (number + 1) * pass_size]
+        assert images.tolist() == np.repeat(orders[0].pass_images(number), 4).tolist()
+        assert np.bincount(images).tolist() == [4] * num_images
+
+
 def test_the_shuffle_is_torchs() -> None:
     generator = torch.Generator().manual_seed(42 + 5)
     expected = torch.randperm(300, generator=generator).tolist()
-    assert TrainOrder(300, seed=42).epoch_images(5).tolist() == expected
+    assert TrainOrder(300, seed=42).pass_images(5).tolist() == expected
 
 
 @pytest.mark.parametrize("num_repeats", [1, 3])
@@ -85,7 +104,7 @@ def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
     order = TrainOrder(300, seed=4, num_repeats=num_repeats, shards=shards, window=3)
     epochs = []
     for epoch in range(3):
-        images = order.epoch_images(epoch)
+        images = order.pass_images(epoch)
         windows = [set(shards[images[start : start + 90 * num_repeats]]) for start in range(0, 300, 90 * num_repeats)]
         assert all(len(window) <= 3 for window in windows)
         assert not set.intersection(*windows) or len(windows) == 1
@@ -93,8 +112,8 @@ def test_shards_are_read_a_few_at_a_time(num_repeats: int) -> None:
         assert max(np.diff(images)) > 30, "shuffled inside a window"
         epochs.append(tuple(images))
     assert len(set(epochs)) == 3
-    everything = TrainOrder(300, seed=4, shards=shards, window=10).epoch_images(0)
-    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).epoch_images(0))
+    everything = TrainOrder(300, seed=4, shards=shards, window=10).pass_images(0)
+    np.testing.assert_array_equal(everything, TrainOrder(300, seed=4).pass_images(0))
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 7, 100])
@@ -120,10 +139,10 @@ def test_a_rank_keeps_its_own_part_of_an_epoch(world: int, num_repeats: int) -> 
         for step in range(40):  # over several epochs, whose lengths no world size divides
             mine = micro_batch_positions(step, 24, rank, world)
             np.testing.assert_array_equal(own.images(mine), expected[mine])
-        assert max(len(part.result()) for part in own._epochs.values()) <= -(-whole.epoch_size // world)
+        assert max(len(part.result()) for part in own._passes.values()) <= -(-whole.epoch_size // world)
 
 
 @pytest.mark.parametrize("num_images", [1, 80, 100_003])
 def test_the_order_is_that_of_64_bit_numbers(num_images: int) -> None:
     expected = torch.randperm(num_images, generator=torch.Generator().manual_seed(9))
-    assert TrainOrder(num_images, seed=9).epoch_images(0).tolist() == expected.tolist()
+    assert TrainOrder(num_images, seed=9).pass_images(0).tolist() == expected.tolist()

@@ -194,6 +194,7 @@ def with_keys(config: RunConfig, group: str, **keys: object) -> RunConfig:
         ("augment", "scale", (0.5, 1.0)),
         ("augment", "auto_augment", "rand-m9-mstd0.5-inc1"),
         ("augment", "num_repeats", 3),
+        ("augment", "num_crops", 4),
         ("augment", "mixup", 0.8),
         ("augment", "re_prob", 0.25),
     ],
