@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 DALI ?= dali
 
 .DEFAULT_GOAL := help
-.PHONY: quickstart study test test-fast test-gpu lint gpu-day bench docs clean help
+.PHONY: quickstart study test test-fast test-gpu test-kernels-ir lint gpu-day bench docs clean help
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test-fast: $(VENV)/ready  ## The tests that start no training: before each push
 
 test-gpu: $(VENV)/ready  ## The tests that need a GPU
 	$(BIN)/python -m pytest tests/gpu tests/kernels
+
+test-kernels-ir: $(VENV)/ready  ## The kernels' compiler IR, run on the CPU: real bf16, races, bounds (3 minutes)
+	tests/kernels_ir/run.sh
 
 lint: $(VENV)/ready  ## ruff (style, imports, format) and mypy (types)
 	$(BIN)/ruff check .
@@ -63,4 +66,4 @@ clean:  ## Remove caches; runs/, data/ and the virtual environment stay
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'

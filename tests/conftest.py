@@ -20,7 +20,7 @@ from sws_dist.data import digits
 from sws_dist.distributed.init import close_distributed
 
 # The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
-ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "unit")
+ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "kernels_ir", "unit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,13 @@ def eager(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tup
     return new_residual, F.layer_norm(new_residual, weight.shape, weight, bias, 1e-6)
 
 
+def liger(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # optional: without it the row says so
+
+    new_residual = residual + branch
+    return new_residual, LigerLayerNormFunction.apply(new_residual, weight, bias, 1e-6)
+
+
 def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
     def inputs() -> tuple[list[Tensor], list[Tensor]]:
         streams = [machine.normal(*size.stream) for _ in range(4)]
@@ -29,6 +36,7 @@ def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
         providers={
             "triton": Provider(partial(add_layer_norm, backend="triton")),
             "eager": Provider(eager),
+            "eager add, Liger's LayerNorm": Provider(liger),
             "compile": Provider(machine.compile(eager)),
         },
         reference=add_layer_norm_reference,

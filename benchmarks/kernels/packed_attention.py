@@ -1,11 +1,17 @@
 """Define the cases of packed_attention, counted as limited by memory."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from benchmarks.kernels.measure import Machine, Size
 from benchmarks.kernels.operator_case import OperatorCase, Provider, label, tupled, work
@@ -15,6 +21,17 @@ from sws_kernels import packed_attention, packed_attention_reference
 def sdpa(qkv: Tensor) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, D] each
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def flash_attention(version: str) -> Iterator[None]:
+    """Let SDPA's flash backend run another FlashAttention, "FA3" or "FA4", from a package of its own."""
+    activate_flash_attention_impl(version)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            yield
+    finally:
+        restore_flash_attention_impl()
 
 
 def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
@@ -32,6 +49,8 @@ def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
         providers={
             "triton": Provider(tupled(partial(packed_attention, backend="triton"))),
             "SDPA flash": Provider(tupled(sdpa), partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
+            "SDPA FlashAttention 3": Provider(tupled(sdpa), partial(flash_attention, "FA3")),
+            "SDPA FlashAttention 4": Provider(tupled(sdpa), partial(flash_attention, "FA4")),
             "SDPA cuDNN": Provider(tupled(sdpa), partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
             "SDPA math": Provider(tupled(sdpa), partial(sdpa_kernel, SDPBackend.MATH)),
             "compile": Provider(tupled(machine.compile(sdpa))),
