@@ -79,7 +79,13 @@ def plain(folder: Path) -> dict[str, Any]:
     classes, seed, batch = train_set.classes, run.train.seed, run.train.global_batch
     seed_everything(seed)
     model = create_model(
-        "sws_vit", schedule=[2, 1, 2], drop_path_rate=0.1, img_size=32, num_classes=10, **run.model.kwargs
+        "sws_vit",
+        schedule=[2, 1, 2],
+        drop_path_rate=0.1,
+        branch_scaling=1.0,
+        img_size=32,
+        num_classes=10,
+        **run.model.kwargs,
     )
     teacher = load_teacher(run.distill, classes, run.data)
     assert teacher is not None
