@@ -25,9 +25,13 @@ OWN_DEPTH = 10
 DEPTHS = range(5, 17)
 RULES = {  # name of a run's folder -> label, model.elastic
     "fixed": ("one depth, 10", None),
-    "uniform": ("5 to 12 layers", {"min_depth": 5, "max_depth": 12}),
-    "sandwich": ("5 to 12 layers, sandwich", {"min_depth": 5, "max_depth": 12, "rule": "sandwich"}),
-    "wide": ("5 to 15 layers", {"min_depth": 5, "max_depth": 15}),
+    "uniform": ("5 to 12 layers", {"min_depth": 5, "max_depth": 12, "branch_scaling": 0}),
+    "sandwich": (
+        "5 to 12 layers, sandwich",
+        {"min_depth": 5, "max_depth": 12, "rule": "sandwich", "branch_scaling": 0},
+    ),
+    "wide": ("5 to 15 layers", {"min_depth": 5, "max_depth": 15, "branch_scaling": 0}),
+    "scaled": ("5 to 15 layers, branches scaled", {"min_depth": 5, "max_depth": 15}),
 }
 
 
@@ -90,7 +94,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8))
-    colours = {"fixed": "#888888", "uniform": "#1f77b4", "wide": "#2ca02c"}
+    colours = {"fixed": "#888888", "wide": "#1f77b4", "scaled": "#2ca02c"}
     for rule, colour in colours.items():
         seeds = results[rule]["top1"]
         axes.plot(DEPTHS, [sum(column) / len(column) for column in zip(*seeds, strict=True)], color=colour)

@@ -9,8 +9,8 @@ is a stage with one repeat.
 Shapes: B samples, T tokens, D width, H heads, F hidden width, N = B * T rows.
 
     x, y                      [B, T, D]   fp32, fp16 or bf16; the weights have the same dtype
-    scales                    [repeats, 2, B]  any of these dtypes, or None: drop-path's 0 or 1/keep of each position,
-                                          separate for the attention's and the MLP's branch, as timm draws them
+    scales                    [repeats, 2, B]  any of these dtypes, or None: factors of the attention's and the MLP's
+                                          branch at each position, such as drop-path's 0 or 1/keep
     qkv                       [B, T, 3, H, D / H]
     z                         [N, F]      the argument of GELU
 
@@ -298,8 +298,8 @@ def stage(
         repeats: the number of passes, 1 or more.
         num_heads: must divide D.
         eps: of both norms.
-        scales: [repeats, 2, B] or None, drop-path's 0 or 1/keep of each sample at each position, for the attention's
-            branch and for the MLP's. They are not differentiated.
+        scales: [repeats, 2, B] or None, the factors of each sample at each position, for the attention's branch and
+            for the MLP's, such as drop-path's 0 or 1/keep. They are not differentiated.
         recompute: save one tensor a repeat for the backward and run the rest again. The gradients are the same up to
             rounding.
         backend: "reference" is plain PyTorch on any device. "triton" needs CUDA tensors (or, for tests,

@@ -169,6 +169,8 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
             kwargs[key] = value
     if config.model.drop_path:
         kwargs["drop_path_rate"] = config.model.drop_path
+    if config.model.elastic is not None and config.model.elastic.branch_scaling:
+        kwargs["branch_scaling"] = config.model.elastic.branch_scaling
     return create_model(config.model.name, **kwargs)
 
 

@@ -5,6 +5,7 @@ The keys that may change, since they do not decide what is learned, are marked `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -56,6 +57,9 @@ def compare_with_own_config(
         log.warning("%s is not there: nothing says whether this config is the run's own", file)
         return None
     own = load_config(file)
+    if own.model.elastic is not None and "branch_scaling" not in read_text(file):  # written before there was one
+        unscaled = dataclasses.replace(own.model.elastic, branch_scaling=0.0)
+        own = dataclasses.replace(own, model=dataclasses.replace(own.model, elastic=unscaled))
     harmless: list[str] = []
     refused: list[str] = []
     may_change = set(marked_keys(MAY_CHANGE))

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from sws_dist.checkpoint.model_file import ModelInfo
 from sws_dist.learngene.file import BLOCK, describe_model, is_linear
 from sws_dist.learngene.plan import expansion_plan
-from sws_dist.models import SWSVisionTransformer, geometry
+from sws_dist.models import SWSVisionTransformer, branch_scale, geometry
 from sws_dist.models.tleg import linear_expansion
 
 HEAD = ("head.weight", "head.bias")
+BRANCH_OUTPUTS = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+"""The tensors of a layer that a factor of its branches can be multiplied into."""
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class WeightMapping:
     copies: dict[str, tuple[str, ...]]
     """For each tensor of the learngene, in its order: the descendant's tensors that are copies of it; none where its
     stage is dropped. With TLEG each is the sum of it and of its layer's share of the tensor in ``slopes``."""
+    scales: tuple[float, ...]
+    """For each layer, what the outputs of its branches are multiplied by (``branch_scale``)."""
     slopes: dict[str, str]
     """For each tensor of TLEG's theta_A, the one of theta_B; empty where layers are copies."""
     fresh: tuple[str, ...]
@@ -61,9 +65,12 @@ class WeightMapping:
     def compute(self, target: str, base: Tensor, slope: Tensor | None = None) -> Tensor:
         """Return the descendant's tensor ``target``, or a slice of it, from the same of its ``sources``."""
         match = BLOCK.match(target)
-        if match is None or slope is None:
+        if match is None:
             return base
-        return linear_expansion(base, slope, int(match[1]), len(self.layers))
+        layer = int(match[1])
+        if slope is not None:
+            return linear_expansion(base, slope, layer, len(self.layers))
+        return base * self.scales[layer] if match[2] in BRANCH_OUTPUTS and self.scales[layer] != 1 else base
 
     @property
     def dropped(self) -> list[int]:
@@ -157,6 +164,7 @@ def map_weights(
     return WeightMapping(
         layers=tuple(layers),
         copies={name: tuple(copies) for name, copies in targets.items()},
+        scales=_branch_scales(theirs, layers),
         slopes=slopes,
         fresh=fresh,
         grid=tuple(model.patch_embed.grid_size) if resampled else None,
@@ -172,6 +180,14 @@ def _sources(name: str, layers: Sequence[int], linear: bool) -> list[str]:
     if linear:
         return [f"blocks.0.{part}.{match[2]}" for part in ("base", "slope")]
     return [f"blocks.{layers[int(match[1])]}.{match[2]}"]
+
+
+def _branch_scales(geometry: Mapping[str, Any], layers: Sequence[int]) -> tuple[float, ...]:
+    """Return the factor of each layer's branches: that of its stage, which runs as often as the plan has it."""
+    exponent, schedule = geometry.get("branch_scaling", 0.0), geometry["schedule"]
+    if not exponent:
+        return (1.0,) * len(layers)
+    return tuple(branch_scale(exponent, schedule[stage], layers.count(stage)) for stage in layers)
 
 
 def untrained_depth(info: ModelInfo, depth: int) -> str | None:
@@ -224,7 +240,7 @@ def expand_learngene(
     if (note := untrained_depth(info, len(layers))) is not None:
         log.info(note)
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
-    changed: dict[str, Any] = {"schedule": [1] * len(layers), "img_size": size}
+    changed: dict[str, Any] = {"schedule": [1] * len(layers), "branch_scaling": 0.0, "img_size": size}
     with torch.device("meta"):
         model = SWSVisionTransformer(
             **(info.kwargs | changed), num_classes=info.num_classes if num_classes is None else num_classes

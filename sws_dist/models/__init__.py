@@ -1,6 +1,14 @@
 """Models: importing this package registers ours with timm's ``create_model``."""
 
 from sws_dist.models.tleg import LinearStage, TLEGVisionTransformer
-from sws_dist.models.vit import Stage, SWSVisionTransformer, create_model, geometry
+from sws_dist.models.vit import Stage, SWSVisionTransformer, branch_scale, create_model, geometry
 
-__all__ = ["LinearStage", "SWSVisionTransformer", "Stage", "TLEGVisionTransformer", "create_model", "geometry"]
+__all__ = [
+    "LinearStage",
+    "SWSVisionTransformer",
+    "Stage",
+    "TLEGVisionTransformer",
+    "branch_scale",
+    "create_model",
+    "geometry",
+]

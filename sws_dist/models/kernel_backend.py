@@ -132,7 +132,9 @@ def fused_stage_forward(stage: Any, x: Tensor, drop_rates: tuple[float, ...]) ->
         *(stage.norm1.weight, stage.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias),
         *(stage.norm2.weight, stage.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias),
     )
-    scales = drop_path_scales(x, drop_rates) if stage.training and stage.drops_path else None
+    scales = None
+    if stage.scales_branches and (stage.training or stage.branch_scale != 1):
+        scales = drop_path_scales(x, drop_rates if stage.training else (0.0,) * len(drop_rates)) * stage.branch_scale
     arguments = x, weights, len(drop_rates), attn.num_heads, stage.norm1.eps, scales
     if stage.training and stage.graphed is not None:
         return stage.graphed(*arguments, recompute=stage.recompute)

@@ -86,7 +86,7 @@ class TLEGVisionTransformer(SWSVisionTransformer):
         kwargs: other arguments of ``SWSVisionTransformer``.
 
     Raises:
-        ValueError: a schedule of several stages, or one that contradicts ``depth``.
+        ValueError: a schedule of several stages, or one that contradicts ``depth``; ``branch_scaling``.
     """
 
     stage_class: ClassVar[type[nn.Module]] = LinearStage
@@ -99,6 +99,8 @@ class TLEGVisionTransformer(SWSVisionTransformer):
             raise ValueError(
                 f"schedule {list(layers)}: a TLEG model has no stages; give depth alone, its number of layers"
             )
+        if kwargs.get("branch_scaling"):
+            raise ValueError("branch_scaling: a TLEG model's layers are no repeats of a stage; leave it out")
         super().__init__(schedule=layers, **kwargs)
 
     @property

@@ -46,13 +46,22 @@ class Layer(Block):
         super().__init__(*args, drop_path=0.0, **kwargs)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, drop_rate: float = 0.0
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        drop_rate: float = 0.0,
+        branch_scale: float = 1.0,
     ) -> Tensor:
-        """Run the layer: x [batch, tokens, width] -> the same shape."""
+        """Run the layer, with both branches multiplied by ``branch_scale``: x [batch, tokens, width] -> the same."""
         branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
-        x = x + drop_path(branch, drop_rate, self.training)
+        x = x + drop_path(_scaled(branch, branch_scale), drop_rate, self.training)
         branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + drop_path(branch, drop_rate, self.training)
+        return x + drop_path(_scaled(branch, branch_scale), drop_rate, self.training)
+
+
+def _scaled(branch: Tensor, scale: float) -> Tensor:
+    return branch if scale == 1 else branch * scale
 
 
 class Stage(Layer):
@@ -66,8 +75,11 @@ class Stage(Layer):
     def __init__(self, *args: Any, drop_path: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.drop_rates: tuple[float, ...] = (drop_path,)
-        self.drops_path = drop_path > 0
-        """True if the rates are above 0 at some position of the model, so that a CUDA graph always has them."""
+        self.branch_scale = 1.0
+        """What every branch is multiplied by at the present number of repeats."""
+        self.scales_branches = drop_path > 0
+        """True if branches are scaled at some depth, or dropped at some position, of the model: a CUDA graph then
+        always has factors."""
         self.kernels: Literal["reference", "triton"] = "reference"
         self.recompute = False
         """True if the kernels recompute activations in backward (their own activation checkpointing)."""
@@ -99,7 +111,7 @@ class Stage(Layer):
                 )
             return fused_stage_forward(self, x, drop_rates)
         for rate in drop_rates:
-            x = super().forward(x, attn_mask, is_causal, rate)
+            x = super().forward(x, attn_mask, is_causal, rate, self.branch_scale)
         return x
 
 
@@ -126,6 +138,8 @@ class SWSVisionTransformer(UnrolledFeatures):
         depth: number of distinct blocks. Default: the length of ``schedule``, or 12.
         drop_path_rate: stochastic depth at the last of the ``sum(schedule)`` positions, growing linearly from 0 at the
             first.
+        branch_scaling: exponent p. A stage that runs k times instead of the schedule's r multiplies its branches by
+            (r / k)**p. With 1 its layers together change the tokens about as much at every depth; 0 scales nothing.
         norm_eps: epsilon of every LayerNorm.
         class_token: True for ViT's own class token and token pooling. Otherwise the tokens are normed, then averaged.
         kwargs: ``GEOMETRY_ARGUMENTS`` and ``TRAINING_ARGUMENTS`` of timm's VisionTransformer. Any other argument would
@@ -147,6 +161,7 @@ class SWSVisionTransformer(UnrolledFeatures):
         schedule: Sequence[int] | None = None,
         depth: int | None = None,
         drop_path_rate: float = 0.0,
+        branch_scaling: float = 0.0,
         norm_eps: float = 1e-6,
         class_token: bool = False,
         **kwargs: Any,
@@ -164,8 +179,8 @@ class SWSVisionTransformer(UnrolledFeatures):
         unknown = sorted(set(kwargs) - GEOMETRY_ARGUMENTS - TRAINING_ARGUMENTS)
         if unknown:
             raise ValueError(
-                f"argument(s) {', '.join(unknown)} are not for our models; known: "
-                f"schedule, depth, class_token, norm_eps, {', '.join(sorted(GEOMETRY_ARGUMENTS | TRAINING_ARGUMENTS))}"
+                f"argument(s) {', '.join(unknown)} are not for our models; known: schedule, depth, branch_scaling, "
+                f"class_token, norm_eps, {', '.join(sorted(GEOMETRY_ARGUMENTS | TRAINING_ARGUMENTS))}"
             )
         kwargs = {"global_pool": "token" if class_token else "avg", "fc_norm": False} | kwargs
         norm_layer = partial(LayerNorm, eps=norm_eps)
@@ -173,6 +188,7 @@ class SWSVisionTransformer(UnrolledFeatures):
         super().__init__(class_token=class_token, norm_layer=norm_layer, **blocks, **kwargs)
         self.schedule = schedule
         self.norm_eps = norm_eps
+        self.branch_scaling = branch_scaling
         self.drop_path_rate = drop_path_rate
         self.set_repeats(schedule)
 
@@ -190,9 +206,10 @@ class SWSVisionTransformer(UnrolledFeatures):
                 "one has to run"
             )
         rates = iter(calculate_drop_path_rates(self.drop_path_rate, sum(repeats)))
-        for stage, count in zip(self.blocks, repeats, strict=True):
+        for stage, own, count in zip(self.blocks, self.schedule, repeats, strict=True):
             stage.drop_rates = tuple(next(rates) for _ in range(count))
-            stage.drops_path = self.drop_path_rate > 0
+            stage.branch_scale = branch_scale(self.branch_scaling, own, count)
+            stage.scales_branches = self.drop_path_rate > 0 or self.branch_scaling != 0
         self.describe_features()
 
     @property
@@ -218,6 +235,15 @@ class SWSVisionTransformer(UnrolledFeatures):
         super().set_grad_checkpointing(enable and not own)
 
 
+def branch_scale(exponent: float, own: int, repeats: int) -> float:
+    """Return what the branches of a stage are multiplied by that runs ``repeats`` times, 0 or more, instead of ``own``.
+
+    With an exponent of 1 the repeats are steps of Euler's method, which become shorter where they become more: Chen et
+    al. 2018, "Neural Ordinary Differential Equations", arXiv 1806.07366.
+    """
+    return (own / repeats) ** exponent if repeats else 1.0
+
+
 def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
     """Return the constructor arguments that reproduce what the model computes, JSON-ready.
 
@@ -237,6 +263,7 @@ def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
         "class_token": model.has_class_token,
         "global_pool": model.global_pool,
         "norm_eps": model.norm_eps,
+        "branch_scaling": model.branch_scaling,
         "num_classes": model.num_classes,
     }
 
@@ -250,6 +277,7 @@ def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = dict(geometry)
     schedule = arguments.pop("schedule")
     eps = arguments.pop("norm_eps")
+    arguments.pop("branch_scaling", None)  # of no effect where layers do not repeat
     if max(schedule) > 1:
         raise ValueError(f"schedule {schedule}: layers share weights; expand the learngene first")
     if eps != 1e-6:  # timm's default

@@ -60,9 +60,10 @@ everywhere = pytest.mark.parametrize("found", CASES, indirect=True)
 
 
 def save_learngene(path: Path, seed: int = 0, classes: int = 7, size: int = 32) -> Path:
-    """Every tensor random, biases and norms too."""
+    """Every tensor random, biases and norms too; of 12 layers some are scaled."""
     torch.manual_seed(seed)
-    model = create_model("sws_vit", schedule=SCHEDULE, img_size=size, num_classes=classes, **GEOMETRY)
+    geometry = GEOMETRY | {"img_size": size, "num_classes": classes, "branch_scaling": 1.0}
+    model = create_model("sws_vit", schedule=SCHEDULE, **geometry)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     info = describe_model(model, "learngene", preprocessing={"image_size": size})

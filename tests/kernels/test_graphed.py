@@ -168,7 +168,7 @@ def test_a_model_trains_the_same(depths: list[tuple[int, ...]]) -> None:
         torch.manual_seed(0)
         model = create_model(
             "sws_vit", schedule=[1, 1, 1], img_size=16, patch_size=8, embed_dim=32, num_heads=1, mlp_ratio=1.0,
-            num_classes=4, drop_path_rate=0.5,
+            num_classes=4, drop_path_rate=0.5, branch_scaling=1.0,
         ).to(DEVICE)  # fmt: skip
         model.use_kernels("triton")
         if graphs:

@@ -47,12 +47,22 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"drop_path_rate": 0.5}, {"class_token": True, "qkv_bias": False, "norm_eps": 1e-3}, {"schedule": [1, 1]}],
-    ids=["plain", "drop_path", "class_token", "descendant"],
+    [
+        {},
+        {"drop_path_rate": 0.5},
+        {"class_token": True, "qkv_bias": False, "norm_eps": 1e-3},
+        {"schedule": [1, 1]},
+        {"branch_scaling": 1.0, "drop_path_rate": 0.5},
+    ],
+    ids=["plain", "drop_path", "class_token", "descendant", "branch_scaling"],
 )
 def test_the_model_is_the_same(changes: dict[str, Any]) -> None:
     """This includes drop-path: the kernels' scales are the numbers that timm draws."""
     found, expected = model_with("triton", **changes), model_with("reference", **changes)
+    if "branch_scaling" in changes:
+        for model in (found, expected):
+            model.set_repeats([1, 2])
+            assert model.blocks[0].branch_scale != 1
     assert_close(results(found), results(expected))
     found.eval()
     expected.eval()

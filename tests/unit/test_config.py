@@ -13,6 +13,7 @@ import yaml
 
 from sws_dist.config.loader import config_to_yaml, load_config, valid_keys
 from sws_dist.config.paths import escape_path
+from sws_dist.config.resume import compare_with_own_config
 from sws_dist.errors import ConfigError
 from sws_dist.zero.config import resolve_deepspeed_config
 
@@ -339,3 +340,13 @@ def test_contradictions_name_the_source_of_the_key(file: Path) -> None:
     said = refused(file, "augment.num_repeats=3", "augment.num_crops=4")
     assert said.startswith("--set augment.num_crops=4: augment.num_crops 4: augment.num_repeats 3 repeats each image")
     assert "augment.affine.scale [0.0, 1.0]: expected" in refused(file, "augment.affine.scale=[0.0, 1.0]")
+
+
+def test_an_elastic_run_from_before_branches_were_scaled_goes_on_without(tmp_path: Path) -> None:
+    """Its config does not have the key, whose default scales them."""
+    unscaled = load_config("quickstart/auxiliary", ["model.elastic.branch_scaling=0"])
+    lines = [line for line in config_to_yaml(unscaled).splitlines() if "branch_scaling" not in line]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    assert compare_with_own_config(tmp_path, unscaled) == unscaled
+    with pytest.raises(ConfigError, match=r"model\.elastic\.branch_scaling 1\.0 \(it was 0\.0\)"):
+        compare_with_own_config(tmp_path, load_config("quickstart/auxiliary"))

@@ -56,11 +56,11 @@ def test_a_stage_without_a_layer_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["even", "proportional"])
 @pytest.mark.parametrize("depth", [4, 6, 9])
-def test_at_any_depth_the_auxiliary_model_is_the_descendant(kind: str, depth: int) -> None:
+@pytest.mark.parametrize("branch_scaling", [0.0, 1.0])
+def test_at_any_depth_the_auxiliary_model_is_the_descendant(kind: str, depth: int, branch_scaling: float) -> None:
     torch.manual_seed(0)
-    auxiliary = SWSVisionTransformer(
-        schedule=SCHEDULE, img_size=32, patch_size=8, embed_dim=32, num_heads=2, num_classes=10
-    ).eval()
+    geometry = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
+    auxiliary = SWSVisionTransformer(schedule=SCHEDULE, branch_scaling=branch_scaling, **geometry).eval()
     info = describe_model(auxiliary, "learngene")
     plan = expansion_plan(SCHEDULE, depth, kind)
     described, weights = expand_learngene(info, auxiliary.state_dict(), plan)
@@ -68,9 +68,31 @@ def test_at_any_depth_the_auxiliary_model_is_the_descendant(kind: str, depth: in
     descendant.load_state_dict(weights)
     images = torch.randn(2, 3, 32, 32)
     auxiliary.set_repeats(stage_repeats(SCHEDULE, depth, kind))
-    assert torch.equal(auxiliary(images), descendant(images))
+    if branch_scaling:  # multiplied into the weights, not with what they give
+        torch.testing.assert_close(auxiliary(images), descendant(images))
+    else:
+        assert torch.equal(auxiliary(images), descendant(images))
     auxiliary.set_repeats(SCHEDULE)
     assert sum(len(stage.drop_rates) for stage in auxiliary.blocks) == 6
+
+
+def test_branches_are_scaled_by_the_number_of_repeats() -> None:
+    """A stage of 1 layer that runs twice, one of 3 that runs 3 times, one of 2 that runs once."""
+    geometry = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
+    model = SWSVisionTransformer(schedule=SCHEDULE, branch_scaling=1.0, **geometry)
+    model.set_repeats((2, 3, 1))
+    assert [stage.branch_scale for stage in model.blocks] == [0.5, 1.0, 2.0]
+    described, weights = expand_learngene(describe_model(model, "learngene"), model.state_dict(), (0, 0, 1, 1, 1, 2))
+    assert described.kwargs["branch_scaling"] == 0
+    for layer, (stage, scale) in enumerate([(0, 0.5), (0, 0.5), (1, 1.0), (1, 1.0), (1, 1.0), (2, 2.0)]):
+        for name, tensor in model.blocks[stage].state_dict().items():
+            is_output = name.startswith(("attn.proj", "mlp.fc2"))
+            assert torch.equal(weights[f"blocks.{layer}.{name}"], tensor * (scale if is_output else 1))
+    images = torch.randn(2, 3, 32, 32)
+    scaled = model.eval()(images)
+    for block in model.blocks:
+        block.branch_scale = 1.0
+    assert not torch.allclose(model(images), scaled, rtol=1e-2), "the scales are of no effect here"
 
 
 def test_drop_path_grows_along_the_drawn_depth() -> None:
