@@ -64,7 +64,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 @cache
 def options(script: str) -> set[str]:
     """Return the options that a script's help lists."""
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     usage = done.stdout.split("\n\n")[0]
     return set(re.findall(r"--[\w-]+", usage))
