@@ -149,7 +149,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     else:
         if args.model not in (None, info.name):
             raise ValueError(f"--model {args.model}: {path} says that it is of {info.name}")
-        kwargs = {key: value for key, value in info.kwargs.items() if key not in ("schedule", "img_size")}
+        others = ("schedule", "branch_scaling", "img_size")  # a descendant's own: its layers do not repeat
+        kwargs = {key: value for key, value in info.kwargs.items() if key not in others}
         name = "sws_vit" if is_learngene else info.name  # TLEG's descendants too are ordinary models
         sets, about = {"model.name": name, "model.kwargs": kwargs}, info.preprocessing
         if name == "sws_vit":
