@@ -77,7 +77,7 @@ class ElasticConfig:
     """The layers that each stage has at a drawn depth, as ``sws expand --plan`` takes them."""
     branch_scaling: float = Field(default=1.0, ge=0, le=2)
     """Exponent p: at a depth at which a stage runs k times instead of the schedule's r, its branches are multiplied by
-    (r / k)^p, which an expansion multiplies into the descendant's weights. TLEG needs 0."""
+    (r / k)^p, which an expansion multiplies into the descendant's weights."""
 
     @model_validator(mode="after")
     def _check_order(self) -> ElasticConfig:

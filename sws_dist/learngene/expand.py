@@ -68,9 +68,8 @@ class WeightMapping:
         if match is None:
             return base
         layer = int(match[1])
-        if slope is not None:
-            return linear_expansion(base, slope, layer, len(self.layers))
-        return base * self.scales[layer] if match[2] in BRANCH_OUTPUTS and self.scales[layer] != 1 else base
+        tensor = base if slope is None else linear_expansion(base, slope, layer, len(self.layers))
+        return tensor * self.scales[layer] if match[2] in BRANCH_OUTPUTS and self.scales[layer] != 1 else tensor
 
     @property
     def dropped(self) -> list[int]:

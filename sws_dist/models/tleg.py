@@ -49,6 +49,8 @@ class LinearStage(nn.Module):
         for norm in (self.slope.norm1, self.slope.norm2):
             nn.init.zeros_(norm.weight)  # else the norms of the last layers would scale by 2 from the start
         self.drop_rates: tuple[float, ...] = (0.0,)
+        self.branch_scale = 1.0
+        """What every branch is multiplied by at the present number of layers."""
         self.recompute = False
         """True if backward recomputes the activations of each layer."""
 
@@ -72,7 +74,7 @@ class LinearStage(nn.Module):
         weights = {
             name: linear_expansion(base, slope[name], layer, depth) for name, base in self.base.named_parameters()
         }
-        return functional_call(self.base, weights, (x, attn_mask, is_causal, self.drop_rates[layer]))
+        return functional_call(self.base, weights, (x, attn_mask, is_causal, self.drop_rates[layer], self.branch_scale))
 
 
 class TLEGVisionTransformer(SWSVisionTransformer):
@@ -86,7 +88,7 @@ class TLEGVisionTransformer(SWSVisionTransformer):
         kwargs: other arguments of ``SWSVisionTransformer``.
 
     Raises:
-        ValueError: a schedule of several stages, or one that contradicts ``depth``; ``branch_scaling``.
+        ValueError: a schedule of several stages, or one that contradicts ``depth``.
     """
 
     stage_class: ClassVar[type[nn.Module]] = LinearStage
@@ -99,8 +101,6 @@ class TLEGVisionTransformer(SWSVisionTransformer):
             raise ValueError(
                 f"schedule {list(layers)}: a TLEG model has no stages; give depth alone, its number of layers"
             )
-        if kwargs.get("branch_scaling"):
-            raise ValueError("branch_scaling: a TLEG model's layers are no repeats of a stage; leave it out")
         super().__init__(schedule=layers, **kwargs)
 
     @property

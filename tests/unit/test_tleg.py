@@ -145,9 +145,9 @@ def test_a_file_rebuilds_the_auxiliary_model(file: Path) -> None:
     assert torch.equal(model(IMAGES.float()), tleg().float()(IMAGES.float()))
 
 
-@pytest.mark.parametrize("depth", [1, 2, DEPTH, 9])
-def test_a_descendant_is_the_auxiliary_model_of_its_depth(depth: int) -> None:
-    model = tleg()
+@pytest.mark.parametrize(("depth", "branch_scaling"), [(1, 0), (2, 0), (DEPTH, 0), (9, 0), (9, 1)])
+def test_a_descendant_is_the_auxiliary_model_of_its_depth(depth: int, branch_scaling: float) -> None:
+    model = tleg(branch_scaling=branch_scaling)
     info = describe_model(model, "learngene")
     described, weights = expand_learngene(info, model.state_dict(), plan_layers(info, depth))
     descendant = described.build().double().eval()
@@ -155,7 +155,11 @@ def test_a_descendant_is_the_auxiliary_model_of_its_depth(depth: int) -> None:
     assert described.name == "sws_vit"
     assert described.provenance["plan"] == "linear"
     model.set_repeats((depth,))
-    assert torch.equal(descendant(IMAGES), model(IMAGES))
+    if branch_scaling:
+        assert model.blocks[0].branch_scale == pytest.approx(DEPTH / 9)
+        torch.testing.assert_close(descendant(IMAGES), model(IMAGES))
+    else:
+        assert torch.equal(descendant(IMAGES), model(IMAGES))
     storage = [tensor.data_ptr() for tensor in weights.values()]
     assert len(storage) == len(set(storage)), "two layers share their memory"
 
