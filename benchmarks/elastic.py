@@ -52,7 +52,7 @@ def main() -> None:
     print(json.dumps(results, indent=2))
     if args.out:
         first = found["fixed"][0]
-        origin = {key: first[key] for key in ("commit", "versions", "hardware")}
+        origin = {key: first[key] for key in ("versions", "hardware")}
         atomic_write_json(args.out, origin | {"depths": list(DEPTHS), "seeds": args.seeds, "rules": results})
     if args.chart:
         draw(results, args.chart)
@@ -80,10 +80,11 @@ def train(output: Path, seed: int, elastic: dict[str, Any] | None, data: Path, t
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return top-1 in percent by depth, for each seed, and the operations of the whole training."""
+    """Return top-1 in percent by depth, for each seed, the operations of the whole training, and where it was made."""
     keys = ["val/top1" if depth == OWN_DEPTH else f"val_depth{depth}/top1" for depth in DEPTHS]
     top1 = [[round(100 * run["history"][-1][key], 2) for key in keys] for run in runs]
-    return {"top1": top1, "pflop": round(sum(run["flops"] for run in runs) / len(runs) / 1e15, 4)}
+    pflop = round(sum(run["flops"] for run in runs) / len(runs) / 1e15, 4)
+    return {"top1": top1, "pflop": pflop, "commits": sorted({run["commit"] for run in runs})}
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
