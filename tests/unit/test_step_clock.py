@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
 from sws_dist.distributed.step_clock import BACKWARD, DATA, FORWARD, OTHER, REDUCE, StepClock
