@@ -97,6 +97,7 @@ def expand(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    branch_scaling: float | None = None,
 ) -> SWSVisionTransformer:
     """Expand a learngene into a descendant: copy each stage's layer to as many layers as the plan says.
 
@@ -112,6 +113,8 @@ def expand(
         num_classes: another number than the learngene's gives a fresh head.
         image_size: height and width in pixels; another size than the learngene's resamples the position embedding.
         seed: of a fresh head.
+        branch_scaling: exponent of the factors that the branches of repeated layers get. Default: as the auxiliary
+            model was trained. 1 makes descendants of one that was trained at its own depth alone better untuned.
 
     Returns:
         The descendant: a float32 model on the CPU that maps images [batch, 3, image_size, image_size] to logits
@@ -130,7 +133,9 @@ def expand(
     """
     source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
     layers = plan_layers(source.info, depth, plan)
-    info, weights = expand_learngene(*source, layers, num_classes=num_classes, image_size=image_size, seed=seed)
+    info, weights = expand_learngene(
+        *source, layers, num_classes=num_classes, image_size=image_size, seed=seed, branch_scaling=branch_scaling
+    )
     model = info.build()
     load_weights_strict(model, weights, "the learngene")
     set_input_description(model, info)

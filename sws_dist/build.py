@@ -1,66 +1,44 @@
-"""Build a run from its configs: ``build_run`` makes everything that a ``Trainer`` needs, in this order:
+"""Build a run: ``build_run`` makes everything that a ``Trainer`` needs.
 
-process group -> resolved configs -> output folder -> checkpoint to resume -> images -> models -> input pipeline
--> DeepSpeed engine with its weights -> moving average -> restored state -> stored logits -> recorder
-
-``check_run`` makes the first line of it alone, for ``sws train --dry-run``.
+what ``prepare.py`` makes -> DeepSpeed engine with its weights -> moving average -> restored state -> stored logits
+-> recorder
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sws_dist.build_models import ModelParts, build_models
 from sws_dist.checkpoint.checkpoint import (
     CheckpointState,
     describe_layout,
-    latest_valid,
     load_checkpoint,
-    read_state,
-    require_same_stream,
     set_aside_newer,
-    verify,
 )
 from sws_dist.config.lr_schedule import LRSchedule
-from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
-from sws_dist.data.build import DataParts, build_data, list_images
-from sws_dist.data.manifest import Manifest
-from sws_dist.data.moved import follow_move, is_data_moved
-from sws_dist.data.sampler import TrainOrder, count_steps
-from sws_dist.distill.stored import open_stored_teacher
-from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
-from sws_dist.distributed.init import World, init_distributed
+from sws_dist.distributed.init import World
 from sws_dist.distributed.nonfinite import NonFiniteGuard
-from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion, prepare_expansion
+from sws_dist.learngene.sharded_init import Expansion, init_from_learngene, log_expansion
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
-from sws_dist.provenance import collect_provenance
-from sws_dist.run_dir import prepare_output
-from sws_dist.seed import seed_everything
-from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config, set_zero3_memory_defaults
+from sws_dist.prepare import PreparedRun, prepare_run
+from sws_dist.zero.config import set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import build_engine, connect_deepspeed
+from sws_dist.zero.engine import build_engine
 from sws_dist.zero.monitor import Monitors, open_monitors
 from sws_dist.zero.protocol import ZeroEngine
-from sws_dist.zero.schema import check_against_deepspeed
 from sws_dist.zero.shard_writer import allocate_shards, master_slices
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = logging.getLogger(__name__)
 
@@ -74,23 +52,13 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class RunParts:
-    """Everything that one rank's part of a run is made of. The loop's own state is the ``Trainer``'s."""
+class RunParts(PreparedRun):
+    """Everything that one rank's part of a run is made of. The loop's own state is the ``Trainer``'s.
 
-    config: RunConfig
-    ds: dict[str, Any]
-    """The resolved DeepSpeed config."""
-    world: World
-    output: Path
-    provenance: dict[str, Any]
-    """Commit, versions and hardware of rank 0."""
+    ``teacher`` may be its stored logits here.
+    """
+
     heartbeat: Heartbeat
-    data: DataParts
-    models: ModelParts
-    teacher: Teacher | None
-    """The teacher itself, or its stored logits."""
-    dtype: torch.dtype
-    total_steps: int
     lr_schedule: LRSchedule
     loss: DistillationLoss
     engine: ZeroEngine
@@ -98,41 +66,6 @@ class RunParts:
     resumed: Resumed | None
     recorder: Recorder
     nonfinite: NonFiniteGuard
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """Everything of a run that can be had without the engine: what ``sws train --dry-run`` checks."""
-
-    config: RunConfig
-    ds: dict[str, Any]
-    world: World
-    output: Path
-    provenance: dict[str, Any]
-    dtype: torch.dtype
-    checkpoint: Path | None
-    """The checkpoint that the run goes on from."""
-    models: ModelParts
-    teacher: Teacher | None
-    """None too where its stored logits are read, which ``open_logits`` opens."""
-    expansion: Expansion | None
-    data: DataParts
-    total_steps: int
-    stream: dict[str, int]
-    """What decides which images and draws a step sees, and has to be the checkpoint's."""
-
-    def open_logits(self, step: int) -> Teacher | None:
-        """Open the stored logits that are left after ``step``, where the run reads any; else return ``teacher``.
-
-        A collective.
-        """
-        if self.config.distill.logits is None:
-            return self.teacher
-        global_batch = self.config.train.global_batch
-        with raise_on_all_ranks("open the stored logits"):
-            left = range(step * global_batch, self.total_steps * global_batch)
-            micro_batch, size = self.ds["train_micro_batch_size_per_gpu"], self.data.order.epoch_size
-            return open_stored_teacher(self.config, self.data.train, size, left, micro_batch, self.world)
 
 
 def build_run(
@@ -162,18 +95,10 @@ def build_run(
     with raise_on_all_ranks("start the monitors"):
         monitors = open_monitors(run.ds, config.train.global_batch, output)
     paths = run.data.train.paths
+    teacher = run.open_logits(resumed.state.step if resumed else 0)
     return RunParts(
-        config=config,
-        ds=run.ds,
-        world=world,
-        output=output,
-        provenance=run.provenance,
+        **(vars(run) | {"teacher": teacher}),
         heartbeat=heartbeat,
-        data=run.data,
-        models=run.models,
-        teacher=run.open_logits(resumed.state.step if resumed else 0),
-        dtype=dtype,
-        total_steps=run.total_steps,
         lr_schedule=LRSchedule.of_run(config, run.data.order.epoch_size),
         loss=DistillationLoss(config.distill),
         engine=engine,
@@ -184,218 +109,6 @@ def build_run(
             config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(paths[index])
         ),
     )
-
-
-def prepare_run(
-    config: RunConfig,
-    deepspeed_config: str | Path | Mapping[str, Any],
-    resume: str | None = None,
-    lists: Path | None = None,
-) -> PreparedRun:
-    """Build and check everything of a run but the engine and what needs one. A collective.
-
-    Args:
-        lists: a folder for the lists of images, seen by all nodes; None: the run's own.
-
-    Raises:
-        ValueError, OSError, RunError: what ``build_run`` raises.
-    """
-    world = init_distributed(config.train.timeout_s)
-    connect_deepspeed()
-    with raise_on_all_ranks("read the DeepSpeed config"):
-        ds = resolve_deepspeed_config(deepspeed_config, config, world.size)
-        check_against_deepspeed(ds, config_source(deepspeed_config), world.device)
-    dtype = DTYPES[precision_of(ds)]
-    output = prepare_output(config, resume, world)
-    provenance = broadcast_from_rank0(collect_provenance() if world.is_rank_zero else None)
-    checkpoint = find_checkpoint(output, resume, world)
-    own = load_own_config(checkpoint, config, ds)
-    train, val = load_image_lists(config, lists or output, checkpoint, own, world)
-    with raise_on_all_ranks("build the models"):
-        seed_everything(config.train.seed)
-        models = build_models(config, train.classes, world.device, dtype, provenance)
-    teacher: Teacher | None = None
-    if config.distill.logits is None:
-        with raise_on_all_ranks("load the teacher"):
-            online = load_teacher(config.distill, train.classes, config.data)
-            teacher = online and online.to(world.device, dtype)
-    expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
-    with raise_on_all_ranks("build the input pipeline"):
-        data = build_data(config, train, val, world.rank, world.size, world.device)
-    total_steps = count_steps(config.train, data.order.epoch_size)
-    stream = describe_stream(config, data.order, total_steps)
-    if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config
-        del stream["total_steps"]
-    return PreparedRun(
-        config, ds, world, output, provenance, dtype, checkpoint, models, teacher, expansion, data, total_steps, stream
-    )
-
-
-def check_run(
-    config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
-) -> PreparedRun:
-    """Check a run as far as that goes without training, and leave nothing behind in its folder. A collective.
-
-    Raises:
-        ValueError, OSError, RunError: what ``build_run`` raises; and for a checkpoint of another stream of images.
-    """
-    world = init_distributed(config.train.timeout_s)
-    output = Path(config.output)
-    was_there = broadcast_from_rank0(output.exists())
-    lists = output / ".dry-run"
-    try:
-        with raise_on_all_ranks("write into the output folder"):
-            if world.is_rank_zero:
-                lists.mkdir(parents=True, exist_ok=True)
-        run = prepare_run(config, deepspeed_config, resume, lists)
-        step = 0
-        if run.checkpoint is not None:
-            with raise_on_all_ranks("read the checkpoint"):
-                state = read_state(run.checkpoint)
-                require_same_stream(run.checkpoint, state, run.stream)
-            step = state.step
-        run.open_logits(step)
-        return run
-    finally:
-        if world.is_rank_zero:
-            shutil.rmtree(lists, ignore_errors=True)
-            if not was_there:
-                with suppress(OSError):  # somebody else has put something there
-                    output.rmdir()
-
-
-# ---- resuming --------------------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(output: Path, resume: str | None, world: World) -> Path | None:
-    """Find the checkpoint that ``--resume`` means; with ``auto`` there may be none. A collective.
-
-    ``auto`` skips damaged ones with a warning.
-
-    Raises:
-        RunError: the checkpoint is damaged, or all are.
-    """
-    if resume is None:
-        return None
-    if resume == "auto":
-        found, problems = latest_valid(output / "checkpoints", world)
-        for each in problems:
-            log.warning("%s; going on from %s", each, found and found.name)
-        return found
-    with raise_on_all_ranks("check the checkpoint"):
-        problem = verify(Path(resume), world.rank, world.size)
-        if problem is not None:
-            raise ValueError(problem)
-    return Path(resume)
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """Return the output folder of the run that wrote a checkpoint."""
-    return checkpoint.parent.parent
-
-
-def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, Any]) -> RunConfig | None:
-    """Return the config of the run that is resumed, after comparing it with this one. A collective.
-
-    Raises:
-        RunError: they differ in what a run may not change.
-    """
-    with raise_on_all_ranks("compare the config with the run's own"):
-        if checkpoint is None:
-            return None
-        state = read_state(checkpoint)
-        return compare_with_own_config(run_folder(checkpoint), config, ds, reached=(state.step, state.epoch_size))
-
-
-def describe_stream(config: RunConfig, order: TrainOrder, total_steps: int) -> dict[str, int]:
-    """Describe what decides which images and draws a step sees: a run goes on only with the same."""
-    return {
-        "global_batch": config.train.global_batch,
-        "seed": config.train.seed,
-        "epoch_size": order.epoch_size,
-        "total_steps": total_steps,
-    }
-
-
-def restore_run(
-    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, output: Path, world: World, stream: dict[str, int]
-) -> Resumed:
-    """Load a checkpoint, say what is different since, and set later checkpoints aside. A collective."""
-    state = load_checkpoint(checkpoint, engine, ema, world, stream)
-    for key, value in describe_layout(engine, world).items():
-        if getattr(state, key) != value:
-            log.info("going on with %s %s; the checkpoint was written with %s", key, value, getattr(state, key))
-            if key == "num_micros":
-                log.info("mixup and drop-path draw for each micro-batch: from here on their draws are others")
-    for aside in set_aside_newer(output / "checkpoints", state.step, world):
-        log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
-    return Resumed(checkpoint, state)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def load_image_lists(
-    config: RunConfig, output: Path, checkpoint: Path | None, own: RunConfig | None, world: World
-) -> tuple[Manifest, Manifest]:
-    """List training and validation images on rank 0 alone, so that a folder is read once. A collective.
-
-    All ranks then map the two files that rank 0 wrote into the run's folder, and share their memory on each node.
-
-    A run keeps its lists and goes on with them: a file that went bad or vanished meanwhile is then replaced by rule,
-    as it would have been without the interruption, instead of changing the order of all others.
-
-    Args:
-        checkpoint: the checkpoint that the run goes on from, if any.
-        own: the config of the run that wrote it.
-
-    Raises:
-        RunError: no images; or a resumed run finds others where ``config`` leads than it began with.
-    """
-    files, notes = _list_files(output), None
-    with raise_on_all_ranks("list the images"):
-        if world.is_rank_zero:
-            kept = _load_kept_lists(run_folder(checkpoint)) if checkpoint is not None else None
-            if kept is None:
-                found = list_images(config.data)
-            elif own is not None and not is_data_moved(own, config, kept[0]):
-                found = kept
-            else:
-                found = follow_move(kept, list_images(config.data))
-            if found is not kept or not all(file.is_file() for file in files):
-                for file, images in zip(files, found, strict=True):
-                    # A relative folder would be another one where the run is resumed from elsewhere.
-                    replace(images, folder=Path(os.path.abspath(images.folder))).save(file)
-            notes = [images.notes for images in found]
-    notes = broadcast_from_rank0(notes)
-    with raise_on_all_ranks("map the lists of images"):
-        train, val = (replace(Manifest.load(file), notes=said) for file, said in zip(files, notes, strict=True))
-    return train, val
-
-
-def _list_files(folder: Path, suffix: str = "safetensors") -> list[Path]:
-    return [folder / f"images-{split}.{suffix}" for split in ("train", "val")]
-
-
-def _load_kept_lists(folder: Path) -> tuple[Manifest, Manifest] | None:
-    for files in (_list_files(folder), _list_files(folder, "npz")):  # the second are of earlier versions
-        if all(file.is_file() for file in files):
-            train, val = map(Manifest.load, files)
-            return train, val
-    return None
-
-
-def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:
-    """Build what records the run's numbers, from where the checkpoint is."""
-    follow = None if monitors is None else monitors.write
-    if resumed is None:
-        return Recorder(output, world.is_rank_zero, follow=follow)
-    step, history = resumed.state.step, resumed.state.history
-    is_evaluated = bool(history) and history[-1]["step"] == step
-    return Recorder(output, world.is_rank_zero, step, is_evaluated, follow)
-
-
-# ---- engine ----------------------------------------------------------------------------------------------------------
 
 
 def build_student_engine(
@@ -420,3 +133,28 @@ def build_student_engine(
         report = init_from_learngene(student, masters, expansion, config.train.seed, world.device)
         log_expansion(expansion, report, student.num_classes)
     return engine
+
+
+def restore_run(
+    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, output: Path, world: World, stream: dict[str, int]
+) -> Resumed:
+    """Load a checkpoint, say what is different since, and set later checkpoints aside. A collective."""
+    state = load_checkpoint(checkpoint, engine, ema, world, stream)
+    for key, value in describe_layout(engine, world).items():
+        if getattr(state, key) != value:
+            log.info("going on with %s %s; the checkpoint was written with %s", key, value, getattr(state, key))
+            if key == "num_micros":
+                log.info("mixup and drop-path draw for each micro-batch: from here on their draws are others")
+    for aside in set_aside_newer(output / "checkpoints", state.step, world):
+        log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
+    return Resumed(checkpoint, state)
+
+
+def build_recorder(output: Path, resumed: Resumed | None, world: World, monitors: Monitors | None) -> Recorder:
+    """Build what records the run's numbers, from where the checkpoint is."""
+    follow = None if monitors is None else monitors.write
+    if resumed is None:
+        return Recorder(output, world.is_rank_zero, follow=follow)
+    step, history = resumed.state.step, resumed.state.history
+    is_evaluated = bool(history) and history[-1]["step"] == step
+    return Recorder(output, world.is_rank_zero, step, is_evaluated, follow)

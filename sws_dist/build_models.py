@@ -23,6 +23,9 @@ from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
 from sws_dist.models.image_size import image_size_arguments, require_image_size
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precision that a DeepSpeed config asks for -> the model's dtype."""
+
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -169,7 +172,9 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
             kwargs[key] = value
     if config.model.drop_path:
         kwargs["drop_path_rate"] = config.model.drop_path
-    if config.model.elastic is not None and config.model.elastic.branch_scaling:
+    if config.model.elastic is not None:
+        if "branch_scaling" in config.model.kwargs:
+            raise ValueError("branch_scaling in model.kwargs: with model.elastic it is model.elastic.branch_scaling")
         kwargs["branch_scaling"] = config.model.elastic.branch_scaling
     return create_model(config.model.name, **kwargs)
 
@@ -190,6 +195,9 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
             for key in ("schedule", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
             if key in info.kwargs and info.kwargs[key] != ours[key]
         ]
+        scaling = info.kwargs.get("branch_scaling", 0.0)  # at the schedule's own depth it has no effect
+        if len(set(info.trained_depths)) > 1 and scaling != ours["branch_scaling"]:
+            differ.append(f"branch_scaling: {scaling} in the file, {ours['branch_scaling']} in the config")
         if differ:
             raise ValueError(f"model.initial_checkpoint {path} is of another model: {'; '.join(differ)}")
     load_initial_weights(model, path, classes, config.data.image_size, use_ema=config.model.initial_ema)

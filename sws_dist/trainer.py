@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.build import RunParts, describe_stream
+from sws_dist.build import RunParts
 from sws_dist.checkpoint.checkpoint import describe_layout, export_weights
 from sws_dist.checkpoint.writer import CheckpointWriter
 from sws_dist.config.schema import DistillConfig
@@ -36,6 +36,7 @@ from sws_dist.logging.peaks import describe_peak
 from sws_dist.logging.startup import RunHeader, log_run_header
 from sws_dist.logging.throughput import SlowStepDetector
 from sws_dist.models.losses import LossParts
+from sws_dist.prepare import describe_stream
 from sws_dist.results import collect_results, log_summary
 from sws_dist.run_dir import write_configs
 from sws_dist.validation import OWN, score_run

@@ -30,7 +30,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 # ---------------------------------------------------------------------------------------------------- assumptions
 
 # The peak: 4096 operations a cycle and multiprocessor at 1.83 GHz, as in NVIDIA's data sheets of the H100 and H200 SXM.
-MULTIPROCESSORS, CLOCK_HZ, PEAK_FLOPS = 132, 1.83e9, 989.4e12
+MULTIPROCESSORS, CLOCK_HZ = 132, 1.83e9
+PEAK_FLOPS = MULTIPROCESSORS * CLOCK_HZ * 4096
 PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, from the same data sheets
 # What an H200 reached of these peaks on a plain product of 8192 and a copy of 2 GiB: the ceilings in kernels.json. An
 # H100 is assumed to reach the same shares.

@@ -165,8 +165,13 @@ def run_command(main: Callable[[], None]) -> None:
         elif isinstance(error, ConfigError):
             time.sleep(_HEAD_START_S)  # launchers end all ranks when one leaves: let the one that reports be the first
         exit_now(1)
-    except Exception:  # a bug
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("nvidia"):
+            log.error(
+                "DALI, which reads images, is missing: pip install 'sws-dist[dali]', or [dali-cuda12] for CUDA 12"
+            )
+        else:  # a bug
+            traceback.print_exc()
         exit_now(1)
 
 

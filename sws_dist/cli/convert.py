@@ -97,7 +97,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
 
 def log_timm_call(path: Path, info: ModelInfo) -> None:
     """Log the line that builds the plain timm model for the file."""
-    from sws_dist.models.vit import timm_call
+    from sws_dist.models.geometry import timm_call
 
     if info.name == "sws_vit":
         call = timm_call(info.kwargs, info.num_classes)

@@ -10,6 +10,9 @@ examples:
   # an explicit plan: which stage each layer is copied from
   sws expand --learngene learngene.safetensors --depth 6 --plan 0,0,1,2,3,4 --out des6.safetensors
 
+  # the paper's auxiliary model, trained at its own depth alone: branches scaled for this depth
+  sws expand --learngene learngene.safetensors --depth 12 --branch-scaling 1 --out des12.safetensors
+
   # a model whose layers share nothing: six of its layers, at even distances
   sws expand --learngene runs/des12/model.safetensors --depth 6 --plan spaced --out des6.safetensors
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sws_dist.cli.common import make_parser, parse_args, whole_number
+from sws_dist.cli.common import make_parser, number, parse_args, whole_number
 from sws_dist.config.schema import MAX_LAYERS
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,11 @@ def main() -> None:
     parser.add_argument(
         "--image-size", type=whole_number(8, 8192), help="another size resamples the position embedding"
     )
+    parser.add_argument(
+        "--branch-scaling",
+        type=number(0, 2),
+        help="exponent of the factors of repeated layers' branches (default: the auxiliary model's)",
+    )
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of a fresh head (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parse_args(parser, one_process=True)
@@ -54,7 +62,12 @@ def main() -> None:
     layers = plan_layers(about, args.depth, parse_plan(args.plan))  # checked before any tensor is read
     learngene = load_learngene(args.learngene)
     info, weights = expand_learngene(
-        *learngene, layers, num_classes=args.num_classes, image_size=args.image_size, seed=args.seed
+        *learngene,
+        layers,
+        num_classes=args.num_classes,
+        image_size=args.image_size,
+        seed=args.seed,
+        branch_scaling=args.branch_scaling,
     )
     if info.provenance["fresh_head"]:
         log.info("the head is new: %d classes, the learngene knows %d", info.num_classes, learngene.info.num_classes)

@@ -86,10 +86,10 @@ def check_and_plan(config: RunConfig, deepspeed_config: Path, resume: str | None
     """Check a run on the ranks that are there, and return its plan. A collective."""
     import torch
 
-    from sws_dist.build import check_run
     from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, find_device
     from sws_dist.plan.run import Request, plan_run
     from sws_dist.plan.table import plan_table
+    from sws_dist.prepare import check_run
 
     run = check_run(config, deepspeed_config, resume)
     world, train = run.world, run.data.train

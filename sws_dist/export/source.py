@@ -17,8 +17,8 @@ from sws_dist.inference import input_config
 from sws_dist.learngene.expand import expand_learngene, plan_layers
 from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.models import SWSVisionTransformer, geometry
+from sws_dist.models.geometry import timm_arguments
 from sws_dist.models.image_size import image_size_arguments, require_image_size
-from sws_dist.models.vit import timm_arguments
 
 
 @dataclass(frozen=True)

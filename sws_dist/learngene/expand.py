@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -224,6 +224,7 @@ def expand_learngene(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    branch_scaling: float | None = None,
 ) -> tuple[ModelInfo, dict[str, Tensor]]:
     """Expand a learngene into a descendant's metadata and weights.
 
@@ -232,10 +233,13 @@ def expand_learngene(
         layers: the expansion plan (``plan_layers``).
         num_classes: another count than the learngene's gives a fresh head, drawn from ``seed``.
         image_size: another size than the learngene's resamples the position embedding as timm does.
+        branch_scaling: exponent of the branches' factors (``branch_scale``). Default: the auxiliary model's.
 
     Returns:
         Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
     """
+    if branch_scaling is not None:
+        info = replace(info, kwargs=info.kwargs | {"branch_scaling": branch_scaling})
     if (note := untrained_depth(info, len(layers))) is not None:
         log.info(note)
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
@@ -258,6 +262,7 @@ def expand_learngene(
         classes=[] if mapping.fresh else info.classes,
         provenance={
             "plan": "linear" if mapping.slopes else list(layers),
+            "branch_scaling": info.kwargs.get("branch_scaling", 0.0),
             "fresh_head": bool(mapping.fresh),
             "learngene": info.provenance,
         },

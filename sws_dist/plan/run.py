@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sws_dist.build_models import (
+    DTYPES,
     Flops,
     build_student,
     count_flops,
@@ -33,7 +34,6 @@ from sws_dist.plan.speed import StepTime, step_time
 from sws_dist.plan.step_memory import PassMemory, measure_pass
 from sws_dist.plan.traffic import Collective, Network, step_collectives
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADROOM = 0.1
 """Share of a device's memory that is left free unless told otherwise: for CUDA's context, NCCL's buffers, what DALI
 decodes on the device, and gaps between tensors. None of these is counted."""

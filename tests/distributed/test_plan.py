@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from sws_dist.build_models import DTYPES
 from sws_dist.config.loader import load_config
 from sws_dist.plan.memory import RankMemory, rank_memory
-from sws_dist.plan.run import DTYPES, build_on_meta, pass_memory
+from sws_dist.plan.run import build_on_meta, pass_memory
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.traffic import step_collectives
 from sws_dist.zero.config import resolve_deepspeed_config

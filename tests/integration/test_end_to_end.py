@@ -20,7 +20,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from sws_dist.checkpoint.model_file import load_model_file
 from sws_dist.config.loader import load_config
 from sws_dist.learngene.file import load_learngene
-from sws_dist.models.vit import timm_arguments
+from sws_dist.models.geometry import timm_arguments
 from tests import ranks, runs
 from tests.launching import REPOSITORY, Job, log, train
 

@@ -12,7 +12,7 @@ import sws_dist
 from sws_dist.checkpoint.model_file import save_model_file
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, geometry
-from sws_dist.models.vit import timm_arguments
+from sws_dist.models.geometry import timm_arguments
 
 GEOMETRY = {"schedule": (2, 1, 2), "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
 PREPROCESSING = {"mean": [0.4] * 3, "std": [0.2] * 3, "image_size": 32, "crop_pct": 1.0, "interpolation": "bicubic"}

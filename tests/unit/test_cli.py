@@ -229,3 +229,14 @@ def test_deepspeed_says_only_what_a_user_can_act_on() -> None:
     assert logger.filter(record)
     source = Path(sys.modules["deepspeed"].__file__ or "").parent / "accelerator" / "real_accelerator.py"
     assert re.search(r"Setting accelerator to CPU", source.read_text())
+
+
+def test_a_command_that_reads_images_says_that_dali_is_missing(tmp_path: Path) -> None:
+    """DALI is an extra: planning, expanding and exporting do without."""
+    hide = "import sys; sys.modules['nvidia.dali'] = None; from sws_dist.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", hide, "scan", "--data", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "DALI, which reads images, is missing: pip install 'sws-dist[dali]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+import sws_dist
+from sws_dist.build_models import build_models, build_student
+from sws_dist.checkpoint.model_file import save_model_file
+from sws_dist.config.loader import load_config
 from sws_dist.config.schema import ElasticConfig
 from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.expand import expand_learngene, untrained_depth
-from sws_dist.learngene.file import describe_model
+from sws_dist.learngene.file import Learngene, describe_model
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer
 
@@ -88,8 +93,14 @@ def test_branches_are_scaled_by_the_number_of_repeats() -> None:
         for name, tensor in model.blocks[stage].state_dict().items():
             is_output = name.startswith(("attn.proj", "mlp.fc2"))
             assert torch.equal(weights[f"blocks.{layer}.{name}"], tensor * (scale if is_output else 1))
+    model.set_repeats((1, 1, 4))
+    plain = SWSVisionTransformer(schedule=SCHEDULE, **geometry)
+    plain.load_state_dict(model.state_dict())
+    learngene = Learngene(describe_model(plain, "learngene"), plain.state_dict())
+    given = sws_dist.expand(learngene, 6, plan=(0, 1, 2, 2, 2, 2), branch_scaling=1.0)
     images = torch.randn(2, 3, 32, 32)
-    scaled = model.eval()(images)
+    torch.testing.assert_close(given.eval()(images), model.eval()(images))
+    scaled = model(images)
     for block in model.blocks:
         block.branch_scale = 1.0
     assert not torch.allclose(model(images), scaled, rtol=1e-2), "the scales are of no effect here"
@@ -119,3 +130,21 @@ def test_a_depth_that_was_not_trained_is_said() -> None:
 def test_counts_are_of_the_steps_taken() -> None:
     draws = Counter(elastic().draw(step) for step in range(100))
     assert elastic().count_steps(100) == draws
+
+
+def test_branch_scaling_has_one_place(tmp_path: Path) -> None:
+    """And weights of a model that was trained at many depths go on with the scaling that they were trained with."""
+    config = load_config("quickstart/auxiliary", ["model.kwargs.branch_scaling=1"])
+    with pytest.raises(ValueError, match=r"with model\.elastic it is model\.elastic\.branch_scaling"):
+        build_student(config, 10)
+    config = load_config("quickstart/auxiliary")
+    model = build_student(config, 10)
+    info = describe_model(model, "learngene", trained_depths=[5, 15])
+    file = save_model_file(tmp_path / "gene.safetensors", info, model.state_dict())
+    others = [f"model.initial_checkpoint={file}", "distill.teacher=null", "train.eval_depths=[5]"]
+    build_models(
+        load_config("quickstart/auxiliary", others), list("0123456789"), torch.device("cpu"), torch.float32, {}
+    )
+    without = load_config("quickstart/auxiliary", [*others, "model.elastic=null"])
+    with pytest.raises(ValueError, match=r"branch_scaling: 1\.0 in the file, 0\.0 in the config"):
+        build_models(without, list("0123456789"), torch.device("cpu"), torch.float32, {})

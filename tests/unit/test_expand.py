@@ -16,7 +16,8 @@ from sws_dist.learngene.expand import expand_learngene, map_weights
 from sws_dist.learngene.file import describe_model
 from sws_dist.learngene.plan import expansion_plan, parse_plan
 from sws_dist.models import create_model
-from sws_dist.models.vit import PAPER_SCHEDULE, timm_arguments
+from sws_dist.models.geometry import timm_arguments
+from sws_dist.models.vit import PAPER_SCHEDULE
 
 Learngene = tuple[ModelInfo, dict[str, Tensor], Any]
 

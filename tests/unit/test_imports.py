@@ -24,6 +24,7 @@ LAYERS = (
     ("sws_dist.watch", "sws_dist.results"),
     ("sws_dist.validation",),
     ("sws_dist.build",),
+    ("sws_dist.prepare",),
     ("sws_dist.plan",),
     ("sws_dist.build_models",),
     ("sws_dist.learngene", "sws_dist.distill", "sws_dist.run_dir"),

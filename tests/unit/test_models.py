@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sws_dist.models import Stage, SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import forward_flops
-from sws_dist.models.vit import timm_arguments, timm_call
+from sws_dist.models.geometry import timm_arguments, timm_call
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
 

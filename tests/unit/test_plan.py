@@ -18,7 +18,7 @@ from sws_dist.errors import ConfigError
 from sws_dist.plan.bill import Budget, Costs, add_up
 from sws_dist.plan.devices import DECODING_CPU_S, DEVICES, MEASURED, assume_utilisation, find_device
 from sws_dist.plan.memory import rank_memory
-from sws_dist.plan.run import DTYPES, Request, build_on_meta, pass_memory, plan_run
+from sws_dist.plan.run import Request, build_on_meta, pass_memory, plan_run
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.step_memory import PassMemory
 from sws_dist.plan.traffic import Collective, Network, step_collectives
@@ -210,7 +210,3 @@ def test_a_bill_needs_an_auxiliary_model(request_: Request) -> None:
     config = replace(request_.config, model=replace(request_.config.model, schedule=(1, 1)))
     with pytest.raises(ValueError, match="--depths: sws_vit is no auxiliary model"):
         plan_run(replace(request_, config=config))
-
-
-def test_precisions_have_a_dtype() -> None:
-    assert DTYPES.keys() == {"fp32", "bf16", "fp16"}

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from sws_dist.learngene.expand import expand_learngene, plan_layers
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer, create_model, geometry
-from sws_dist.models.vit import timm_arguments
+from sws_dist.models.geometry import timm_arguments
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8}
 NARROW: dict[str, Any] = SMALL | {"embed_dim": 64, "num_heads": 2}

@@ -20,7 +20,7 @@ from sws_dist.learngene.expand import expand_learngene, plan_layers, untrained_d
 from sws_dist.learngene.file import describe_model, load_learngene, read_learngene_header
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer, TLEGVisionTransformer, create_model, geometry
-from sws_dist.models.vit import timm_arguments
+from sws_dist.models.geometry import timm_arguments
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
 DEPTH = 4
