@@ -1,11 +1,13 @@
-"""Measure what descendants are worth before any fine-tuning: auxiliary models of one depth and of many.
+"""Measure what descendants are worth before any fine-tuning, and what in the auxiliary model's training decides it.
 
-    python benchmarks/elastic.py --runs runs/elastic --teacher runs/quickstart/teacher/model.safetensors \
-        --out benchmarks/results/elastic.json --chart docs/elastic.png
+    python benchmarks/elastic.py digits --out benchmarks/results/elastic.json --chart docs/elastic.png
+    python benchmarks/elastic.py clothes --seeds 0 --out benchmarks/results/ablations.json
+    python benchmarks/elastic.py optimizers --seeds 0 --out benchmarks/results/optimizers.json
 
-Trains the quickstart's auxiliary model (digits, 30 epochs, 5 stages of 2) once for each rule and seed, and scores it
-after the last epoch at every depth from 5 to 16, which is the score of an expanded descendant of that depth. A run that
-is there is not trained again. Each takes two to three minutes of one core. `make quickstart` writes data and teacher.
+Each variant of an experiment is one config with some keys changed. It is trained once for each seed, and scored after the
+last epoch at every depth from 5 to 16, which is the score of an expanded descendant of that depth. A run that is there is
+not trained again. Each takes two to six minutes of one core. `make quickstart` writes the data and the teacher of the
+digits, `make study` those of the clothes (Fashion-MNIST).
 """
 
 from __future__ import annotations
@@ -15,76 +17,180 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from sws_dist.atomic import atomic_write_json
+from sws_dist.config.loader import load_config
 
 ROOT = Path(__file__).parents[1]
 OWN_DEPTH = 10
 DEPTHS = range(5, 17)
-RULES = {  # name of a run's folder -> label, model.elastic
-    "fixed": ("one depth, 10", None),
-    "uniform": ("5 to 12 layers", {"min_depth": 5, "max_depth": 12, "branch_scaling": 0}),
-    "sandwich": (
-        "5 to 12 layers, sandwich",
-        {"min_depth": 5, "max_depth": 12, "rule": "sandwich", "branch_scaling": 0},
+WIDE = {"min_depth": 5, "max_depth": 15}
+NARROW = {"min_depth": 5, "max_depth": 12, "branch_scaling": 0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name for people, and the config's keys that differ."""
+
+    label: str
+    sets: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config, its data and teacher, and what is varied: name of a run's folder -> variant."""
+
+    config: str
+    data: str
+    teacher: str
+    variants: dict[str, Variant]
+
+
+def clothes(variants: dict[str, Variant]) -> Experiment:
+    return Experiment("study/auxiliary", "data/fashion-mnist-6000", "runs/study/seed0/teacher", variants)
+
+
+EXPERIMENTS = {
+    "digits": Experiment(
+        "quickstart/auxiliary",
+        "data/quickstart",
+        "runs/quickstart/teacher",
+        {
+            "fixed": Variant("one depth, 10", {"model.elastic": None}),
+            "uniform": Variant("5 to 12 layers", {"model.elastic": NARROW}),
+            "sandwich": Variant("5 to 12 layers, sandwich", {"model.elastic": NARROW | {"rule": "sandwich"}}),
+            "wide": Variant("5 to 15 layers", {"model.elastic": WIDE | {"branch_scaling": 0}}),
+            "scaled": Variant("5 to 15 layers, branches scaled", {"model.elastic": WIDE}),
+        },
     ),
-    "wide": ("5 to 15 layers", {"min_depth": 5, "max_depth": 15, "branch_scaling": 0}),
-    "scaled": ("5 to 15 layers, branches scaled", {"min_depth": 5, "max_depth": 15}),
+    "clothes": clothes(
+        {
+            "study": Variant("the study's auxiliary model", {}),
+            "one_depth": Variant(
+                "one depth, 10; branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
+            ),
+            "unscaled": Variant("branches not scaled", {"model.elastic": WIDE | {"branch_scaling": 0}}),
+            "half": Variant("branches scaled by the root", {"model.elastic": WIDE | {"branch_scaling": 0.5}}),
+            "sandwich": Variant("smallest, largest and a random depth in turn", {"model.elastic.rule": "sandwich"}),
+            "two_stages": Variant("2 stages of 5 layers", {"model.schedule": [5, 5]}),
+            "three_stages": Variant("3 stages of 3, 4 and 3 layers", {"model.schedule": [3, 4, 3]}),
+            "middle": Variant("schedule 1-2-4-2-1, expanded evenly", {"model.schedule": [1, 2, 4, 2, 1]}),
+            "proportional": Variant(
+                "schedule 1-2-4-2-1, expanded in proportion",
+                {
+                    "model.schedule": [1, 2, 4, 2, 1],
+                    "model.elastic.plan": "proportional",
+                    "model.elastic.min_depth": 8,
+                },
+            ),
+            "untaught": Variant("no teacher", {"distill.teacher": None}),
+            "mixed": Variant("half the teacher, half the labels", {"distill.alpha": 0.5}),
+            "hard": Variant("the teacher's most likely label", {"distill.kind": "hard"}),
+            "elements": Variant("loss divided by the classes too", {"distill.reduction": "elements"}),
+            "averaged": Variant("moving average of the weights, 0.995", {"optim.ema_decay": 0.995}),
+            "short": Variant("5 epochs", {"train.epochs": 5}),
+            "long": Variant("20 epochs", {"train.epochs": 20}),
+        }
+    ),
+    "optimizers": clothes(
+        {
+            f"{name}_{rate}_{epochs}": Variant(
+                f"{title}, {rate}, {epochs} epochs",
+                {"optim.name": name, "optim.lr": float(rate), "train.epochs": epochs},
+            )
+            for name, title, rates in (("muon", "Muon", ("3e-3",)), ("adamw", "AdamW", ("1e-3", "2e-3")))
+            for rate in rates
+            for epochs in (5, 10, 20)
+        }
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/elastic"), help="folder for all runs")
-    parser.add_argument("--data", type=Path, default=Path("data/quickstart"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart/teacher/model.safetensors"))
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--runs", type=Path, help="folder for all runs (default: runs/EXPERIMENT)")
+    parser.add_argument("--data", type=Path, help="default: where quickstart and study write it")
+    parser.add_argument("--teacher", type=Path, help="its model.safetensors (default: where they write it)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one core each")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--chart", type=Path, help="draw them here")
+    parser.add_argument("--chart", type=Path, help="draw three variants of the digits here")
     args = parser.parse_args()
-    found = {
-        rule: [train(args.runs / f"{rule}-{seed}", seed, elastic, args.data, args.teacher) for seed in args.seeds]
-        for rule, (_, elastic) in RULES.items()
-    }
-    results = {rule: summarise(runs) for rule, runs in found.items()}
-    print(json.dumps(results, indent=2))
+    experiment = EXPERIMENTS[args.experiment]
+    folder = args.runs or Path("runs") / args.experiment
+    data = args.data or Path(experiment.data)
+    teacher = args.teacher or Path(experiment.teacher) / "model.safetensors"
+
+    def train_one(name: str, seed: int) -> dict[str, Any]:
+        sets = {"data.root": str(data.resolve()), "distill.teacher": str(teacher.resolve()), "train.seed": seed}
+        return train(folder / f"{name}-{seed}", experiment.config, sets | experiment.variants[name].sets)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        due = {name: [pool.submit(train_one, name, seed) for seed in args.seeds] for name in experiment.variants}
+        runs = {name: [future.result() for future in futures] for name, futures in due.items()}
+    results = {name: summarise(experiment.variants[name].label, found) for name, found in runs.items()}
+    print(table(results))
     if args.out:
-        first = found["fixed"][0]
+        first = next(iter(runs.values()))[0]
         origin = {key: first[key] for key in ("versions", "hardware")}
-        atomic_write_json(args.out, origin | {"depths": list(DEPTHS), "seeds": args.seeds, "rules": results})
+        atomic_write_json(args.out, origin | {"depths": list(DEPTHS), "seeds": args.seeds, "variants": results})
     if args.chart:
         draw(results, args.chart)
 
 
-def train(output: Path, seed: int, elastic: dict[str, Any] | None, data: Path, teacher: Path) -> dict[str, Any]:
+def train(output: Path, config: str, sets: dict[str, Any]) -> dict[str, Any]:
     """Train one auxiliary model, unless it is there. Returns what its ``metrics.json`` holds."""
     metrics = output / "metrics.json"
     if not metrics.is_file():
-        sets = {
-            "output": output.resolve(),
-            "data.root": data.resolve(),
-            "distill.teacher": teacher.resolve(),
-            "train.seed": seed,
-            "train.eval_every": 30,
-            "checkpoint.every": 30,
+        epochs = sets.get("train.epochs") or load_config(config).train.epochs
+        sets = sets | {
+            "output": str(output.resolve()),
+            "train.eval_every": epochs,
+            "checkpoint.every": epochs,
             "train.eval_depths": [depth for depth in DEPTHS if depth != OWN_DEPTH],
-            "model.elastic": json.dumps(elastic),
         }
-        command = [sys.executable, "launcher/train.py", "--config", "configs/runs/quickstart/auxiliary.yaml"]
+        command = [sys.executable, "launcher/train.py", "--config", f"configs/runs/{config}.yaml"]
         command += ["--deepspeed_config", "configs/deepspeed/zero0.json", "--resume", "auto"]
-        command += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-        subprocess.run(command, cwd=ROOT, check=True, env={"DS_ACCELERATOR": "cpu", **os.environ})
+        command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.with_suffix(".log").open("w") as log:
+            subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(metrics.read_text())
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return top-1 in percent by depth, for each seed, the operations of the whole training, and where it was made."""
-    keys = ["val/top1" if depth == OWN_DEPTH else f"val_depth{depth}/top1" for depth in DEPTHS]
-    top1 = [[round(100 * run["history"][-1][key], 2) for key in keys] for run in runs]
-    pflop = round(sum(run["flops"] for run in runs) / len(runs) / 1e15, 4)
-    return {"top1": top1, "pflop": pflop, "commits": sorted({run["commit"] for run in runs})}
+def summarise(label: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return top-1 in percent by depth for each seed, the mean operations of the training, and where it was made."""
+    last = [run["history"][-1] for run in runs]
+    averaged = any(key.startswith("val_ema") for key in last[0])
+    keys = ["" if depth == OWN_DEPTH else f"_depth{depth}" for depth in DEPTHS]
+    top1 = [[round(100 * point[f"val{'_ema' * averaged}{key}/top1"], 2) for key in keys] for point in last]
+    return {
+        "label": label,
+        "top1": top1,
+        "pflop": round(mean(run["flops"] for run in runs) / 1e15, 5),
+        "commits": sorted({run["commit"] for run in runs}),
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a table in Markdown: the mean over the seeds, and over the depths."""
+    shown = [5, 8, 10, 12, 16]
+    rows = [
+        f"| variant | {' | '.join(map(str, shown))} | mean of 5 to 16 | PFLOP |",
+        "|---|" + "--:|" * (len(shown) + 2),
+    ]
+    for result in results.values():
+        means = [mean(seeds) for seeds in zip(*result["top1"], strict=True)]
+        cells = [f"{means[DEPTHS.index(depth)]:.1f}" for depth in shown] + [f"{mean(means):.1f}"]
+        rows.append(f"| {result['label']} | {' | '.join(cells)} | {result['pflop']:.4f} |")
+    return "\n".join(rows)
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -96,12 +202,12 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8))
     colours = {"fixed": "#888888", "wide": "#1f77b4", "scaled": "#2ca02c"}
-    for rule, colour in colours.items():
-        seeds = results[rule]["top1"]
-        axes.plot(DEPTHS, [sum(column) / len(column) for column in zip(*seeds, strict=True)], color=colour)
+    for name, colour in colours.items():
+        seeds = results[name]["top1"]
+        axes.plot(DEPTHS, [mean(column) for column in zip(*seeds, strict=True)], color=colour)
         for seed in seeds:
             axes.plot(DEPTHS, seed, "o", color=colour, markersize=3, alpha=0.6)
-        axes.plot([], [], "o-", color=colour, markersize=3, label=f"trained at {RULES[rule][0]}")
+        axes.plot([], [], "o-", color=colour, markersize=3, label=f"trained at {results[name]['label']}")
     axes.set(xlabel="layers of the descendant", ylabel="validation top-1 (%), untuned", xticks=list(DEPTHS))
     axes.grid(alpha=0.3)
     axes.legend()
