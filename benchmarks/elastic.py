@@ -4,10 +4,10 @@
     python benchmarks/elastic.py clothes --seeds 0 --out benchmarks/results/ablations.json
     python benchmarks/elastic.py optimizers --seeds 0 --out benchmarks/results/optimizers.json
 
-Each variant of an experiment is one config with some keys changed. It is trained once for each seed, and scored after the
-last epoch at every depth from 5 to 16, which is the score of an expanded descendant of that depth. A run that is there is
-not trained again. Each takes two to six minutes of one core. `make quickstart` writes the data and the teacher of the
-digits, `make study` those of the clothes (Fashion-MNIST).
+Each variant of an experiment is one config with some keys changed. It is trained once for each seed, and scored after
+the last epoch at every depth from 5 to 16, which is the score of an expanded descendant of that depth. A run that is
+there is not trained again. Each takes two to ten minutes of one core. `make quickstart` writes the data and the teacher
+of the digits, `make study` those of the clothes (Fashion-MNIST).
 """
 
 from __future__ import annotations
