@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sws_dist.api import evaluate, expand, train
+    from sws_dist.api import evaluate, evaluate_depths, expand, train
     from sws_dist.config.loader import load_config
     from sws_dist.config.schema import RunConfig
     from sws_dist.learngene.file import Learngene, load_learngene
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "create_model",
     "evaluate",
+    "evaluate_depths",
     "expand",
     "load_config",
     "load_learngene",
@@ -42,6 +43,7 @@ _HOMES = {
     "Scores": "sws_dist.scoring",
     "create_model": "sws_dist.models.vit",
     "evaluate": "sws_dist.api",
+    "evaluate_depths": "sws_dist.api",
     "expand": "sws_dist.api",
     "load_config": "sws_dist.config.loader",
     "load_learngene": "sws_dist.learngene.file",

@@ -17,7 +17,7 @@ from torch import nn
 
 from sws_dist.checkpoint.load_model import set_input_description
 from sws_dist.checkpoint.model_file import load_weights_strict
-from sws_dist.checkpoint.open_model import open_model
+from sws_dist.checkpoint.open_model import find_run_weights, open_model
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
 from sws_dist.config.resume import finished_metrics
@@ -32,7 +32,7 @@ from sws_dist.models.image_size import require_image_size
 from sws_dist.progress import track
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
 
-__all__ = ["evaluate", "expand", "train"]
+__all__ = ["evaluate", "evaluate_depths", "expand", "train"]
 
 EVALUATION_TIMEOUT_S = 1800
 
@@ -237,4 +237,47 @@ def evaluate(
                     save_predictions(predictions, [part for rank in gathered for part in rank], images)
                 except OSError as error:  # the scores took long to get: they are not lost with it
                     raise OSError(f"{predictions}: cannot be written ({error.strerror or error}); {scores}") from None
+    return scores
+
+
+def evaluate_depths(
+    learngene: str | Path,
+    data: str | Path,
+    depths: Sequence[int],
+    *,
+    plan: str = "even",
+    branch_scaling: float | None = None,
+    image_size: int | None = None,
+    **options: Any,
+) -> dict[int, Scores]:
+    """Score a learngene's descendants of several depths as they leave it, untuned. A collective of all ranks.
+
+    Args:
+        learngene: its file, or the folder of the auxiliary model's run.
+        data: a folder of class folders.
+        depths: numbers of layers.
+        plan, branch_scaling, image_size: how the learngene is expanded; see ``expand``.
+        options: further arguments of ``evaluate``, such as ``batch_size``.
+
+    Returns:
+        depth -> top-1, top-5 and loss over all images, the same on every rank.
+
+    Raises:
+        ValueError: a file that holds no learngene, or what ``evaluate`` refuses; ``RunError`` where several ranks run.
+
+    Examples:
+        >>> import sws_dist
+        >>> scores = sws_dist.evaluate_depths("runs/auxiliary", "data/digits/val", [5, 10])
+        >>> scores[10] == sws_dist.evaluate("runs/auxiliary", "data/digits/val")
+        True
+    """
+    atexit.register(close_distributed)
+    init_distributed(EVALUATION_TIMEOUT_S)
+    with raise_on_all_ranks("read the learngene"):
+        source = load_learngene(find_run_weights(learngene) or learngene)
+    scores = {}
+    for depth in depths:
+        with raise_on_all_ranks(f"expand the learngene to {depth} layers"):
+            model = expand(source, depth, plan=plan, branch_scaling=branch_scaling, image_size=image_size)
+        scores[depth] = evaluate(model, data, image_size=image_size, **options)
     return scores

@@ -4,6 +4,9 @@ examples:
   # a file that this trainer wrote knows its model and how its images are normalised
   sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val
 
+  # the descendants of a learngene, as they leave it: which depth will do?
+  sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val --depths 5 6 8
+
   # any timm model with local weights; an ImageNet model on a few of its classes (folders n01440764, ...) too
   sws evaluate --model resnet50 --checkpoint resnet50.safetensors --data /data/imagenet/val
 
@@ -16,10 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import add_local_rank_option, make_parser, number, parse_args, print_result, whole_number
-from sws_dist.config.schema import MAX_BATCH
+from sws_dist.config.schema import MAX_BATCH, MAX_LAYERS
+from sws_dist.learngene.plan import NAMED_PLANS
+
+if TYPE_CHECKING:
+    from sws_dist.scoring import Scores
 
 
 def main() -> None:
@@ -49,37 +57,64 @@ def main() -> None:
     parser.add_argument(
         "--num-threads", type=whole_number(1, 1024), default=4, help="DALI threads of one rank (default 4)"
     )
+    depths = parser.add_argument_group("the descendants of a learngene")
+    depths.add_argument(
+        "--depths", type=whole_number(1, MAX_LAYERS), nargs="+", help="layers of the descendants to score, untuned"
+    )
+    depths.add_argument("--plan", choices=NAMED_PLANS, default="even", help="how they are expanded (default even)")
+    depths.add_argument(
+        "--branch-scaling", type=number(0, 2), help="exponent of the branches' factors, as sws expand takes it"
+    )
     parser.add_argument("--json", type=Path, help="write the scores here")
     parser.add_argument("--predictions", type=Path, help="write path, label and logits of every image here (.npz)")
     add_local_rank_option(parser)
     args = parse_args(parser)
+    if args.depths and (args.model or args.predictions or args.no_ema):
+        parser.error("--depths is for a learngene: --model, --no-ema and --predictions do not go with it")
+    if not args.depths and (args.plan != "even" or args.branch_scaling is not None):
+        parser.error("--plan and --branch-scaling say how --depths are expanded, and there are none")
     # torch takes seconds to import; --help and a wrong option should not wait for it.
-    from sws_dist.api import evaluate
+    from sws_dist.api import evaluate, evaluate_depths
     from sws_dist.distributed.collectives import raise_on_all_ranks
     from sws_dist.distributed.init import close_distributed
     from sws_dist.distributed.launch_env import rank
 
-    scores = evaluate(
-        args.checkpoint,
-        args.data,
-        model_name=args.model,
-        classes=args.classes,
-        numeric_classes=args.numeric_classes,
-        use_ema=not args.no_ema,
-        image_size=args.image_size,
-        crop_pct=args.crop_pct,
-        batch_size=args.batch,
-        num_threads=args.num_threads,
-        predictions=args.predictions,
-    )
-    print_result(
+    options = {
+        "classes": args.classes,
+        "numeric_classes": args.numeric_classes,
+        "image_size": args.image_size,
+        "crop_pct": args.crop_pct,
+        "batch_size": args.batch,
+        "num_threads": args.num_threads,
+    }
+    found: dict[str, Any] = {"checkpoint": str(args.checkpoint)}
+    if args.depths:
+        expansion = {"plan": args.plan, "branch_scaling": args.branch_scaling}
+        by_depth = evaluate_depths(args.checkpoint, args.data, args.depths, **expansion, **options)
+        print_result("\n".join(f"{depth:3d} layers: {describe(scores)}" for depth, scores in by_depth.items()))
+        found |= expansion | {"depths": {depth: dataclasses.asdict(scores) for depth, scores in by_depth.items()}}
+    else:
+        scores = evaluate(
+            args.checkpoint,
+            args.data,
+            model_name=args.model,
+            use_ema=not args.no_ema,
+            predictions=args.predictions,
+            **options,
+        )
+        print_result(describe(scores))
+        found |= dataclasses.asdict(scores)
+    with raise_on_all_ranks("write the scores"):
+        if args.json and rank() == 0:
+            atomic_write_json(args.json, found)
+    close_distributed()
+
+
+def describe(scores: Scores) -> str:
+    return (
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  "
         f"loss {scores.loss:.4f}  over {scores.images} images"
     )
-    with raise_on_all_ranks("write the scores"):
-        if args.json and rank() == 0:
-            atomic_write_json(args.json, {"checkpoint": str(args.checkpoint), **dataclasses.asdict(scores)})
-    close_distributed()
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.evaluate

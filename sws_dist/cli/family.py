@@ -1,8 +1,10 @@
 """Plan the runs of a family: a teacher, auxiliary models, and at some depths descendants beside their rivals.
 
     FOLDER/teacher                        the ancestry model
-    FOLDER/auxiliary, FOLDER/fixed        trained at many depths, and at its own alone, as in the paper
+    FOLDER/auxiliary, FOLDER/untaught     auxiliary models that are trained at many depths, with and without the teacher
+    FOLDER/fixed                          trained at its own depth alone, as in the paper
     FOLDER/tleg, FOLDER/unshared          rivals of the method: TLEG, and a model whose layers are picked
+    FOLDER/{fixed,tleg,unshared}/scaled.json   scores of their descendants with scaled branches
     FOLDER/depthD/expanded.safetensors    a descendant as it leaves the learngene
     FOLDER/depthD/tuned                   the same, fine-tuned
     FOLDER/depthD/scratch                 random weights, fine-tuning's recipe
@@ -23,10 +25,11 @@ from sws_dist.cli.commands import Command, perform, sws, train_command
 from sws_dist.config.paths import escape_path
 from sws_dist.progress import track
 
-AUXILIARIES = ("auxiliary", "fixed", "tleg", "unshared")
+ONE_DEPTH = ("fixed", "tleg", "unshared")
+AUXILIARIES = ("auxiliary", "untaught", *ONE_DEPTH)
 RIVALS = ("scratch", "scratch_full", "scratch_taught")
 FULL_BUDGET = (*AUXILIARIES, "scratch_full", "scratch_taught")
-TAUGHT = (*AUXILIARIES, "tuned", "scratch", "scratch_taught")
+TAUGHT = ("auxiliary", *ONE_DEPTH, "tuned", "scratch", "scratch_taught")
 """The runs that learn from the teacher: fine-tuning does, so its rival with the same recipe does too."""
 
 
@@ -70,6 +73,19 @@ class Family:
             self._train("" if beside_others else "2. the auxiliary model", name, self.folder / name, (), beside_others)
             for name in self.auxiliaries
         ]
+
+    def scaled_commands(self, images: Path) -> Iterator[Command]:
+        """Yield the scoring of descendants with scaled branches on ``images``, for models of one depth, which it needs.
+
+        A model that was trained at many depths has scaled branches of its own.
+        """
+        depths = map(str, self.scored or ())
+        for name in (name for name in self.auxiliaries if name in ONE_DEPTH):
+            run, scores = self.folder / name, self.folder / name / "scaled.json"
+            words = ["--checkpoint", escape_path(run), "--data", escape_path(images), "--depths", *depths]
+            words += ["--branch-scaling", "1", "--num-threads", "1", "--json", escape_path(scores)]
+            words += ["--plan", "spaced"] if name == "unshared" else []
+            yield Command("", (*sws("evaluate"), *words, *self.options), scores, scores.with_suffix(".log"))
 
     def expand_commands(self) -> Iterator[Command]:
         """Yield the expansion of each descendant that is trained, which needs the auxiliary model."""

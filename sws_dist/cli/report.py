@@ -8,85 +8,13 @@ examples:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
 from sws_dist.cli.report_chart import Row, draw
-from sws_dist.config.loader import load_config
-from sws_dist.text import read_json
-
-Metrics = dict[str, Any]
-AUXILIARIES = {
-    "fixed": ("auxiliary model of one depth", "untuned, from an auxiliary model of one depth"),
-    "tleg": ("TLEG's auxiliary model", "untuned, from TLEG's auxiliary model"),
-    "unshared": ("model without sharing", "untuned, layers picked from a model without sharing"),
-}
-"""Name what is expanded beside the auxiliary model, and its descendants."""
-KINDS = {
-    "tuned": "fine-tuned",
-    "scratch": "random weights, with the teacher",
-    "scratch_full": "random weights",
-    "scratch_taught": "random weights, with the teacher",
-}
-"""Name what is trained at single depths; in the report the number of epochs completes the name."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """The metrics of one family's runs, with one seed.
-
-    Args:
-        stages: the number of the auxiliary model's distinct layers.
-        others: which of ``AUXILIARIES`` there are.
-        depths: depth -> kind -> metrics, for the descendants that were trained and their rivals.
-    """
-
-    stages: int
-    teacher: Metrics
-    auxiliary: Metrics
-    others: dict[str, Metrics]
-    depths: dict[int, dict[str, Metrics]]
-
-    @property
-    def runs(self) -> tuple[object, ...]:
-        """Return what there is, to be compared with other seeds."""
-        return sorted(self.others), self.scored, {depth: sorted(runs) for depth, runs in self.depths.items()}
-
-    @property
-    def scored(self) -> list[int]:
-        """Return the depths at which the auxiliary model was evaluated: those of untuned descendants."""
-        last, own = self.auxiliary["history"][-1], self.auxiliary["depth"]
-        others = (key.removeprefix("val_depth").removesuffix("/top1") for key in last if key.startswith("val_depth"))
-        return sorted({own, *(int(depth) for depth in others if depth.isdecimal())})
-
-    def forward_flops(self, depth: int) -> float:
-        """Return the operations for one image at any depth, from those of two: they grow by a layer's."""
-        points = {run["depth"]: run["flops_forward"] for runs in self.depths.values() for run in runs.values()}
-        points[self.auxiliary["depth"]] = self.auxiliary["flops_forward"]
-        (d0, f0), (d1, f1) = min(points.items()), max(points.items())
-        return f0 if d0 == d1 else f0 + (f1 - f0) * (depth - d0) / (d1 - d0)
-
-    def stored(self) -> float | None:
-        """Return the parameters of descendants of all scored depths together.
-
-        They grow by a layer's, which is the difference between some descendant and the auxiliary model's distinct
-        layers. None where the only descendant has as many layers as those.
-        """
-        depth, runs = max(self.depths.items())
-        shared = self.auxiliary["parameters"]
-        if depth == self.stages:
-            return None
-        layer = (next(iter(runs.values()))["parameters"] - shared) / (depth - self.stages)
-        return sum(shared + layer * (depth - self.stages) for depth in self.scored)
-
-    def flops(self, kind: str, depth: int) -> float:
-        """Return the operations of a kind's whole training at any depth, by those of a run at some depth."""
-        run = next(runs[kind] for runs in self.depths.values() if kind in runs)
-        return run["images"] * (3 * self.forward_flops(depth) + run["flops_teacher"])
+from sws_dist.cli.report_runs import AUXILIARIES, KINDS, Family, Metrics, read_family, top1, untuned
 
 
 def main() -> None:
@@ -108,66 +36,6 @@ def main() -> None:
     print_result(text)
 
 
-def read_family(folder: Path, first: Path) -> Family:
-    """Read the metrics of one family's runs.
-
-    Args:
-        folder: the family's.
-        first: that of the first family, whose teacher may have taught this one too.
-
-    Raises:
-        ValueError: a run that has not finished, a folder without runs, or one without its teacher.
-    """
-
-    def metrics(run: Path) -> Metrics:
-        path = run / "metrics.json"
-        if not path.is_file():
-            raise ValueError(f"{path}: not there; this run has not finished")
-        found = read_json(path)
-        if not isinstance(found, dict) or "history" not in found:
-            raise ValueError(f"{path}: not what a finished run wrote")
-        return found
-
-    places = [place for place in folder.glob("depth*") if place.name.removeprefix("depth").isdecimal()]
-    depths = {}
-    for place in sorted(places, key=lambda place: int(place.name.removeprefix("depth"))):
-        kinds = [kind for kind in KINDS if (place / kind).is_dir()]
-        if kinds:
-            depths[int(place.name.removeprefix("depth"))] = {kind: metrics(place / kind) for kind in kinds}
-    if not any("scratch_full" in kinds for kinds in depths.values()):
-        raise ValueError(
-            f"{folder}: holds no depth*/scratch_full, with which descendants are compared; run sws quickstart or "
-            "sws study first"
-        )
-    others = {name: metrics(folder / name) for name in AUXILIARIES if (folder / name).is_dir()}
-    config, firsts = (load_config(place / "auxiliary" / "config.yaml") for place in (folder, first))
-    stages = config.model.schedule
-    if stages is None:
-        raise ValueError(f"{folder}/auxiliary/config.yaml: model.schedule is null, so this is no auxiliary model")
-    is_firsts = not (folder / "teacher").is_dir() and config.distill.teacher == firsts.distill.teacher
-    return Family(
-        len(stages),
-        metrics((first if is_firsts else folder) / "teacher"),
-        metrics(folder / "auxiliary"),
-        others,
-        depths,
-    )
-
-
-def top1(run: Metrics, epoch: int | None = None) -> float:
-    """Return validation top-1 in percent after that epoch, which was evaluated, or after the last."""
-    history = run["history"]
-    point = history[-1] if epoch is None else next(point for point in history if point["epoch"] == epoch)
-    return 100 * point["val/top1"]
-
-
-def untuned(run: Metrics, depth: int) -> float | None:
-    """Return the top-1 of an auxiliary model at a depth, which is that of the expanded descendant."""
-    key = "val/top1" if depth == run["depth"] else f"val_depth{depth}/top1"
-    found = run["history"][-1].get(key)
-    return None if found is None else 100 * found
-
-
 def rows_of(families: list[Family]) -> list[Row]:
     """Return the rows of the report's table."""
     first = families[0]
@@ -177,6 +45,8 @@ def rows_of(families: list[Family]) -> list[Row]:
     for kind, (name, runs) in expanded.items():
         scores = {depth: [untuned(run, depth) for run in runs] for depth in first.scored}
         rows.append(Row(kind, name, {d: [v for v in values if v is not None] for d, values in scores.items()}))
+        if kind in first.scaled:
+            rows.append(Row(f"{kind}, scaled", f"{name}, branches scaled", _scaled(kind, families)))
     for kind in KINDS:
         found = {d: [f.depths[d][kind] for f in families] for d, runs in first.depths.items() if kind in runs}
         for epoch in _epochs(kind, next(iter(found.values()))[0]) if found else ():
@@ -184,6 +54,13 @@ def rows_of(families: list[Family]) -> list[Row]:
             values = {depth: [top1(run, epoch) for run in runs] for depth, runs in found.items()}
             rows.append(Row(kind if last else f"{kind}, early", _name(kind, epoch), values))
     return [row for row in rows if any(row.values.values())]
+
+
+def _scaled(kind: str, families: list[Family]) -> dict[int, list[float]]:
+    """Return top-1 by depth with scaled branches; at the model's own depth nothing is scaled."""
+    own = families[0].others[kind]["depth"]
+    found = {depth: [100 * family.scaled[kind][depth] for family in families] for depth in families[0].scaled[kind]}
+    return found | {own: [top1(family.others[kind]) for family in families]}
 
 
 def _epochs(kind: str, run: Metrics) -> list[int]:
@@ -212,6 +89,8 @@ def bills(families: list[Family]) -> dict[str, float]:
         kinds = [kind for kind in KINDS if any(kind in runs for runs in family.depths.values())]
         shared = family.teacher["flops"] + family.auxiliary["flops"]
         yield "learngene, untuned", shared
+        if "untaught" in family.others:
+            yield "learngene without the teacher, untuned", family.others["untaught"]["flops"]
         for kind in kinds:
             total = sum(family.flops(kind, depth) for depth in family.scored)
             if kind == "tuned":
@@ -250,7 +129,7 @@ def write_report(title: str, families: list[Family], picture: str) -> str:
         cells = (spread(row.values[depth]) if row.values.get(depth) else "" for depth in first.scored)
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     lines += ["", _comparison(families), "", "## What the family costs", "", *_costs(families), ""]
-    lines += ["## Where it was measured", "", *_origin(auxiliary), ""]
+    lines += ["## Where it was measured", "", *_origin(families), ""]
     lines += [
         "Each run's folder holds its resolved configs, `log.jsonl`, weights and TensorBoard events; "
         "`tensorboard --logdir` on the folder of them all shows every curve.",
@@ -293,14 +172,7 @@ def _costs(families: list[Family]) -> list[str]:
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
     ]
-    runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
-    runs |= {AUXILIARIES[kind][0]: [f.others[kind] for f in families] for kind in first.others}
-    for depth, kinds in first.depths.items():
-        runs |= {
-            f"depth {depth}: {_name(kind, run['epochs'])}": [f.depths[depth][kind] for f in families]
-            for kind, run in kinds.items()
-        }
-    for name, found in runs.items():
+    for name, found in _named_runs(families).items():
         flops, seconds = mean(r["flops"] for r in found), min(r["rank_seconds"] for r in found)
         run = found[0]
         lines.append(f"| {name} | {run['epochs']} | {run['images']:,} | {flops / 1e15:.3g} | {seconds:.0f} |")
@@ -310,6 +182,17 @@ def _costs(families: list[Family]) -> list[str]:
         "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
         "what else a machine does only ever adds to them.",
     ]
+
+
+def _named_runs(families: list[Family]) -> dict[str, list[Metrics]]:
+    """Return the runs of all families by their names in the report, one a family."""
+    first = families[0]
+    runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
+    runs |= {AUXILIARIES[kind][0]: [f.others[kind] for f in families] for kind in first.others}
+    for depth, kinds in first.depths.items():
+        for kind, run in kinds.items():
+            runs[f"depth {depth}: {_name(kind, run['epochs'])}"] = [f.depths[depth][kind] for f in families]
+    return runs
 
 
 def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str]:
@@ -339,8 +222,19 @@ def _storage(family: Family) -> list[str]:
     ]
 
 
-def _origin(run: Metrics) -> list[str]:
-    """Say where a run took place, and with which versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if name != "sws-dist")
-    source = f"Commit {run['commit']}" if run["commit"] else f"sws-dist {run['versions'].get('sws-dist', '(unknown)')}"
-    return [f"{source}; {run['hardware']} a rank; {versions}."]
+def _origin(families: list[Family]) -> list[str]:
+    """Say where the runs took place, and with which versions: a line for each that differs."""
+    places: dict[str, list[str]] = {}
+    for name, found in _named_runs(families).items():
+        for run in found:
+            versions = dict(run["versions"])
+            ours = f"sws-dist {versions.pop('sws-dist', '(unknown)')}"
+            source = f"commit {run['commit']}" if run["commit"] else ours
+            with_versions = ", ".join(f"{package} {version}" for package, version in versions.items())
+            place = f"{source}; {run['hardware']} a rank; {with_versions}."
+            places.setdefault(place, []).append(f"{name} of seed {run['seed']}")
+    if len(places) == 1:
+        return [f"All runs: {place}" for place in places]
+    most = max(places, key=lambda place: len(places[place]))
+    named = {place: "; ".join(dict.fromkeys(names)) for place, names in places.items()} | {most: "all others"}
+    return [f"- {names}: {place}" for place, names in named.items()]

@@ -8,9 +8,13 @@ from statistics import mean
 
 LOOKS = {  # kind of a row -> colour, marker, line
     "untuned": ("#1b6ca8", "o", "-"),
+    "untaught": ("#3fa7a0", "o", "-"),
     "fixed": ("#888888", "o", "--"),
+    "fixed, scaled": ("#888888", "x", "-"),
     "tleg": ("#6a9f58", "o", ":"),
+    "tleg, scaled": ("#6a9f58", "x", "-"),
     "unshared": ("#a87cb8", "o", ":"),
+    "unshared, scaled": ("#a87cb8", "x", "-"),
     "tuned": ("#7fb2d9", "^", "none"),
     "scratch": ("#d9b38c", "v", "none"),
     "scratch_full": ("#e08e2b", "s", "none"),

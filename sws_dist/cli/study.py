@@ -1,6 +1,6 @@
 """Compare the method with its rivals, and write the report.
 
-A study is made of families of runs. Each has a teacher, an auxiliary model that is trained at many depths, rivals that
+A study is made of families of runs. Each has a teacher, auxiliary models that are trained at many depths, rivals that
 are not (as published, TLEG, a model without sharing), and at some depths fine-tuned descendants beside models of random
 weights. A study that was interrupted goes on where it stopped; the same seeds give the same table.
 
@@ -100,7 +100,10 @@ def main() -> None:
     perform(families[0].teacher_command())
     log.info(f"\n# 2. auxiliary models; {jobs} runs at a time")
     perform_side_by_side((c for family in families for c in family.auxiliary_commands(beside_others=True)), jobs)
-    log.info("\n# 3. their learngenes, expanded")
+    log.info(
+        f"\n# 3. their learngenes, expanded, and what scaled branches make of models of one depth; {jobs} at a time"
+    )
+    perform_side_by_side((c for family in families for c in family.scaled_commands(data / "val")), jobs)
     for command in (c for family in families for c in family.expand_commands()):
         perform(command)
     log.info(f"\n# 4. descendants and models of random weights; {jobs} runs at a time")

@@ -103,6 +103,18 @@ def test_fine_tuning_starts_from_the_expanded_weights(trained: Path, digits_root
     assert start["val/top1"] == pytest.approx(expanded["top1"])
 
 
+def test_a_learngenes_descendants_of_several_depths_are_scored(trained: Path, digits_root: Path) -> None:
+    """At its own depth the learngene's auxiliary model, at others what expand writes; on two ranks too."""
+    out, data = trained / "depths.json", digits_root / "val"
+    arguments = ["--checkpoint", trained / "auxiliary", "--data", data, "--depths", "7", "10", "--json", out]
+    run_script("launcher/evaluate.py", *arguments, world=2)
+    found = json.loads(out.read_text())["depths"]
+    own = evaluate(trained / "auxiliary" / "learngene.safetensors", data)
+    for depth, alone in (("7", evaluate(trained / "des7.safetensors", data)), ("10", own)):
+        assert found[depth]["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert {key: found[depth][key] for key in ("top1", "images")} == {key: alone[key] for key in ("top1", "images")}
+
+
 def test_predictions_hold_every_image_once_on_any_number_of_ranks(trained: Path, digits_root: Path) -> None:
     file = trained / "predictions.npz"
     checkpoint, out = trained / "des7.safetensors", trained / "three-ranks.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 import sws_dist
 
 # In this order: each uses what those before it have made.
-EXAMPLES = ("load_config", "create_model", "train", "load_learngene", "expand", "evaluate")
+EXAMPLES = ("load_config", "create_model", "train", "load_learngene", "expand", "evaluate", "evaluate_depths")
 
 
 def run_examples() -> int:

@@ -27,6 +27,8 @@ def test_a_tiny_study(tmp_path: Path, few_digits: Path) -> None:
     assert report.startswith("# Fashion-MNIST, 1,000 training images\n")
     for row in (
         *("| top-1 at depth | 5 | 6 | 10 | 15 |", "| untuned |", "| untuned, from an auxiliary model of one depth |"),
+        "| untuned, from an auxiliary model of one depth, branches scaled |",
+        "| untuned, from an auxiliary model without the teacher |",
         *("| fine-tuned, 5 epochs |", "| random weights, with the teacher, 5 epochs |"),
         *("| random weights, 2 epochs |", "| random weights, with the teacher, 2 epochs |"),
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from sws_dist.cli import study
 from sws_dist.cli.commands import Command
-from sws_dist.cli.family import RIVALS, Family
+from sws_dist.cli.family import AUXILIARIES, RIVALS, Family
 from sws_dist.config.loader import load_config
 from sws_dist.config.shipped import find_run_config
 
@@ -32,7 +32,7 @@ def test_all_learn_from_the_first_seeds_teacher(families: list[Family]) -> None:
     for family in families:
         for command in (*family.auxiliary_commands(), *family.depth_commands()):
             sets = overrides(command)
-            taught = not config(command).endswith(("scratch_full", "teacher"))
+            taught = not config(command).endswith(("scratch_full", "teacher", "untaught"))
             assert sets.get("distill.teacher") == ("out/seed3/teacher/model.safetensors" if taught else None)
             assert sets["train.seed"] == str(family.seed)
             assert sets["data.root"] == "data/d"
@@ -52,10 +52,22 @@ def test_every_run_of_a_depth(families: list[Family]) -> None:
     assert len({command.done for command in commands}) == len(commands)
 
 
+def test_models_of_one_depth_are_scored_with_scaled_branches(families: list[Family]) -> None:
+    commands = list(families[1].scaled_commands(Path("data/d/val")))
+    assert [command.done for command in commands] == [
+        Path(f"out/seed4/{name}/scaled.json") for name in ("fixed", "tleg", "unshared")
+    ]
+    for command in commands:
+        said = " ".join(command.words)
+        assert "--branch-scaling 1" in said and "--data data/d/val" in said
+        assert ("--plan spaced" in said) == ("unshared" in said)
+        assert "--depths 5 6 7 8 9 11 12 13 14 15 16" in said
+
+
 def test_the_configs_are_there_and_load(families: list[Family]) -> None:
     for name in ("quickstart", "study"):
-        for run in ("teacher", "auxiliary", "tuned", *RIVALS):
-            if (name, run) != ("quickstart", "scratch_taught"):
+        for run in ("teacher", "tuned", *AUXILIARIES, *RIVALS):
+            if name == "study" or run in ("teacher", "auxiliary", "tuned", "scratch", "scratch_full"):
                 loaded = load_config(find_run_config(f"{name}/{run}"))
-                assert (loaded.model.elastic is not None) == (run == "auxiliary")
-                assert (loaded.distill.teacher is None) == (run in ("teacher", "scratch_full"))
+                assert (loaded.model.elastic is not None) == (run in ("auxiliary", "untaught"))
+                assert (loaded.distill.teacher is None) == (run in ("teacher", "untaught", "scratch_full"))

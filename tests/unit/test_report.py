@@ -39,6 +39,9 @@ def family(folder: Path, seed: int, tuned: float, *, others: bool = False) -> Pa
             (folder / name / "config.yaml").write_text(
                 "output: o\ndata: {root: r}\nmodel: {name: sws_vit, schedule: [2, 2]}\ndistill: {teacher: t}\n"
             )
+    if others:
+        scaled = {"depths": {"3": {"top1": 0.7}, "5": {"top1": 0.8}}}
+        (folder / "fixed" / "scaled.json").write_text(json.dumps(scaled))
     for depth, full in ((3, 0.95), (4, 0.97)):
         of = {"depth": depth, "flops_forward": depth * 10**8, "parameters": 500_000 + (depth - 2) * 100_000}
         write(folder / f"depth{depth}" / "tuned", {0: 0.8, 1: 0.9, 2: tuned}, **of, images=10**5)
@@ -62,6 +65,7 @@ def test_numbers_of_two_seeds(tmp_path: Path) -> None:
         "| top-1 at depth | 3 | 4 | 5 |",
         "| untuned | 90.0 | 98.0 | 90.0 |",
         "| untuned, from an auxiliary model of one depth | 50.0 | 98.0 | 50.0 |",
+        "| untuned, from an auxiliary model of one depth, branches scaled | 70.0 | 98.0 | 80.0 |",
         "| untuned, layers picked from a model without sharing | 60.0 | 98.0 | 60.0 |",
         "| fine-tuned, 1 epoch | 90.0 | 90.0 |  |",
         "| fine-tuned, 2 epochs | 95.0 (94.0-96.0) | 95.0 (94.0-96.0) |  |",
@@ -77,6 +81,7 @@ def test_numbers_of_two_seeds(tmp_path: Path) -> None:
     assert "the untuned learngene costs 1 PFLOP; random weights, 6 epochs 3.6 x as much." in text
     assert "| random weights, 6 epochs | 3.6 | 1.0 x |" in text  # 3 * 1 M images * (3 + 4 + 5) * 0.1 GFLOP
     assert "0.50 M parameters, descendants of these depths 2.10 M: 4.2 times" in text  # 0.6 + 0.7 + 0.8
+    assert "All runs: commit abc; a CPU a rank; torch 2." in text
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 500
 
@@ -87,6 +92,15 @@ def test_one_family_without_rivals_of_its_own(tmp_path: Path) -> None:
     text = (tmp_path / "a" / "report.md").read_text()
     assert "from seed 3." in text
     assert "auxiliary model of one depth" not in text
+
+
+def test_runs_of_other_commits_are_named(tmp_path: Path) -> None:
+    folder = family(tmp_path / "a", 3, tuned=0.9)
+    path = folder / "auxiliary" / "metrics.json"
+    path.write_text(path.read_text().replace('"abc"', '"def"'))
+    text = report("--runs", folder).stdout
+    assert "- all others: commit abc; a CPU a rank; torch 2." in text
+    assert "- auxiliary model of seed 3: commit def; a CPU a rank; torch 2." in text
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
