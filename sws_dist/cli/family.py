@@ -79,7 +79,7 @@ class Family:
 
         A model that was trained at many depths has scaled branches of its own.
         """
-        depths = map(str, self.scored or ())
+        depths = tuple(map(str, self.scored or ()))
         for name in (name for name in self.auxiliaries if name in ONE_DEPTH):
             run, scores = self.folder / name, self.folder / name / "scaled.json"
             words = ["--checkpoint", escape_path(run), "--data", escape_path(images), "--depths", *depths]

@@ -36,7 +36,7 @@ def sws(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> subprocess.Co
     return done
 
 
-PARTS = {"--init--", "main", "common", "commands", "family", "report-chart"}
+PARTS = {"--init--", "main", "common", "commands", "family", "report-chart", "report-runs"}
 """The modules of ``cli`` that are no commands themselves."""
 
 
@@ -70,7 +70,7 @@ def test_every_command_has_a_launch_script_whose_name_hides_no_standard_module()
         ("quickstart --seed 4294967296", "argument --seed: '4294967296': expected a whole number from 0 to 4294967295"),
         (
             "evaluate --checkpoint x --data y --depths 0",
-            "argument --depths: '0': expected a whole number from 1 to 1000",
+            "--depths: '0': expected a whole number from 1 to 1000",
         ),
         ("evaluate --checkpoint x --data y --depths 5 --predictions p", "--predictions do not go with it"),
         ("evaluate --checkpoint x --data y --plan spaced", "say how --depths are expanded, and there are none"),
