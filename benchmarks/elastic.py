@@ -1,13 +1,14 @@
-"""Measure what descendants are worth before any fine-tuning, and what in the auxiliary model's training decides it.
+"""Measure what decides how good descendants are: how the auxiliary model is trained, and how they are fine-tuned.
 
     python benchmarks/elastic.py digits --out benchmarks/results/elastic.json --chart docs/elastic.png
     python benchmarks/elastic.py clothes --seeds 0 --out benchmarks/results/ablations.json
     python benchmarks/elastic.py optimizers --seeds 0 --out benchmarks/results/optimizers.json
+    python benchmarks/elastic.py tuning --seeds 0 --out benchmarks/results/tuning.json
 
 Each variant of an experiment is one config with some keys changed. It is trained once for each seed, and scored after
-the last epoch at every depth from 5 to 16, which is the score of an expanded descendant of that depth. A run that is
-there is not trained again. Each takes two to ten minutes of one core. `make quickstart` writes the data and the teacher
-of the digits, `make study` those of the clothes (Fashion-MNIST).
+the last epoch. An auxiliary model is scored at every depth from 5 to 16, as its expanded descendants would be. A run
+that is there is not trained again. Each takes two to ten minutes of one core. `make quickstart` writes the data and the
+teacher of the digits, `make study` those of the clothes (Fashion-MNIST).
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from sws_dist.atomic import atomic_write_json
 from sws_dist.config.loader import load_config
 
 ROOT = Path(__file__).parents[1]
-OWN_DEPTH = 10
-DEPTHS = range(5, 17)
+DEPTHS = tuple(range(5, 17))
 WIDE = {"min_depth": 5, "max_depth": 15}
 NARROW = {"min_depth": 5, "max_depth": 12, "branch_scaling": 0}
 
@@ -49,10 +49,20 @@ class Experiment:
     data: str
     teacher: str
     variants: dict[str, Variant]
+    own_depth: int = 10
+    depths: tuple[int, ...] = DEPTHS
+    learngene: str | None = None
+    """The one that is fine-tuned; None where auxiliary models are trained."""
 
 
 def clothes(variants: dict[str, Variant]) -> Experiment:
     return Experiment("study/auxiliary", "data/fashion-mnist-6000", "runs/study/seed0/teacher", variants)
+
+
+def tune(rate: str, epochs: int) -> Variant:
+    """Return the study's fine-tuning at another rate, for other epochs, a fifth of which is its warm-up."""
+    sets = {"optim.lr": float(rate), "train.epochs": epochs, "optim.warmup_epochs": epochs / 5}
+    return Variant(f"{epochs} epoch{'s' * (epochs > 1)} at {rate}", sets)
 
 
 EXPERIMENTS = {
@@ -108,6 +118,15 @@ EXPERIMENTS = {
             for epochs in (5, 10, 20)
         }
     ),
+    "tuning": Experiment(
+        "study/tuned",
+        "data/fashion-mnist-6000",
+        "runs/study/seed0/teacher",
+        {f"{rate}_{epochs}": tune(rate, epochs) for epochs in (1, 5, 10) for rate in ("1e-4", "3e-4", "1e-3")},
+        own_depth=12,
+        depths=(12,),
+        learngene="runs/study/seed0/auxiliary",
+    ),
 }
 
 
@@ -117,6 +136,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder for all runs (default: runs/EXPERIMENT)")
     parser.add_argument("--data", type=Path, help="default: where quickstart and study write it")
     parser.add_argument("--teacher", type=Path, help="its model.safetensors (default: where they write it)")
+    parser.add_argument("--learngene", type=Path, help="the one that is fine-tuned (default: where they write it)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one core each")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
@@ -129,33 +149,36 @@ def main() -> None:
 
     def train_one(name: str, seed: int) -> dict[str, Any]:
         sets = {"data.root": str(data.resolve()), "distill.teacher": str(teacher.resolve()), "train.seed": seed}
-        return train(folder / f"{name}-{seed}", experiment.config, sets | experiment.variants[name].sets)
+        if experiment.learngene:
+            learngene = args.learngene or Path(experiment.learngene) / "learngene.safetensors"
+            sets |= {"model.initial_learngene": str(learngene.resolve()), "model.depth": experiment.own_depth}
+        return train(folder / f"{name}-{seed}", experiment, sets | experiment.variants[name].sets)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         due = {name: [pool.submit(train_one, name, seed) for seed in args.seeds] for name in experiment.variants}
         runs = {name: [future.result() for future in futures] for name, futures in due.items()}
-    results = {name: summarise(experiment.variants[name].label, found) for name, found in runs.items()}
-    print(table(results))
+    results = {name: summarise(experiment, name, found) for name, found in runs.items()}
+    print(table(results, experiment.depths))
     if args.out:
         first = next(iter(runs.values()))[0]
         origin = {key: first[key] for key in ("versions", "hardware")}
-        atomic_write_json(args.out, origin | {"depths": list(DEPTHS), "seeds": args.seeds, "variants": results})
+        atomic_write_json(args.out, origin | {"depths": experiment.depths, "seeds": args.seeds, "variants": results})
     if args.chart:
         draw(results, args.chart)
 
 
-def train(output: Path, config: str, sets: dict[str, Any]) -> dict[str, Any]:
-    """Train one auxiliary model, unless it is there. Returns what its ``metrics.json`` holds."""
+def train(output: Path, experiment: Experiment, sets: dict[str, Any]) -> dict[str, Any]:
+    """Train one model, unless it is there. Returns what its ``metrics.json`` holds."""
     metrics = output / "metrics.json"
     if not metrics.is_file():
-        epochs = sets.get("train.epochs") or load_config(config).train.epochs
+        epochs = sets.get("train.epochs") or load_config(experiment.config).train.epochs
         sets = sets | {
             "output": str(output.resolve()),
             "train.eval_every": epochs,
             "checkpoint.every": epochs,
-            "train.eval_depths": [depth for depth in DEPTHS if depth != OWN_DEPTH],
+            "train.eval_depths": [depth for depth in experiment.depths if depth != experiment.own_depth],
         }
-        command = [sys.executable, "launcher/train.py", "--config", f"configs/runs/{config}.yaml"]
+        command = [sys.executable, "launcher/train.py", "--config", f"configs/runs/{experiment.config}.yaml"]
         command += ["--deepspeed_config", "configs/deepspeed/zero0.json", "--resume", "auto"]
         command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
@@ -165,30 +188,30 @@ def train(output: Path, config: str, sets: dict[str, Any]) -> dict[str, Any]:
     return json.loads(metrics.read_text())
 
 
-def summarise(label: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(experiment: Experiment, name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return top-1 in percent by depth for each seed, the mean operations of the training, and where it was made."""
     last = [run["history"][-1] for run in runs]
     averaged = any(key.startswith("val_ema") for key in last[0])
-    keys = ["" if depth == OWN_DEPTH else f"_depth{depth}" for depth in DEPTHS]
+    keys = ["" if depth == experiment.own_depth else f"_depth{depth}" for depth in experiment.depths]
     top1 = [[round(100 * point[f"val{'_ema' * averaged}{key}/top1"], 2) for key in keys] for point in last]
     return {
-        "label": label,
+        "label": experiment.variants[name].label,
         "top1": top1,
         "pflop": round(mean(run["flops"] for run in runs) / 1e15, 5),
         "commits": sorted({run["commit"] for run in runs}),
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the results as a table in Markdown: the mean over the seeds, and over the depths."""
-    shown = [5, 8, 10, 12, 16]
+def table(results: dict[str, dict[str, Any]], depths: tuple[int, ...]) -> str:
+    """Return the results as a table in Markdown: the mean over the seeds at some depths, and over all depths."""
+    shown = [depth for depth in (5, 8, 10, 12, 16) if depth in depths]
     rows = [
-        f"| variant | {' | '.join(map(str, shown))} | mean of 5 to 16 | PFLOP |",
+        f"| variant | {' | '.join(map(str, shown))} | mean of {depths[0]} to {depths[-1]} | PFLOP |",
         "|---|" + "--:|" * (len(shown) + 2),
     ]
     for result in results.values():
         means = [mean(seeds) for seeds in zip(*result["top1"], strict=True)]
-        cells = [f"{means[DEPTHS.index(depth)]:.1f}" for depth in shown] + [f"{mean(means):.1f}"]
+        cells = [f"{means[depths.index(depth)]:.1f}" for depth in shown] + [f"{mean(means):.1f}"]
         rows.append(f"| {result['label']} | {' | '.join(cells)} | {result['pflop']:.4f} |")
     return "\n".join(rows)
 
