@@ -60,7 +60,8 @@ def _scaled(kind: str, families: list[Family]) -> dict[int, list[float]]:
     """Return top-1 by depth with scaled branches; at the model's own depth nothing is scaled."""
     own = families[0].others[kind]["depth"]
     found = {depth: [100 * family.scaled[kind][depth] for family in families] for depth in families[0].scaled[kind]}
-    return found | {own: [top1(family.others[kind]) for family in families]}
+    found[own] = [top1(family.others[kind]) for family in families]
+    return dict(sorted(found.items()))
 
 
 def _epochs(kind: str, run: Metrics) -> list[int]:
@@ -224,7 +225,7 @@ def _storage(family: Family) -> list[str]:
 
 def _origin(families: list[Family]) -> list[str]:
     """Say where the runs took place, and with which versions: a line for each that differs."""
-    places: dict[str, list[str]] = {}
+    places: dict[str, dict[str, list[str]]] = {}
     for name, found in _named_runs(families).items():
         for run in found:
             versions = dict(run["versions"])
@@ -232,9 +233,13 @@ def _origin(families: list[Family]) -> list[str]:
             source = f"commit {run['commit']}" if run["commit"] else ours
             with_versions = ", ".join(f"{package} {version}" for package, version in versions.items())
             place = f"{source}; {run['hardware']} a rank; {with_versions}."
-            places.setdefault(place, []).append(f"{name} of seed {run['seed']}")
+            places.setdefault(place, {}).setdefault(name, []).append(str(run["seed"]))
     if len(places) == 1:
         return [f"All runs: {place}" for place in places]
     most = max(places, key=lambda place: len(places[place]))
-    named = {place: "; ".join(dict.fromkeys(names)) for place, names in places.items()} | {most: "all others"}
-    return [f"- {names}: {place}" for place, names in named.items()]
+    lines = [f"- All others: {most}"]
+    for place, names in places.items():
+        if place != most:
+            told = (f"{name} (seed {', '.join(dict.fromkeys(seeds))})" for name, seeds in names.items())
+            lines.append(f"- {'; '.join(told)}: {place}")
+    return lines

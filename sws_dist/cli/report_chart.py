@@ -22,6 +22,10 @@ LOOKS = {  # kind of a row -> colour, marker, line
 }
 
 
+SPAN = 12.0
+"""Points of accuracy that the picture shows below the best one, since small differences are what it is for."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the report's table.
@@ -49,7 +53,7 @@ def draw(rows: list[Row], bill: dict[str, float], teacher: float, path: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
     for row in rows:
         if row.kind not in LOOKS:
             continue
@@ -60,10 +64,17 @@ def draw(rows: list[Row], bill: dict[str, float], teacher: float, path: Path) ->
         for depth, seeds in values.items():
             left.plot([depth] * len(seeds), seeds, ".", color=colour, alpha=0.5, markersize=4)
     left.axhline(teacher, color="black", linewidth=0.8, linestyle=":", label="teacher")
-    left.set(xlabel="layers of the descendant", ylabel="validation top-1 (%)")
+    drawn = [value for row in rows if row.kind in LOOKS for seeds in row.values.values() for value in seeds]
+    bottom = max(drawn) - SPAN
+    cut = min(drawn) < bottom
+    if cut:
+        left.set_ylim(bottom=bottom)
+    left.set(
+        xlabel="layers of the descendant", ylabel=f"validation top-1 (%){', points below are cut off' if cut else ''}"
+    )
     left.set_xticks(sorted({depth for row in rows for depth in row.values}))
     left.grid(alpha=0.3)
-    left.legend(fontsize=7)
+    figure.legend(fontsize=7, ncols=3, loc="outside lower left")
 
     colours = ["#1b6ca8" if name.startswith("learngene") else "#e08e2b" for name in bill]
     right.barh(list(bill), list(bill.values()), color=colours)

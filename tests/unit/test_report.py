@@ -99,8 +99,8 @@ def test_runs_of_other_commits_are_named(tmp_path: Path) -> None:
     path = folder / "auxiliary" / "metrics.json"
     path.write_text(path.read_text().replace('"abc"', '"def"'))
     text = report("--runs", folder).stdout
-    assert "- all others: commit abc; a CPU a rank; torch 2." in text
-    assert "- auxiliary model of seed 3: commit def; a CPU a rank; torch 2." in text
+    assert "- All others: commit abc; a CPU a rank; torch 2." in text
+    assert "- auxiliary model (seed 3): commit def; a CPU a rank; torch 2." in text
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
