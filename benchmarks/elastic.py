@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -51,13 +51,15 @@ class Experiment:
     variants: dict[str, Variant]
     own_depth: int = 10
     depths: tuple[int, ...] = DEPTHS
+    sets: dict[str, Any] = field(default_factory=dict)
+    """Keys of the config that differ in all variants."""
     learngene: str | None = None
     """The one that is fine-tuned; None where auxiliary models are trained."""
 
 
 def clothes(variants: dict[str, Variant], depths: tuple[int, ...] = DEPTHS) -> Experiment:
     data, teacher = "data/fashion-mnist-6000", "runs/study/seed0/teacher"
-    return Experiment("study/auxiliary", data, teacher, variants, depths=depths)
+    return Experiment("study/auxiliary", data, teacher, variants, depths=depths, sets={"model.elastic": WIDE})
 
 
 def tune(rate: str, epochs: int) -> Variant:
@@ -81,9 +83,11 @@ EXPERIMENTS = {
     ),
     "clothes": clothes(
         {
-            "study": Variant("the study's auxiliary model", {}),
+            "study": Variant("5 distinct layers, trained at 5 to 15 layers with the teacher", {}),
+            "to_ten": Variant("trained at 5 to 10 layers", {"model.elastic": {"min_depth": 5, "max_depth": 10}}),
+            "to_eight": Variant("trained at 5 to 8 layers", {"model.elastic": {"min_depth": 5, "max_depth": 8}}),
             "one_depth": Variant(
-                "one depth, 10; branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
+                "trained at 10 layers alone, branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
             ),
             "unscaled": Variant("branches not scaled", {"model.elastic": WIDE | {"branch_scaling": 0}}),
             "sandwich": Variant("smallest, largest and a random depth in turn", {"model.elastic.rule": "sandwich"}),
@@ -148,6 +152,7 @@ def main() -> None:
 
     def train_one(name: str, seed: int) -> dict[str, Any]:
         sets = {"data.root": str(data.resolve()), "distill.teacher": str(teacher.resolve()), "train.seed": seed}
+        sets |= experiment.sets
         if experiment.learngene:
             learngene = args.learngene or Path(experiment.learngene) / "learngene.safetensors"
             sets |= {"model.initial_learngene": str(learngene.resolve()), "model.depth": experiment.own_depth}
