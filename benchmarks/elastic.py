@@ -30,6 +30,7 @@ from sws_dist.config.loader import load_config
 ROOT = Path(__file__).parents[1]
 DEPTHS = tuple(range(5, 17))
 WIDE = {"min_depth": 5, "max_depth": 15}
+OWN = {"min_depth": 5, "max_depth": 10}
 NARROW = {"min_depth": 5, "max_depth": 12, "branch_scaling": 0}
 
 
@@ -79,12 +80,13 @@ EXPERIMENTS = {
             "sandwich": Variant("5 to 12 layers, sandwich", {"model.elastic": NARROW | {"rule": "sandwich"}}),
             "wide": Variant("5 to 15 layers", {"model.elastic": WIDE | {"branch_scaling": 0}}),
             "scaled": Variant("5 to 15 layers, branches scaled", {"model.elastic": WIDE}),
+            "to_ten": Variant("5 to 10 layers, branches scaled", {"model.elastic": OWN}),
         },
     ),
     "clothes": clothes(
         {
             "study": Variant("5 distinct layers, trained at 5 to 15 layers with the teacher", {}),
-            "to_ten": Variant("trained at 5 to 10 layers", {"model.elastic": {"min_depth": 5, "max_depth": 10}}),
+            "to_ten": Variant("trained at 5 to 10 layers", {"model.elastic": OWN}),
             "to_eight": Variant("trained at 5 to 8 layers", {"model.elastic": {"min_depth": 5, "max_depth": 8}}),
             "one_depth": Variant(
                 "trained at 10 layers alone, branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
@@ -115,9 +117,12 @@ EXPERIMENTS = {
                 f"{title}, {rate}, {epochs} epochs",
                 {"optim.name": name, "optim.lr": float(rate), "train.epochs": epochs},
             )
-            for name, title, rates in (("muon", "Muon", ("3e-3",)), ("adamw", "AdamW", ("1e-3", "2e-3")))
-            for rate in rates
-            for epochs in (5, 10, 20)
+            for name, title, rate, lengths in (
+                ("muon", "Muon", "3e-3", (5, 10, 20)),
+                ("adamw", "AdamW", "1e-3", (5, 10, 20)),
+                ("adamw", "AdamW", "2e-3", (10,)),
+            )
+            for epochs in lengths
         },
         depths=(5, 8, 10, 12, 16),
     ),
@@ -125,7 +130,7 @@ EXPERIMENTS = {
         "study/tuned",
         "data/fashion-mnist-6000",
         "runs/study/seed0/teacher",
-        {f"{rate}_{epochs}": tune(rate, epochs) for epochs in (1, 5, 10) for rate in ("1e-4", "3e-4", "1e-3")},
+        {f"{rate}_{epochs}": tune(rate, epochs) for epochs in (1, 5, 10) for rate in ("1e-4", "3e-4")},
         own_depth=12,
         depths=(12,),
         learngene="runs/study/seed0/auxiliary",
