@@ -25,11 +25,11 @@ from sws_dist.cli.common import (
     make_parser,
     number,
     parse_args,
+    parse_depths,
     print_result,
     whole_number,
 )
 from sws_dist.config.loader import load_config
-from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.errors import ConfigError
 from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, GBIT, find_device
 from sws_dist.zero.config import config_source, resolve_deepspeed_config
@@ -104,16 +104,3 @@ def make_options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def parse_depths(text: str) -> tuple[int, ...]:
-    """Parse ``6,9,12`` or ``6-15``."""
-    depths: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isascii() and first.isdecimal() and (last or first).isascii() and (last or first).isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected depths such as 6,9,12 or 6-15")
-        depths += range(int(first), min(int(last or first), MAX_LAYERS + 1) + 1)
-    if not depths or min(depths) < 1 or max(depths) > MAX_LAYERS:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected depths from 1 to {MAX_LAYERS}, the smaller one first")
-    return tuple(depths)

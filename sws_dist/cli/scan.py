@@ -20,6 +20,8 @@ from pathlib import Path
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 
+DEFAULT_SPLITS = ("train", "val")
+
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of splits, or one split (class folders, tar shards, a list)"
     )
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="looked for in --data (train val)")
+    parser.add_argument("--splits", nargs="+", help="splits of --data (default: train and val, where they are there)")
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument(
         "--num-threads",
@@ -51,10 +53,16 @@ def main() -> None:
         atomic_write_json(args.json, {"images": num_images, "bad": bad})
 
 
-def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
-    """Return the root of each split, its name, and what its paths begin with in ``--json``."""
+def find_splits(data: Path, names: list[str] | None) -> list[tuple[Path, str, str]]:
+    """Return the root of each split, its name, and what its paths begin with in ``--json``.
+
+    Raises:
+        ValueError: one of ``names`` is not there.
+    """
     data = Path(os.path.abspath(data))  # a split needs a name: --data . is the folder one stands in
-    found = [name for name in names if holds_split(data / name)]
+    found = [name for name in names or DEFAULT_SPLITS if holds_split(data / name)]
+    if missing := [name for name in names or () if name not in found]:
+        raise ValueError(f"--splits {' '.join(missing)}: {data} holds no such split")
     if found:
         return [(data, name, f"{name}/") for name in found]
     return [(data.parent, data.name, "")]
