@@ -322,6 +322,16 @@ class DistillConfig:
     reduction: Literal["batchmean", "elements"] = "batchmean"
     """``elements`` also divides by the number of classes, as the paper's released code does."""
 
+    @model_validator(mode="after")
+    def _check_teacher(self) -> DistillConfig:
+        if self.teacher_weights is not None and self.teacher is None and self.logits is None:
+            raise KeyConflictError(
+                "teacher_weights",
+                "distill.teacher_weights: there is no distill.teacher that they are of; name it, or set the weights to "
+                "null too",
+            )
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimConfig:
