@@ -197,7 +197,11 @@ def untrained_depth(info: ModelInfo, depth: int) -> str | None:
         return None
     low, high = trained_depths
     trained = f"{low} layers alone" if low == high else f"{low} to {high} layers"
-    return f"the learngene was trained at {trained}: a descendant of {depth} needs fine-tuning before it is used"
+    if info.kwargs.get("branch_scaling"):
+        remedy = "has branches scaled for that depth, and should be scored before it is used untuned"
+    else:
+        remedy = "needs fine-tuning before it is used"
+    return f"the learngene was trained at {trained}: a descendant of {depth} {remedy}"
 
 
 def fresh_head(model: SWSVisionTransformer, seed: int) -> dict[str, Tensor]:
