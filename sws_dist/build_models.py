@@ -144,7 +144,10 @@ def _configure_execution(
                 "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
-        student.set_grad_checkpointing(True)
+        try:
+            student.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):  # timm asserts, or the model has no such method
+            raise ValueError(f"model.grad_checkpointing: {config.name} cannot recompute its activations") from None
     if config.compile and config.elastic is not None:
         _compile_stages(student, config.elastic)
     elif config.compile:
