@@ -27,6 +27,7 @@ from typing import Any
 from sws_dist.cli.common import (
     add_deepspeed_option,
     add_local_rank_option,
+    expanded,
     make_parser,
     number,
     parse_args,
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the weights')")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the run (default 0)")
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights, where the file has others too")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train")
+    parser.add_argument(
+        "--resume", type=expanded, metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train"
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="a config key; repeatable"
     )
