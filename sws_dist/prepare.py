@@ -25,12 +25,13 @@ from sws_dist.checkpoint.checkpoint import (
     require_same_stream,
     verify,
 )
+from sws_dist.config.lr_schedule import count_steps
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.moved import follow_move, is_data_moved
-from sws_dist.data.sampler import TrainOrder, count_steps
+from sws_dist.data.sampler import TrainOrder
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
