@@ -36,7 +36,7 @@ from sws_dist.cli.common import (
 )
 from sws_dist.config.loader import load_config, marked_keys
 from sws_dist.config.paths import escape_path
-from sws_dist.config.schema import IS_PATH, MAX_LAYERS, DataConfig
+from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, MAX_LAYERS, DataConfig
 from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
 from sws_dist.errors import ConfigError
@@ -54,6 +54,32 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     install_handlers()  # before the imports that take time
+    args = parse_args(build_parser())
+    load_config("finetune", args.overrides)  # a wrong key is reported before torch is imported, which takes seconds
+    from sws_dist.api import train
+    from sws_dist.distributed.init import close_distributed
+
+    try:
+        sets = as_overrides(choose_settings(args)) + args.overrides
+    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
+        raise ConfigError(str(error)) from error
+    ds = str(args.deepspeed_config or choose_deepspeed_config())
+    resume = ["--resume", args.resume] if args.resume else []
+    words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
+    log.debug("$ " + shlex.join([*words, *(word for each in sets for word in ("--set", each)), *resume]))
+    config = load_config("finetune", sets)
+    metrics = train(config, ds, resume=args.resume)
+    close_distributed()
+    if metrics is not None:
+        print_result(
+            f"the model     {config.output}/model.safetensors\n"
+            f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
+            f"to use it     sws classify {shlex.quote(config.output)} IMAGES...\n"
+            f"elsewhere     sws export --from {shlex.quote(config.output)} --out FOLDER --formats onnx"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--from", dest="weights", type=Path, required=True, help="weights to start from: .safetensors or a PyTorch file"
@@ -90,29 +116,7 @@ def main() -> None:
     )
     add_deepspeed_option(parser, required=False)
     add_local_rank_option(parser)
-    args = parse_args(parser)
-    load_config("finetune", args.overrides)  # a wrong key is reported before torch is imported, which takes seconds
-    from sws_dist.api import train
-    from sws_dist.distributed.init import close_distributed
-
-    try:
-        sets = as_overrides(choose_settings(args)) + args.overrides
-    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
-        raise ConfigError(str(error)) from error
-    ds = str(args.deepspeed_config or choose_deepspeed_config())
-    resume = ["--resume", args.resume] if args.resume else []
-    words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
-    log.debug("$ " + shlex.join([*words, *(word for each in sets for word in ("--set", each)), *resume]))
-    config = load_config("finetune", sets)
-    metrics = train(config, ds, resume=args.resume)
-    close_distributed()
-    if metrics is not None:
-        print_result(
-            f"the model     {config.output}/model.safetensors\n"
-            f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
-            f"to use it     sws classify {shlex.quote(config.output)} IMAGES...\n"
-            f"elsewhere     sws export --from {shlex.quote(config.output)} --out FOLDER --formats onnx"
-        )
+    return parser
 
 
 def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def timm_preprocessing(name: str) -> dict[str, Any]:
     about = timm_config(name)
     interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
     known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
-    return known | {"crop_pct": about.crop_pct or 0.875, "interpolation": interpolation}
+    return known | {"crop_pct": about.crop_pct or DEFAULT_CROP_PCT, "interpolation": interpolation}
 
 
 def split_settings(data: Path, val_share: float) -> dict[str, Any]:

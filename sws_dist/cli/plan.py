@@ -36,7 +36,7 @@ from sws_dist.zero.config import config_source, resolve_deepspeed_config
 
 
 def main() -> None:
-    args = parse_args(make_options(), one_process=True)
+    args = parse_args(build_parser(), one_process=True)
     config = load_config(args.config, args.overrides)
     ds = resolve_deepspeed_config(args.deepspeed_config, config, args.nodes * args.gpus_per_node)
     if (args.images is None) != (args.classes is None):
@@ -75,7 +75,7 @@ def main() -> None:
     print_result(json.dumps(plan.as_json(), indent=2) if args.json else plan_table(plan, request.device))
 
 
-def make_options() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = make_parser(__doc__)
     add_config_options(parser)

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+
+if TYPE_CHECKING:
+    from sws_dist.data.tar_shards import SampleKeys
 
 DEFAULT_SPLITS = ("train", "val")
 
@@ -43,10 +46,12 @@ def main() -> None:
     )
     parser.add_argument("--label-key", default="label", help="of a sample's .json, as in data.label_key")
     args = parse_args(parser, one_process=True)
-    keys = args.image_extensions, args.label_key
+    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
+
+    keys = SampleKeys(tuple(args.image_extensions or DEFAULT_KEYS.image_extensions), args.label_key)
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
-        good, found = scan_split(root, split, prefix, args.num_threads, *keys)
+        good, found = scan_split(root, split, prefix, args.num_threads, keys)
         num_images += good
         bad += found
     if args.json:
@@ -76,18 +81,11 @@ def holds_split(place: Path) -> bool:
 
 
 def scan_split(
-    root: Path,
-    split: str,
-    prefix: str,
-    num_threads: int,
-    image_extensions: Sequence[str] | None,
-    label_key: str,
+    root: Path, split: str, prefix: str, num_threads: int, keys: SampleKeys
 ) -> tuple[int, list[dict[str, str]]]:
     """Scan one split. Returns the number of good images, and path and reason of each bad file."""
-    from sws_dist.data import manifest
-    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
+    from sws_dist.data import manifest  # needs DALI
 
-    keys = SampleKeys(tuple(image_extensions or DEFAULT_KEYS.image_extensions), label_key)
     found, kept = manifest.scan_and_decode(root, split, num_threads, keys)
     print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
     for note in found.notes:
