@@ -26,6 +26,7 @@ from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
 from sws_dist.distributed import step_clock
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.nonfinite import ADVICE
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
@@ -197,10 +198,9 @@ class Trainer:
         if stop is None and self._evaluation_due():
             top1 = self._evaluate()
             stop = "during the evaluation" if top1 is None else None
-        config = self.parts.config
-        is_last = self.step in (self.parts.total_steps, config.train.max_steps)
-        if stop or is_last or self._ends_epoch(config.checkpoint.every):
-            self._save(top1, wait=stop is not None or self.step >= self._last_step)
+        is_last = self.step >= self._last_step
+        if stop or is_last or self._ends_epoch(self.parts.config.checkpoint.every):
+            self._save(top1, wait=stop is not None or is_last)
         if stop:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
@@ -242,7 +242,7 @@ class Trainer:
         if not all_weights_finite(parts.engine):
             raise RunError(
                 f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
-                "is untouched. A lower optim.lr, more warm-up or gradient_clipping usually helps"
+                f"is untouched. {ADVICE}"
             )
         average_buffers(parts.engine.module)
         provenance = parts.models.info.provenance | {"step": self.step, "top1": top1}
