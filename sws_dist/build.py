@@ -21,6 +21,7 @@ from sws_dist.checkpoint.checkpoint import (
     load_checkpoint,
     set_aside_newer,
 )
+from sws_dist.checkpoint.model_file import describe_other_normalisation
 from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -132,6 +133,9 @@ def build_student_engine(
         masters = master_slices(engine)
         report = init_from_learngene(student, masters, expansion, config.train.seed, world.device)
         log_expansion(expansion, report, student.num_classes)
+        note = describe_other_normalisation(expansion.path, expansion.header.info, config.data)
+        if note is not None:
+            log.warning(note)
     return engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from timm.layers import use_reentrant_ckpt
 from torch import nn
 
 from sws_dist.checkpoint.load_model import load_initial_weights
-from sws_dist.checkpoint.model_file import ModelInfo, is_described, read_model_info
+from sws_dist.checkpoint.model_file import (
+    ModelInfo,
+    describe_other_normalisation,
+    describe_preprocessing,
+    is_described,
+    read_model_info,
+)
 from sws_dist.config.schema import ElasticConfig, ModelConfig, RunConfig
 from sws_dist.distill.teacher import count_teacher_flops
 from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
@@ -22,6 +29,8 @@ from sws_dist.models import SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import TRAIN_FACTOR, forward_flops
 from sws_dist.models.image_size import image_size_arguments, require_image_size
 from sws_dist.models.kernel_backend import enable_cuda_graphs, select_kernels
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precision that a DeepSpeed config asks for -> the model's dtype."""
@@ -144,7 +153,10 @@ def _configure_execution(
                 "model.grad_checkpointing: timm is set to reentrant checkpointing (TIMM_REENTRANT_CKPT), which fails "
                 "under ZeRO-2 and can be silently wrong under ZeRO-3; unset it"
             )
-        student.set_grad_checkpointing(True)
+        try:
+            student.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):  # timm asserts, or the model has no such method
+            raise ValueError(f"model.grad_checkpointing: {config.name} cannot recompute its activations") from None
     if config.compile and config.elastic is not None:
         _compile_stages(student, config.elastic)
     elif config.compile:
@@ -188,8 +200,11 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
     """Load ``model.initial_checkpoint``, and compare the geometries, which equal shapes could hide."""
     path = config.model.initial_checkpoint
     assert path is not None
-    if isinstance(model, SWSVisionTransformer) and is_described(path):
-        info, ours = read_model_info(path), geometry(model)
+    info = read_model_info(path) if is_described(path) else None
+    if info is not None and (note := describe_other_normalisation(path, info, config.data)) is not None:
+        log.warning(note)
+    if info is not None and isinstance(model, SWSVisionTransformer):
+        ours = geometry(model)
         differ = [
             f"{key}: {info.kwargs[key]} in the file, {ours[key]} in the config"
             for key in ("schedule", "patch_size", "num_heads", "class_token", "global_pool", "norm_eps")
@@ -256,9 +271,8 @@ def _describe_student(
     config: RunConfig, model: nn.Module, classes: Sequence[str], provenance: dict[str, Any]
 ) -> ModelInfo:
     """Return what the run's weight files will say of the student."""
-    keys = ("mean", "std", "image_size", "crop_pct", "interpolation")
     about: dict[str, Any] = {
-        "preprocessing": {key: getattr(config.data, key) for key in keys},
+        "preprocessing": describe_preprocessing(config.data),
         "classes": list(classes),
         "provenance": {
             "run": config.output,

@@ -70,9 +70,8 @@ def name_labels(
 
 def describe_labels(model: Any) -> tuple[str, ...]:
     """Return what to call each of a model's labels: as the model does, by ImageNet's descriptions, or by number."""
-    known = model.pretrained_cfg.get("label_names")
-    if known and len(known) == model.num_classes:
-        return tuple(known)
+    if known := _own_names(model):
+        return known
     subset = infer_imagenet_subset({"num_classes": model.num_classes})
     if not subset:
         log.info("the model does not say what its labels are called: they are shown as numbers")
@@ -82,11 +81,15 @@ def describe_labels(model: Any) -> tuple[str, ...]:
     return tuple(info.index_to_description(label) for label in range(model.num_classes))
 
 
+def _own_names(model: Any) -> tuple[str, ...] | None:
+    names = model.pretrained_cfg.get("label_names") or ()
+    return tuple(names) if len(names) == model.num_classes else None
+
+
 def _known_names(model: Any, found: Sequence[str]) -> tuple[str, ...] | None:
     """Return what the model says that its labels are called, or ImageNet's names if the data's are among them."""
-    known = model.pretrained_cfg.get("label_names")
-    if known and len(known) == model.num_classes:
-        return tuple(known)
+    if known := _own_names(model):
+        return known
     subset = infer_imagenet_subset({"num_classes": model.num_classes})
     synsets = tuple(ImageNetInfo(subset).label_names()) if subset else ()
     return synsets if not set(synsets).isdisjoint(found) else None

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sws_dist.config.schema import DataConfig
+from sws_dist.config.schema import DEFAULT_CROP_PCT, DataConfig
 
 if TYPE_CHECKING:
     from sws_dist.data.bad_images import BadImages
@@ -53,7 +53,7 @@ def input_config(
             image_size=about["input_size"][-1] if image_size is None else image_size,
             mean=tuple(about["mean"]),
             std=tuple(about["std"]),
-            crop_pct=(about.get("crop_pct") or 0.875) if crop_pct is None else crop_pct,
+            crop_pct=(about.get("crop_pct") or DEFAULT_CROP_PCT) if crop_pct is None else crop_pct,
             interpolation=about.get("interpolation") or "bicubic",
             num_threads=num_threads,
         )

@@ -25,12 +25,13 @@ from sws_dist.checkpoint.checkpoint import (
     require_same_stream,
     verify,
 )
+from sws_dist.config.lr_schedule import count_steps
 from sws_dist.config.resume import compare_with_own_config
 from sws_dist.config.schema import RunConfig
 from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.moved import follow_move, is_data_moved
-from sws_dist.data.sampler import TrainOrder, count_steps
+from sws_dist.data.sampler import TrainOrder
 from sws_dist.distill.stored import open_stored_teacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -143,18 +144,18 @@ def prepare_run(
 def check_run(
     config: RunConfig, deepspeed_config: str | Path | Mapping[str, Any], resume: str | None = None
 ) -> PreparedRun:
-    """Check a run as far as that goes without training, and leave nothing behind in its folder. A collective.
+    """Check a run as far as that goes without training, and leave nothing behind. A collective.
 
     Raises:
         ValueError, OSError, RunError: what ``build_run`` raises; and for a checkpoint of another stream of images.
     """
     world = init_distributed(config.train.timeout_s)
     output = Path(config.output)
-    was_there = broadcast_from_rank0(output.exists())
-    lists = output / ".dry-run"
+    lists, made = output / ".dry-run", list[Path]()
     try:
         with raise_on_all_ranks("write into the output folder"):
             if world.is_rank_zero:
+                made = [folder for folder in (output, *output.parents) if not folder.exists()]
                 lists.mkdir(parents=True, exist_ok=True)
         run = prepare_run(config, deepspeed_config, resume, lists)
         step = 0
@@ -168,9 +169,9 @@ def check_run(
     finally:
         if world.is_rank_zero:
             shutil.rmtree(lists, ignore_errors=True)
-            if not was_there:
-                with suppress(OSError):  # somebody else has put something there
-                    output.rmdir()
+            with suppress(OSError):  # somebody else has put something there
+                for folder in made:  # the innermost first
+                    folder.rmdir()
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

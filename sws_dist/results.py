@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def collect_results(
-    parts: RunParts, history: list[dict[str, float]], best_top1: float | None, seconds: float
+    parts: RunParts, history: list[dict[str, float]], best_top1: float | None, seconds: float, rank_seconds: float
 ) -> dict[str, Any]:
     """Return what ``metrics.json`` holds.
 
     Args:
         history: the evaluations, the last one at the run's end.
-        seconds: of the run, over all its resumes.
+        seconds, rank_seconds: of the run, over all its resumes, and of its ranks together.
     """
     train, models, last = parts.config.train, parts.models, history[-1]
     return {
@@ -40,7 +40,7 @@ def collect_results(
         "images": parts.total_steps * train.global_batch,
         "validation_images": len(parts.data.val),
         "seconds": seconds,
-        "rank_seconds": round(seconds * parts.world.size, 3),
+        "rank_seconds": rank_seconds,
         "flops_forward": models.flops.student,
         "flops_teacher": models.flops.teacher,
         "flops": training_flops(models.flops, models.elastic, parts.total_steps, train.global_batch),

@@ -26,6 +26,7 @@ from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
 from sws_dist.distributed import step_clock
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.nonfinite import ADVICE
 from sws_dist.distributed.signals import deferred_signals
 from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
@@ -54,12 +55,12 @@ class Trainer:
         self.step = 0
         self.best_top1: float | None = None
         self.history: list[dict[str, float]] = []
-        self._seconds_before, self._start = 0.0, time.perf_counter()
+        self._seconds_before, self._rank_seconds_before, self._start = 0.0, 0.0, time.perf_counter()
         self._result = StepResult(applied=False, grad_norm=None)
         if parts.resumed is not None:
             state = parts.resumed.state
             self.step, self.best_top1, self.history = state.step, state.best_top1, list(state.history)
-            self._seconds_before = state.seconds
+            self._seconds_before, self._rank_seconds_before = state.seconds, state.rank_seconds
         config = parts.config.train
         self._last_step = min(parts.total_steps, config.max_steps or parts.total_steps)
         self._watch = StepWatch(parts, range(self.step + 1, self._last_step + 1))
@@ -197,10 +198,9 @@ class Trainer:
         if stop is None and self._evaluation_due():
             top1 = self._evaluate()
             stop = "during the evaluation" if top1 is None else None
-        config = self.parts.config
-        is_last = self.step in (self.parts.total_steps, config.train.max_steps)
-        if stop or is_last or self._ends_epoch(config.checkpoint.every):
-            self._save(top1, wait=stop is not None or self.step >= self._last_step)
+        is_last = self.step >= self._last_step
+        if stop or is_last or self._ends_epoch(self.parts.config.checkpoint.every):
+            self._save(top1, wait=stop is not None or is_last)
         if stop:
             raise Stopped(f"told to stop ({stop}): saved at step {self.step} of {self.parts.total_steps}")
 
@@ -234,6 +234,7 @@ class Trainer:
             "step": self.step,
             "epoch": self._num_epochs(self.step),
             "seconds": self._elapsed_s(),
+            "rank_seconds": self._rank_seconds(),
             "top1": top1,
             "best_top1": self.best_top1,
             "history": list(self.history),
@@ -241,11 +242,10 @@ class Trainer:
         if not all_weights_finite(parts.engine):
             raise RunError(
                 f"the weights are not finite after step {self.step}, which is therefore not saved; the last checkpoint "
-                "is untouched. A lower optim.lr, more warm-up or gradient_clipping usually helps"
+                f"is untouched. {ADVICE}"
             )
         average_buffers(parts.engine.module)
-        last_top1 = self.history[-1]["val/top1"] if self.history else None
-        provenance = parts.models.info.provenance | {"step": self.step, "top1": last_top1}
+        provenance = parts.models.info.provenance | {"step": self.step, "top1": top1}
         info = dataclasses.replace(parts.models.info, provenance=provenance)
         with parts.heartbeat.phase(SAVE):
             self._checkpoints.save(info, state, wait=wait)
@@ -267,7 +267,7 @@ class Trainer:
         result = None
         with raise_on_all_ranks("write the results"):
             if parts.world.is_rank_zero:
-                result = collect_results(parts, self.history, self.best_top1, self._elapsed_s())
+                result = collect_results(parts, self.history, self.best_top1, self._elapsed_s(), self._rank_seconds())
                 train = parts.config.train
                 atomic_write_json(parts.output / "metrics.json", result)
                 settings = {"model": parts.config.model.name, "seed": train.seed, "lr": parts.lr_schedule.peak}
@@ -343,6 +343,10 @@ class Trainer:
     def _elapsed_s(self) -> float:
         """Return the seconds of this run, over all its resumes."""
         return round(self._seconds_before + time.perf_counter() - self._start, 3)
+
+    def _rank_seconds(self) -> float:
+        """Return the seconds of all ranks together, whose number may have changed between two starts."""
+        return round(self._rank_seconds_before + (time.perf_counter() - self._start) * self.parts.world.size, 3)
 
     def _failure(self) -> Exception | None:
         """Return why this rank cannot go on, or None."""

@@ -66,7 +66,7 @@ def _score(parts: RunParts, observe: Callable[[Batch, Tensor], None] | None) -> 
     batches = StopAwareIterator(loader, parts.world.device, parts.heartbeat.tick)
     with parts.heartbeat.phase("evaluating"):
         scores = score_batches(parts.engine, batches, parts.dtype, observe)
-    log_bad_images(parts, parts.data.bad_val, 0, len(parts.data.val))
+    log_bad_images(parts, parts.data.bad_val, None, len(parts.data.val))
     parts.engine.train()
     return None if batches.stop_requested else scores
 
@@ -94,7 +94,7 @@ def _show(parts: RunParts, review: Review, step: int) -> None:
             recorder.image("val/confusion", draw_confusion(counts, classes), step)
 
 
-def log_bad_images(parts: RunParts, bad: BadImages, epoch: int, epoch_size: int) -> None:
+def log_bad_images(parts: RunParts, bad: BadImages, epoch: int | None, epoch_size: int) -> None:
     """Log what could not be read since the last call; RunError on all ranks if it is too much. A collective."""
     for line in bad.exchange(parts.world.device, epoch, epoch_size, parts.config.data.max_bad_share):
         log.warning(line)

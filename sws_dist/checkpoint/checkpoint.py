@@ -46,12 +46,14 @@ _HOW_TO_RESTART = (
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Description of a checkpoint, stored in ``state.json``. ``seconds`` and ``history`` run on over resumes."""
+    """Description of a checkpoint, stored in ``state.json``. Seconds and ``history`` run on over resumes."""
 
     version: int
     step: int
     epoch: int
     seconds: float
+    rank_seconds: float
+    """Of all ranks together."""
     top1: float | None
     best_top1: float | None
     history: list[dict[str, float]]
@@ -121,9 +123,9 @@ def read_state(checkpoint: Path) -> CheckpointState:
         version = fields.get("version", 1)
         if version != VERSION:
             raise ValueError(f"{checkpoint}: written in version {version} of the format, this program reads {VERSION}")
-        return CheckpointState(
-            **fields | {"files": {name: FileDigest(**file) for name, file in fields["files"].items()}}
-        )
+        fields.setdefault("rank_seconds", fields["seconds"] * fields["world_size"])  # it is not in earlier ones
+        fields["files"] = {name: FileDigest(**file) for name, file in fields["files"].items()}
+        return CheckpointState(**fields)
     except OSError:
         raise ValueError(f"{checkpoint}: not a checkpoint of this trainer (it has no readable state.json)") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from sws_dist.atomic import atomic_write
 from sws_dist.checkpoint.safetensors_stream import TensorEntry, tensor_entry, write_safetensors
 from sws_dist.checkpoint.weight_file import is_safetensors, load_tensors, open_safetensors, require_weights
+from sws_dist.config.schema import DataConfig
 from sws_dist.models import create_model
 
+PREPROCESSING = ("mean", "std", "image_size", "crop_pct", "interpolation")
+"""What a file says of its images: keys of ``data`` in a run config."""
 VERSION = 2  # version 1 had the key "pixels" for "preprocessing"
 
 
@@ -33,7 +36,7 @@ class ModelInfo:
     kwargs: dict[str, Any]
     num_classes: int
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """Settings of evaluation: ``mean``, ``std``, ``image_size``, ``crop_pct``, ``interpolation``."""
+    """The values of ``PREPROCESSING``."""
     classes: list[str] = field(default_factory=list)
     """The labels' names in order."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +52,21 @@ class ModelInfo:
     def build(self, **overrides: Any) -> Any:
         """Build the model, with random weights."""
         return create_model(self.name, **(self.kwargs | {"num_classes": self.num_classes} | overrides))
+
+
+def describe_preprocessing(config: DataConfig) -> dict[str, Any]:
+    """Return ``ModelInfo.preprocessing`` of a model whose images are read so."""
+    return {key: getattr(config, key) for key in PREPROCESSING}
+
+
+def describe_other_normalisation(path: str | Path, info: ModelInfo, config: DataConfig) -> str | None:
+    """Return a log message if the images of a file's model were normalised otherwise than those of a run, or None."""
+    if not {"mean", "std"} <= info.preprocessing.keys():
+        return None
+    own, now = (f"mean {list(a['mean'])} and std {list(a['std'])}" for a in (info.preprocessing, vars(config)))
+    if own == now:
+        return None
+    return f"{path}: its images were normalised by {own}, those of this run are by {now} (data.mean, data.std)"
 
 
 def save_model_file(path: str | Path, info: ModelInfo, weights: Mapping[str, Tensor]) -> Path:

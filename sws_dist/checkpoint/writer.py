@@ -186,7 +186,7 @@ class CheckpointWriter:
         """Add an evaluation's scores to a checkpoint that was saved without."""
         with raise_on_all_ranks("complete a checkpoint"):
             if self._world.is_rank_zero and state["top1"] is not None:
-                scores = {key: state[key] for key in ("seconds", "top1", "best_top1", "history")}
+                scores = {key: state[key] for key in ("seconds", "rank_seconds", "top1", "best_top1", "history")}
                 scored = replace(read_state(checkpoint), model=asdict(info), **scores)
                 atomic_write_json(checkpoint / "state.json", asdict(scored))
         self.newest = checkpoint

@@ -99,5 +99,5 @@ def classify(
         for rows, batch in read_images(images, np.arange(len(images)), config, device, batch_size, bad):
             for row, logits in zip(rows, model(batch).float().cpu(), strict=True):
                 yield images.paths[row], logits.softmax(0)
-    for line in bad.exchange(device, 0, max(1, len(images)), 1.0):
+    for line in bad.exchange(device, None, max(1, len(images)), 1.0):
         log.warning(line)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from sws_dist.config.paths import expand_path
-from sws_dist.config.schema import MAX_BATCH, RunConfig
+from sws_dist.config.schema import MAX_BATCH, MAX_LAYERS, RunConfig
 from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, rank
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
@@ -62,6 +63,19 @@ def _parse_number(text: str, kind: type[int] | type[float], least: float, most: 
         name = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{text!r}: expected a {name} from {least} to {most}")
     return value
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Parse the depths of descendants, an argparse type: ``6,9,12`` or ``6-15``."""
+    depths: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected depths such as 6,9,12 or 6-15")
+        depths += range(int(found[1]), min(int(found[2] or found[1]), MAX_LAYERS + 1) + 1)
+    if not depths or min(depths) < 1 or max(depths) > MAX_LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected depths from 1 to {MAX_LAYERS}, the smaller one first")
+    return tuple(depths)
 
 
 def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -36,9 +36,13 @@ def main() -> None:
     parser.add_argument("--schedule", help="with --released: repeats of each stage, for example 3,3,4,3,3")
     parser.add_argument("--heads", type=whole_number(1, 1024), help="with --released: attention heads")
     parser.add_argument("--ema", action="store_true", help="with --checkpoint: the moving average of the weights")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --checkpoint")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="with --checkpoint (default fp32)")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     args = parse_args(parser, one_process=True)
+    for kind, options in {"released": ("schedule", "heads"), "checkpoint": ("ema", "dtype")}.items():
+        for option in options:
+            if getattr(args, option) and not getattr(args, kind):
+                parser.error(f"--{option} goes with --{kind}")
     if args.released:
         convert_released_file(args)
     elif args.learngene:
@@ -88,7 +92,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     if problem is not None:
         raise ValueError(problem)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    info = export_weights(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype])
+    info = export_weights(args.checkpoint, args.out, average=args.ema, dtype=dtypes[args.dtype or "fp32"])
     if info.kind == "learngene":
         log.info(f"{args.out}: a learngene, schedule {info.kwargs['schedule']}; sws expand makes descendants of it")
     else:

@@ -27,13 +27,16 @@ from typing import Any
 from sws_dist.cli.common import (
     add_deepspeed_option,
     add_local_rank_option,
+    expanded,
     make_parser,
     number,
     parse_args,
     print_result,
     whole_number,
 )
-from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.config.loader import load_config, marked_keys
+from sws_dist.config.paths import escape_path
+from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, MAX_LAYERS, DataConfig
 from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
 from sws_dist.errors import ConfigError
@@ -51,8 +54,32 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     install_handlers()  # before the imports that take time
-    from sws_dist.config.loader import load_config
+    args = parse_args(build_parser())
+    load_config("finetune", args.overrides)  # a wrong key is reported before torch is imported, which takes seconds
+    from sws_dist.api import train
+    from sws_dist.distributed.init import close_distributed
 
+    try:
+        sets = as_overrides(choose_settings(args)) + args.overrides
+    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
+        raise ConfigError(str(error)) from error
+    ds = str(args.deepspeed_config or choose_deepspeed_config())
+    resume = ["--resume", args.resume] if args.resume else []
+    words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
+    log.debug("$ " + shlex.join([*words, *(word for each in sets for word in ("--set", each)), *resume]))
+    config = load_config("finetune", sets)
+    metrics = train(config, ds, resume=args.resume)
+    close_distributed()
+    if metrics is not None:
+        print_result(
+            f"the model     {config.output}/model.safetensors\n"
+            f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
+            f"to use it     sws classify {shlex.quote(config.output)} IMAGES...\n"
+            f"elsewhere     sws export --from {shlex.quote(config.output)} --out FOLDER --formats onnx"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--from", dest="weights", type=Path, required=True, help="weights to start from: .safetensors or a PyTorch file"
@@ -70,7 +97,9 @@ def main() -> None:
         default=0.1,
         help="share of each class that is held out without val/ (default 0.1)",
     )
-    parser.add_argument("--output", help="the run's folder (default: runs/finetune/NAME, called as the data)")
+    parser.add_argument(
+        "--output", type=Path, help="the run's folder (default: runs/finetune/NAME, called as the data)"
+    )
     parser.add_argument("--epochs", type=whole_number(1, 1_000_000), help="passes over the training images")
     parser.add_argument("--lr", type=number(1e-12, 1000), help="highest learning rate (default 2e-4)")
     parser.add_argument(
@@ -79,36 +108,15 @@ def main() -> None:
     parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the weights')")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the run (default 0)")
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights, where the file has others too")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="a config key"
+        "--resume", type=expanded, metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="a config key; repeatable"
     )
     add_deepspeed_option(parser, required=False)
     add_local_rank_option(parser)
-    args = parse_args(parser)
-    load_config("finetune", args.overrides)  # a wrong key is reported before torch is imported, which takes seconds
-    from sws_dist.api import train
-    from sws_dist.distributed.init import close_distributed
-
-    try:
-        settings = choose_settings(args)
-    except (ValueError, OSError) as error:  # all ranks find the same, and one of them is enough to say it
-        raise ConfigError(str(error)) from error
-    sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + args.overrides
-    ds = str(args.deepspeed_config or choose_deepspeed_config())
-    resume = ["--resume", args.resume] if args.resume else []
-    words = ["sws", "train", "--config", "finetune", "--deepspeed_config", ds]
-    log.debug("$ " + shlex.join([*words, *(word for each in sets for word in ("--set", each)), *resume]))
-    config = load_config("finetune", sets)
-    metrics = train(config, ds, resume=args.resume)
-    close_distributed()
-    if metrics is not None:
-        print_result(
-            f"the model     {config.output}/model.safetensors\n"
-            f"its accuracy  {100 * metrics['top1']:.2f} % of {metrics['validation_images']} validation images\n"
-            f"to use it     sws classify {shlex.quote(config.output)} IMAGES...\n"
-            f"elsewhere     sws export --from {shlex.quote(config.output)} --out FOLDER --formats onnx"
-        )
+    return parser
 
 
 def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,10 +125,10 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: weights that say of no model, or a folder that cannot be trained on.
     """
-    data = Path(os.path.abspath(args.data.expanduser()))
+    data = Path(os.path.abspath(args.data))
     sets = {"output": args.output or f"runs/finetune/{data.name}", "train.seed": args.seed}
     sets |= model_settings(args) | split_settings(data, args.val_share)
-    num_images = count_images(sets)
+    num_images = count_images(load_config("finetune", [*as_overrides(sets), *args.overrides]).data)
     complete_environment(os.environ)
     world, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_SIZE"])
     batch = choose_batch(num_images, world) if args.batch is None else args.batch
@@ -129,6 +137,12 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     sets |= {"train.eval_every": max(1, epochs // 20), "checkpoint.every": max(1, epochs // 5)}
     sets["data.num_threads"] = min(8, max(1, len(os.sched_getaffinity(0)) // local_size))
     return sets | ({} if args.lr is None else {"optim.lr": args.lr})
+
+
+def as_overrides(sets: dict[str, Any]) -> list[str]:
+    """Write config keys as ``--set`` takes them."""
+    paths = marked_keys(IS_PATH)
+    return [f"{key}={escape_path(value) if key in paths else json.dumps(value)}" for key, value in sets.items()]
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def timm_preprocessing(name: str) -> dict[str, Any]:
     about = timm_config(name)
     interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
     known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
-    return known | {"crop_pct": about.crop_pct or 0.875, "interpolation": interpolation}
+    return known | {"crop_pct": about.crop_pct or DEFAULT_CROP_PCT, "interpolation": interpolation}
 
 
 def split_settings(data: Path, val_share: float) -> dict[str, Any]:
@@ -199,18 +213,20 @@ def split_settings(data: Path, val_share: float) -> dict[str, Any]:
     return {"data.root": str(data)} | ({"data.val_split": val} if val else {"data.val_share": val_share})
 
 
-def count_images(sets: dict[str, Any]) -> int:
+def count_images(config: DataConfig) -> int:
     """Return the number of training images.
 
     Raises:
         ValueError: fewer than two classes.
     """
     from sws_dist.data.sources import find_source
+    from sws_dist.data.tar_shards import SampleKeys
 
-    source, _ = find_source(sets["data.root"], sets.get("data.train_split", "train"))
+    keys = SampleKeys(config.image_extensions, config.label_key)
+    source, _ = find_source(config.root, config.train_split, keys=keys)
     if len(source.classes) < 2:
         raise ValueError(f"{source.folder}: holds one class ({source.classes[0]}); at least two are needed")
-    return max(1, int(len(source) * (1 - sets.get("data.val_share", 0))))
+    return max(1, int(len(source) * (1 - (config.val_share or 0))))
 
 
 def choose_batch(num_images: int, world: int) -> int:

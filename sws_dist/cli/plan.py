@@ -25,18 +25,18 @@ from sws_dist.cli.common import (
     make_parser,
     number,
     parse_args,
+    parse_depths,
     print_result,
     whole_number,
 )
 from sws_dist.config.loader import load_config
-from sws_dist.config.schema import MAX_LAYERS
 from sws_dist.errors import ConfigError
 from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, GBIT, find_device
 from sws_dist.zero.config import config_source, resolve_deepspeed_config
 
 
 def main() -> None:
-    args = parse_args(make_options(), one_process=True)
+    args = parse_args(build_parser(), one_process=True)
     config = load_config(args.config, args.overrides)
     ds = resolve_deepspeed_config(args.deepspeed_config, config, args.nodes * args.gpus_per_node)
     if (args.images is None) != (args.classes is None):
@@ -75,7 +75,7 @@ def main() -> None:
     print_result(json.dumps(plan.as_json(), indent=2) if args.json else plan_table(plan, request.device))
 
 
-def make_options() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = make_parser(__doc__)
     add_config_options(parser)
@@ -104,16 +104,3 @@ def make_options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def parse_depths(text: str) -> tuple[int, ...]:
-    """Parse ``6,9,12`` or ``6-15``."""
-    depths: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isascii() and first.isdecimal() and (last or first).isascii() and (last or first).isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected depths such as 6,9,12 or 6-15")
-        depths += range(int(first), min(int(last or first), MAX_LAYERS + 1) + 1)
-    if not depths or min(depths) < 1 or max(depths) > MAX_LAYERS:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected depths from 1 to {MAX_LAYERS}, the smaller one first")
-    return tuple(depths)

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+
+if TYPE_CHECKING:
+    from sws_dist.data.tar_shards import SampleKeys
+
+DEFAULT_SPLITS = ("train", "val")
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of splits, or one split (class folders, tar shards, a list)"
     )
-    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="looked for in --data (train val)")
+    parser.add_argument("--splits", nargs="+", help="splits of --data (default: train and val, where they are there)")
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument(
         "--num-threads",
@@ -41,20 +46,28 @@ def main() -> None:
     )
     parser.add_argument("--label-key", default="label", help="of a sample's .json, as in data.label_key")
     args = parse_args(parser, one_process=True)
-    keys = args.image_extensions, args.label_key
+    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
+
+    keys = SampleKeys(tuple(args.image_extensions or DEFAULT_KEYS.image_extensions), args.label_key)
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
-        good, found = scan_split(root, split, prefix, args.num_threads, *keys)
+        good, found = scan_split(root, split, prefix, args.num_threads, keys)
         num_images += good
         bad += found
     if args.json:
         atomic_write_json(args.json, {"images": num_images, "bad": bad})
 
 
-def find_splits(data: Path, names: list[str]) -> list[tuple[Path, str, str]]:
-    """Return the root of each split, its name, and what its paths begin with in ``--json``."""
+def find_splits(data: Path, names: list[str] | None) -> list[tuple[Path, str, str]]:
+    """Return the root of each split, its name, and what its paths begin with in ``--json``.
+
+    Raises:
+        ValueError: one of ``names`` is not there.
+    """
     data = Path(os.path.abspath(data))  # a split needs a name: --data . is the folder one stands in
-    found = [name for name in names if holds_split(data / name)]
+    found = [name for name in names or DEFAULT_SPLITS if holds_split(data / name)]
+    if missing := [name for name in names or () if name not in found]:
+        raise ValueError(f"--splits {' '.join(missing)}: {data} holds no such split")
     if found:
         return [(data, name, f"{name}/") for name in found]
     return [(data.parent, data.name, "")]
@@ -68,18 +81,11 @@ def holds_split(place: Path) -> bool:
 
 
 def scan_split(
-    root: Path,
-    split: str,
-    prefix: str,
-    num_threads: int,
-    image_extensions: Sequence[str] | None,
-    label_key: str,
+    root: Path, split: str, prefix: str, num_threads: int, keys: SampleKeys
 ) -> tuple[int, list[dict[str, str]]]:
     """Scan one split. Returns the number of good images, and path and reason of each bad file."""
-    from sws_dist.data import manifest
-    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
+    from sws_dist.data import manifest  # needs DALI
 
-    keys = SampleKeys(tuple(image_extensions or DEFAULT_KEYS.image_extensions), label_key)
     found, kept = manifest.scan_and_decode(root, split, num_threads, keys)
     print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
     for note in found.notes:

@@ -39,6 +39,7 @@ from sws_dist.cli.common import (
     add_deepspeed_option,
     make_parser,
     parse_args,
+    parse_depths,
     print_result,
     whole_number,
 )
@@ -105,7 +106,7 @@ def parse() -> argparse.Namespace:
     add_config_options(parser, required=False)
     add_deepspeed_option(parser, required=False)
     parser.add_argument("--learngene", type=Path, help="descendants: what they are expanded from")
-    parser.add_argument("--depths", help="descendants: their layers, 6,9,12")
+    parser.add_argument("--depths", type=parse_depths, help="descendants: their layers, 6,9,12 or 6-15")
     parser.add_argument("--checkpoint", type=Path, help="evaluate: the weights")
     parser.add_argument("--data", type=Path, help="evaluate: a folder of class folders")
     parser.add_argument("--nodes", type=whole_number(1, 100_000), default=1, help="of one run (default 1)")
@@ -143,6 +144,8 @@ def parse() -> argparse.Namespace:
                 parser.error(f"{job} needs --{option}")
             if option not in needed[args.job] and given:
                 parser.error(f"--{option} means nothing to {args.job}")
+    if args.overrides and args.job == "evaluate":
+        parser.error("--set means nothing to evaluate, which reads no run config")
     if args.gpus_per_node and args.ranks_per_node:
         parser.error("--ranks-per-node is for CPUs: a GPU has one rank")
     return args
@@ -157,7 +160,7 @@ def plan_training(args: argparse.Namespace) -> Job:
     """Plan a training job. What would stop it once it runs stops it here, before it is queued.
 
     Raises:
-        ConfigError: a wrong key; a batch that these ranks cannot have; a depth or learngene that cannot be.
+        ConfigError: a wrong key; a batch that these ranks cannot have; a learngene that is not there.
     """
     learngene = [f"model.initial_learngene={escape_path(args.learngene)}"] if args.learngene else []
     config = load_config(args.config, [*args.overrides, *learngene])
@@ -167,8 +170,6 @@ def plan_training(args: argparse.Namespace) -> Job:
     configs = escape_path(folder)
     arguments = ["--config", f"{configs}/config.yaml", "--deepspeed_config", f"{configs}/deepspeed.json"]
     if args.job == "descendants":
-        if not all(depth.isdigit() and int(depth) for depth in args.depths.split(",")):
-            raise ConfigError(f"--depths {args.depths}: expected numbers of layers, for example 6,9,12")
         require_file("--learngene", args.learngene, args.after)
         arguments = [escape_path(output), *arguments]
     deepspeed_json = read_text(find_deepspeed_config(args.deepspeed_config))
@@ -233,7 +234,7 @@ def sbatch_options(job: Job, args: argparse.Namespace) -> Iterator[str]:
         yield f"--dependency=afterok:{args.after}"
         yield "--kill-on-invalid-dep=yes"  # without it, a job whose dependency can no longer be met waits for ever
     if args.depths:
-        yield f"--array={args.depths}"
+        yield f"--array={','.join(map(str, args.depths))}"
     # sbatch knows quotes in #SBATCH lines, and %% for a percent sign.
     folder = str(job.folder.absolute()).replace("%", "%%").replace('"', '\\"')
     yield f'--output="{folder}/{"%A_%a" if args.depths else "%j"}.out"'

@@ -1,4 +1,4 @@
-"""Compute the learning rate of each step. This module imports no torch.
+"""Count the steps of a run, and compute the learning rate of each. This module imports no torch.
 
 ``cosine`` falls from the end of the warm-up to the end of the run, so that each length of a run has rates of its own.
 ``wsd`` (warm-up, stable, decay) stays at the highest rate and falls in the last epochs alone, so that a run can be
@@ -11,7 +11,21 @@ from __future__ import annotations
 
 import math
 
-from sws_dist.config.schema import OptimConfig, RunConfig
+from sws_dist.config.schema import OptimConfig, RunConfig, TrainConfig
+from sws_dist.errors import RunError
+
+
+def count_steps(train: TrainConfig, epoch_size: int) -> int:
+    """Return the number of optimizer steps of the whole run.
+
+    Raises:
+        RunError: a step needs more images than the run has.
+    """
+    num_images = train.epochs * epoch_size
+    total_steps = num_images // train.global_batch
+    if total_steps == 0:
+        raise RunError(f"train.global_batch {train.global_batch} is more than the run's {num_images} images")
+    return total_steps
 
 
 class LRSchedule:
@@ -39,8 +53,7 @@ class LRSchedule:
     def of_run(cls, config: RunConfig, epoch_size: int) -> LRSchedule:
         """Build the schedule of a run whose epochs have ``epoch_size`` images."""
         global_batch = config.train.global_batch
-        total_steps = config.train.epochs * epoch_size // global_batch
-        return cls(config.optim, global_batch, epoch_size / global_batch, total_steps)
+        return cls(config.optim, global_batch, epoch_size / global_batch, count_steps(config.train, epoch_size))
 
     def __call__(self, step: int) -> float:
         """Return the rate of the update that takes the weights from ``step`` to ``step + 1``."""

@@ -27,6 +27,7 @@ MayChange = Annotated[_T, MAY_CHANGE]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_CROP_PCT = 0.875
 DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm")
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
@@ -208,7 +209,7 @@ class DataConfig:
     """Subtracted from the red, green and blue channel (of 0 to 1)."""
     std: tuple[float, float, float] = IMAGENET_STD
     """The channels are divided by this afterwards."""
-    crop_pct: float = Field(default=0.875, ge=0.1, le=1)
+    crop_pct: float = Field(default=DEFAULT_CROP_PCT, ge=0.1, le=1)
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
@@ -321,6 +322,16 @@ class DistillConfig:
     """Temperature of the soft targets."""
     reduction: Literal["batchmean", "elements"] = "batchmean"
     """``elements`` also divides by the number of classes, as the paper's released code does."""
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> DistillConfig:
+        if self.teacher_weights is not None and self.teacher is None and self.logits is None:
+            raise KeyConflictError(
+                "teacher_weights",
+                "distill.teacher_weights: there is no distill.teacher that they are of; name it, or set the weights to "
+                "null too",
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -47,12 +47,12 @@ class BadImages:
             self._found.add(path)
             self._not_exchanged.append(BadFile(path, reason))
 
-    def exchange(self, device: torch.device, epoch: int, epoch_size: int, max_share: float) -> list[str]:
+    def exchange(self, device: torch.device, epoch: int | None, epoch_size: int, max_share: float) -> list[str]:
         """Tell rank 0 which files are new, and check that they are not too many. A collective.
 
         Args:
             device: the device of the process group.
-            epoch: the current epoch; all epochs since the last call are checked.
+            epoch: the current epoch; all epochs since the last call are checked. None: a pass of an evaluation.
             epoch_size: number of images of an epoch.
             max_share: largest share of an epoch that may be unreadable.
 
@@ -62,8 +62,8 @@ class BadImages:
         Raises:
             ValueError, RunError: on all ranks, if more than ``max_share`` of an epoch was unreadable.
         """
-        epochs = range(self._first_unchecked_epoch, epoch + 1)
-        self._first_unchecked_epoch = epoch
+        epochs = range(self._first_unchecked_epoch, (epoch or 0) + 1)
+        self._first_unchecked_epoch = epochs[-1]
         counts = torch.tensor([len(self._not_exchanged), *(self._num_missed[e] for e in epochs)], device=device)
         num_new, *missed = sum_over_ranks(counts).tolist()
         first_seen: list[BadFile] = []
@@ -73,10 +73,11 @@ class BadImages:
                     self.known[file.path] = file.reason
                     first_seen.append(file)
             self._not_exchanged = []
-        if max(missed, default=0):
+        most, worst = max(zip(missed, epochs, strict=True))
+        if most:
             with raise_on_all_ranks("read the images"):
                 bad = [BadFile(*item) for item in self.known.items()]
-                check_bad_share(max(missed), epoch_size, max_share, f"epoch {epoch + 1}: ", bad)
+                check_bad_share(most, epoch_size, max_share, "" if epoch is None else f"epoch {worst + 1}: ", bad)
         return describe_bad_files(first_seen)
 
     def clear(self) -> None:

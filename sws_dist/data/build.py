@@ -43,9 +43,12 @@ def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
     """List training and validation images; with ``val_share`` both are of the training split."""
     classes = read_classes(config.classes) if config.classes else None
     keys = SampleKeys(config.image_extensions, config.label_key)
-    scan = partial(manifest.scan, config.root, max_bad_share=config.max_bad_share, keys=keys)
-    if config.trust_manifest:
-        scan = partial(manifest.load_scanned, config.root, max_bad_share=config.max_bad_share)
+    scan = partial(
+        manifest.load_scanned if config.trust_manifest else manifest.scan,
+        config.root,
+        max_bad_share=config.max_bad_share,
+        keys=keys,
+    )
     train = scan(config.train_split, classes)
     if config.val_share is not None:
         return hold_out(train, config.val_share, config.val_seed)

@@ -65,9 +65,9 @@ class Manifest(Source):
         """Return height and width, [n, 2] int32, of ``images`` [n]."""
         return self.sizes[images].astype(np.int32)
 
-    def save(self, path: Path) -> Path:
-        """Write everything but the notes to one file, whole or not at all."""
-        texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "shards": self.shards}
+    def save(self, path: Path, **more: Any) -> Path:
+        """Write everything but the notes to one file, whole or not at all, and ``more`` that JSON can hold."""
+        texts: dict[str, Any] = {"folder": str(self.folder), "classes": self.classes, "shards": self.shards, **more}
         texts |= {"bad": [[file.path, file.reason] for file in self.bad]}
         arrays = {"names": self.paths.data, "name_ends": self.paths.ends}
         arrays |= {"labels": _narrow(self.labels), "sizes": _narrow(self.sizes)}
@@ -114,20 +114,31 @@ def _narrow(array: np.ndarray) -> np.ndarray:
 
 
 def load_scanned(
-    root: str | Path, split: str, classes: Sequence[str] | None = None, max_bad_share: float = MAX_BAD_SHARE
+    root: str | Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+    keys: SampleKeys = DEFAULT_KEYS,
 ) -> Manifest:
     """Map the list that ``sws scan`` has kept of ``<root>/<split>``, without a look at the files themselves.
 
     Args:
-        classes, max_bad_share: see ``scan``.
+        classes, max_bad_share, keys: see ``scan``.
 
     Raises:
-        ValueError: there is none, it has a class that ``classes`` does not have, or the scan found too many bad files.
+        ValueError: there is none, it has a class that ``classes`` does not have, shards were scanned with other
+            ``keys``, or the scan found too many bad files.
     """
     file = list_path(root, split)
     if not file.is_file():
         raise ValueError(f"data.trust_manifest: there is no {file}; sws scan --data {root} writes it")
     found = Manifest.load(file)
+    scanned = map_arrays(file).texts.get("keys", keys.plain)
+    if found.spans is not None and scanned != keys.plain:
+        raise ValueError(
+            f"data.trust_manifest: {file} was written with --image-extensions {' '.join(scanned[0])} --label-key "
+            f"{scanned[1]}; set data.image_extensions and data.label_key to that, or scan again"
+        )
     check_bad_share(len(found.bad), len(found) + len(found.bad), max_bad_share, f"{file}: ", found.bad)
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     note = f"{file}: {len(found)} images as they were on {written}; what has changed since is not noticed"
@@ -201,7 +212,7 @@ def scan_and_decode(
     found = _build_manifest(source, entries, notes)
     try:
         write_json_lines(manifest_path(root, split), entries)
-        found.save(list_path(root, split))
+        found.save(list_path(root, split), keys=keys.plain)
     except OSError as error:
         note = f"{file}: cannot be written ({error.strerror})"
         found, file = dataclasses.replace(found, notes=(*found.notes, note)), None

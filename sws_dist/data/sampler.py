@@ -23,9 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sws_dist.config.schema import TrainConfig
-from sws_dist.errors import RunError
-
 _MANY = 1 << 20
 """Above so many images the processes of a node shuffle them one after another."""
 _EPOCH_MULTIPLE = 256
@@ -135,19 +132,6 @@ def _one_at_a_time() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / f"sws-dist-{os.getuid()}.shuffle").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, also where the process dies
         yield
-
-
-def count_steps(train: TrainConfig, epoch_size: int) -> int:
-    """Return the number of optimizer steps of the whole run.
-
-    Raises:
-        RunError: a step needs more images than the run has.
-    """
-    num_images = train.epochs * epoch_size
-    total_steps = num_images // train.global_batch
-    if total_steps == 0:
-        raise RunError(f"train.global_batch {train.global_batch} is more than the run's {num_images} images")
-    return total_steps
 
 
 def micro_batch_positions(step: int, global_batch: int, micro: int, num_micros: int, num_crops: int = 1) -> np.ndarray:

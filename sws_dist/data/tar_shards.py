@@ -39,6 +39,11 @@ class SampleKeys:
     label_key: str = "label"
     """Key of the label in a sample's ``.json``."""
 
+    @property
+    def plain(self) -> list[Any]:
+        """The same as JSON holds it."""
+        return [list(self.image_extensions), self.label_key]
+
 
 DEFAULT_KEYS = SampleKeys()
 
@@ -103,7 +108,7 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
 def _stamp(path: Path, keys: SampleKeys) -> list[Any]:
     """Return what the list of a shard depends on: a shard with the same is not indexed again."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, list(keys.image_extensions), keys.label_key]
+    return [status.st_size, status.st_mtime_ns, *keys.plain]
 
 
 def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.errors import RunError
 
-_ADVICE = "A lower optim.lr, more warm-up or gradient_clipping usually helps"
+ADVICE = "A lower optim.lr, more warm-up or gradient_clipping usually helps"
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class NonFiniteGuard:
         found = f"{what} at step {status.step}{where} (its images: {file})"
         if status.applied or self._skipped_in_a_row > self._limit:
             skipped = f" after {self._limit} skipped steps (train.skip_nonfinite)" if self._limit else ""
-            raise RunError(f"{found}{skipped}; the last checkpoint is untouched. {_ADVICE}")
+            raise RunError(f"{found}{skipped}; the last checkpoint is untouched. {ADVICE}")
         log.warning("%s: skipped, %d in a row of at most %d", found, self._skipped_in_a_row, self._limit)
 
     def _write(self, file: Path, status: StepStatus) -> None:

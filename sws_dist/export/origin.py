@@ -66,10 +66,15 @@ def _measured_accuracy(source: ExportSource, config: dict[str, Any], metrics: di
         return None
     name = "val_ema" if source.file.stem.endswith("_ema") else "val"
     if plan is not None:
-        depth, elastic = len(source.model.blocks), config["model"].get("elastic") or {}
-        if plan != "linear" and plan != list(expansion_plan(source.schedule, depth, elastic.get("plan", "even"))):
+        if not source.schedule:  # another command has expanded it, with options of its own
             return None
-        name += f"_depth{depth}" * (depth != metrics["depth"])
+        depth, kind = len(source.model.blocks), "even"
+        if depth != metrics["depth"]:
+            name += f"_depth{depth}"
+            elastic = config["model"].get("elastic") or {}
+            kind = config.get("train", {}).get("eval_plan") or elastic.get("plan", "even")
+        if plan != "linear" and plan != list(expansion_plan(source.schedule, depth, kind)):
+            return None
     last = metrics["history"][-1]
     if f"{name}/top1" not in last:
         return None

@@ -10,7 +10,13 @@ from typing import Any
 import timm
 
 from sws_dist.checkpoint.load_model import load_model, set_input_description
-from sws_dist.checkpoint.model_file import ModelInfo, is_described, load_weights_strict, read_model_info
+from sws_dist.checkpoint.model_file import (
+    ModelInfo,
+    describe_preprocessing,
+    is_described,
+    load_weights_strict,
+    read_model_info,
+)
 from sws_dist.checkpoint.open_model import find_run_weights, is_timm_folder, load_timm_folder, read_timm_config
 from sws_dist.data.labels import read_classes
 from sws_dist.inference import input_config
@@ -140,9 +146,7 @@ def _as_plain_timm(opened: _Opened, image_size: int | None, classes: Path | None
     reading = input_config(model, str(file), file.parent, image_size)
     require_image_size(plain, str(file), reading.image_size)
     fields: dict[str, Any] = {
-        "preprocessing": {
-            key: getattr(reading, key) for key in ("mean", "std", "image_size", "crop_pct", "interpolation")
-        },
+        "preprocessing": describe_preprocessing(reading),
         "classes": _label_names(model, classes),
         "provenance": _without_local_paths(opened.provenance),
     }

@@ -121,21 +121,11 @@ def map_weights(
     Raises:
         ValueError: a geometry that would not compute what the learngene does, or tensors that do not fit.
     """
-    ours, theirs = geometry(model), info.kwargs
-    fixed = ("patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "class_token", "global_pool", "norm_eps")
-    differ = [
-        f"{key}: {theirs[key]} there, {ours[key]} here" for key in fixed if key in theirs and ours[key] != theirs[key]
-    ]
-    if len(layers) != len(model.blocks):
-        differ.append(f"{len(layers)} layers in the plan, {len(model.blocks)} in the model")
-    if model.is_shared:
-        differ.append(f"schedule {ours['schedule']}: a descendant's layers do not repeat")
-    if differ:
-        raise ValueError(f"the learngene is of another model: {'; '.join(differ)}")
+    _require_same_geometry(info, model, layers)
     targets: dict[str, list[str]] = {name: [] for name in shapes}
     renamed = classes is not None and bool(info.classes) and list(classes) != info.classes
     fresh = HEAD if renamed or info.num_classes != model.num_classes else ()
-    resampled = ours["img_size"] != theirs["img_size"]
+    resampled = list(model.patch_embed.img_size) != info.kwargs["img_size"]
     slopes: dict[str, str] = {}
     problems = []
     for name, parameter in model.named_parameters():
@@ -163,12 +153,27 @@ def map_weights(
     return WeightMapping(
         layers=tuple(layers),
         copies={name: tuple(copies) for name, copies in targets.items()},
-        scales=_branch_scales(theirs, layers),
+        scales=_branch_scales(info.kwargs, layers),
         slopes=slopes,
         fresh=fresh,
         grid=tuple(model.patch_embed.grid_size) if resampled else None,
         prefix_tokens=model.num_prefix_tokens,
     )
+
+
+def _require_same_geometry(info: ModelInfo, model: SWSVisionTransformer, layers: Sequence[int]) -> None:
+    """Raise ValueError, naming what differs, if ``model`` would not compute what the learngene does."""
+    ours, theirs = geometry(model), info.kwargs
+    fixed = ("patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "class_token", "global_pool", "norm_eps")
+    differ = [
+        f"{key}: {theirs[key]} there, {ours[key]} here" for key in fixed if key in theirs and ours[key] != theirs[key]
+    ]
+    if len(layers) != len(model.blocks):
+        differ.append(f"{len(layers)} layers in the plan, {len(model.blocks)} in the model")
+    if model.is_shared:
+        differ.append(f"schedule {ours['schedule']}: a descendant's layers do not repeat")
+    if differ:
+        raise ValueError(f"the learngene is of another model: {'; '.join(differ)}")
 
 
 def _sources(name: str, layers: Sequence[int], linear: bool) -> list[str]:
@@ -197,7 +202,19 @@ def untrained_depth(info: ModelInfo, depth: int) -> str | None:
         return None
     low, high = trained_depths
     trained = f"{low} layers alone" if low == high else f"{low} to {high} layers"
-    return f"the learngene was trained at {trained}: a descendant of {depth} needs fine-tuning before it is used"
+    if info.kwargs.get("branch_scaling"):
+        remedy = "has branches scaled for that depth, and should be scored before it is used untuned"
+    else:
+        remedy = "needs fine-tuning before it is used"
+    return f"the learngene was trained at {trained}: a descendant of {depth} {remedy}"
+
+
+def log_depth(info: ModelInfo, layers: Sequence[int], dropped: Sequence[int]) -> None:
+    """Log what may be wrong with a depth: that it was not trained, and stages that it leaves out."""
+    if (note := untrained_depth(info, len(layers))) is not None:
+        log.info(note)
+    if dropped and info.kind == "learngene":
+        log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), dropped)
 
 
 def fresh_head(model: SWSVisionTransformer, seed: int) -> dict[str, Tensor]:
@@ -240,8 +257,6 @@ def expand_learngene(
     """
     if branch_scaling is not None:
         info = replace(info, kwargs=info.kwargs | {"branch_scaling": branch_scaling})
-    if (note := untrained_depth(info, len(layers))) is not None:
-        log.info(note)
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
     changed: dict[str, Any] = {"schedule": [1] * len(layers), "branch_scaling": 0.0, "img_size": size}
     with torch.device("meta"):
@@ -249,8 +264,7 @@ def expand_learngene(
             **(info.kwargs | changed), num_classes=info.num_classes if num_classes is None else num_classes
         )
     mapping = map_weights(info, {name: tensor.shape for name, tensor in learngene.items()}, model, layers)
-    if mapping.dropped and info.kind == "learngene":
-        log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), mapping.dropped)
+    log_depth(info, layers, mapping.dropped)
     weights = fresh_head(model, seed) if mapping.fresh else {}
     for source, targets in mapping.copies.items():
         adapted = [mapping.adapt(name, learngene[name]) for name in mapping.sources(source)]

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from sws_dist.checkpoint.model_file import ModelInfo, read_model_info
+from sws_dist.checkpoint.safetensors_stream import DTYPE_NAMES
 from sws_dist.checkpoint.weight_file import load_tensors
 from sws_dist.models import SWSVisionTransformer, TLEGVisionTransformer, geometry
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 

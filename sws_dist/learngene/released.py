@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict
-from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD
+from sws_dist.config.schema import DEFAULT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from sws_dist.learngene.file import BLOCK, describe_model
 from sws_dist.models import SWSVisionTransformer
 
@@ -50,7 +50,7 @@ def convert_released(
         norm_eps=1e-5,
     )
     load_weights_strict(model, renamed, "the released checkpoint")
-    preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": 0.875}
+    preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": DEFAULT_CROP_PCT}
     return describe_model(model, "learngene", preprocessing=preprocessing | {"interpolation": "bicubic"}), renamed
 
 

@@ -32,9 +32,9 @@ from sws_dist.learngene.expand import (
     WeightMapping,
     describe_layers,
     fresh_head,
+    log_depth,
     map_weights,
     plan_layers,
-    untrained_depth,
 )
 from sws_dist.learngene.file import LearngeneHeader, read_learngene_header
 from sws_dist.models import SWSVisionTransformer
@@ -141,10 +141,7 @@ def log_expansion(expansion: Expansion, report: InitReport, num_classes: int) ->
     """Log where the descendant's layers come from, and what it took to get them."""
     mapping, known = expansion.mapping, expansion.header.info.num_classes
     log.info("%s of %s", describe_layers(expansion.header.info, mapping.layers), expansion.path)
-    if (note := untrained_depth(expansion.header.info, len(mapping.layers))) is not None:
-        log.info(note)
-    if mapping.dropped and expansion.header.info.kind == "learngene":
-        log.warning("stages %s are dropped, their layers are not used", mapping.dropped)
+    log_depth(expansion.header.info, mapping.layers, mapping.dropped)
     if mapping.fresh:
         other = "" if num_classes != known else " of other names, or in another order"
         log.info("the head is new: %d classes, the learngene knows %d%s", num_classes, known, other)

@@ -116,11 +116,11 @@ class LogWindow:
         sums = torch.cat([self._sums, *(self._by_depth[depth] for depth in depths)])
         loss, labels, distill, *by_depth = sum_over_ranks(sums).tolist()
         took_s = time.perf_counter() - self._start
-        images = self._num_steps * self._world_size
+        count = self._num_steps * self._world_size  # each is a rank's mean over its images of a step
         return WindowMeans(
-            loss=loss / images,
-            loss_labels=labels / images,
-            loss_distill=distill / images,
+            loss=loss / count,
+            loss_labels=labels / count,
+            loss_distill=distill / count,
             loss_by_depth={d: total / n for d, total, n in zip(depths, by_depth[::2], by_depth[1::2], strict=True)},
             images_per_s=self._num_steps * self._global_batch / took_s,
             data_wait_share=self._waited_s / took_s,

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.config.schema import DEFAULT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD, MAX_LAYERS
 from sws_dist.models.kernel_backend import fused_stage_forward
 from sws_dist.models.unrolled_features import UnrolledFeatures
 
@@ -306,11 +306,11 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": None,
-        "crop_pct": 0.875,
+        "crop_pct": DEFAULT_CROP_PCT,
         "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     } | kwargs

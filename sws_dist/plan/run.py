@@ -19,8 +19,9 @@ from sws_dist.build_models import (
     num_layers,
     training_flops,
 )
+from sws_dist.config.lr_schedule import count_steps
 from sws_dist.config.schema import MAX_BATCH, RunConfig
-from sws_dist.data.sampler import TrainOrder, count_steps
+from sws_dist.data.sampler import TrainOrder
 from sws_dist.distill.teacher import build_teacher
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import SWSVisionTransformer

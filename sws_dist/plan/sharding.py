@@ -11,6 +11,8 @@ from sws_dist.zero.config import ZERO3_PREFIX, precision_of
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BUCKET = 500_000_000
 """DeepSpeed's own ``reduce_bucket_size``, in elements."""
+REUSE = 1_000_000_000
+"""DeepSpeed's own ``max_reuse_distance``: a weight that is used again within so many elements stays."""
 UNMODELLED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "mics_shard_size")
 
 
@@ -74,7 +76,7 @@ class Sharding:
         zero, precision = ds["zero_optimization"], precision_of(ds)
         offloads = [zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")]
         overlaps = bool(zero.get("overlap_comm", zero["stage"] == 3))
-        reuse = zero.get(f"{ZERO3_PREFIX}max_reuse_distance", zero.get("max_reuse_distance"))
+        reuse = zero.get(f"{ZERO3_PREFIX}max_reuse_distance", zero.get("max_reuse_distance", 0 if is_ours else REUSE))
         return cls(
             zero_stage=zero["stage"],
             ranks=ranks,
@@ -88,7 +90,7 @@ class Sharding:
             overlaps=overlaps,
             offloads_optimizer=offloads[0],
             offloads_weights=offloads[1],
-            keeps_all=not is_ours or reuse is not None,
+            keeps_all=reuse >= REUSE,
             unmodelled=tuple(key for key in UNMODELLED if zero.get(key) not in (None, False, 1)),
         )
 

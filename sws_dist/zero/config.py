@@ -31,7 +31,6 @@ HONOURED = {
     "bf16",
     "fp16",
     "communication_data_type",
-    "comms_logger",
     "wall_clock_breakdown",
 }
 
@@ -44,6 +43,7 @@ REFUSED = {
     "elasticity": "DeepSpeed 0.19 has no elastic mode any more",
     "steps_per_print": "set train.log_every in the run config",
     "aio": "offloading to NVMe is not supported; offload to the cpu",
+    "comms_logger": "nothing would show its counts; sws plan counts a step's traffic, time/reduce is its time",
     "flops_profiler": "metrics.json holds the FLOPs; DeepSpeed's profiler is wrong under ZeRO-3",
 }
 
@@ -75,7 +75,7 @@ REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be righ
     "comet": {"api_key": "it would be written into the run's folder; set COMET_API_KEY in the environment"},
 }
 
-GROUPS = ("zero_optimization", "bf16", "fp16", "comms_logger", *MONITORS)
+GROUPS = ("zero_optimization", "bf16", "fp16", *MONITORS)
 DATA_TYPES = ("fp32", "fp16", "bf16")
 STAGES = (0, 1, 2, 3)
 ZERO3_PREFIX = "stage3_"  # DeepSpeed takes these keys with and without it

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, WandbConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -24,7 +23,6 @@ MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
-    "comms_logger": CommsLoggerConfig,
     "wandb": WandbConfig,
     "csv_monitor": CSVConfig,
     "comet": CometConfig,

@@ -122,7 +122,7 @@ def step(number: int) -> str:
 def described(folder: Path, number: int) -> dict[str, Any]:
     """Read what a checkpoint says, but for what differs from run to run."""
     state = json.loads((folder / "checkpoints" / step(number) / "state.json").read_text())
-    del state["seconds"], state["model"]["provenance"]
+    del state["seconds"], state["rank_seconds"], state["model"]["provenance"]
     state["history"] = [point["step"] for point in state["history"]]
     return state
 

@@ -85,11 +85,11 @@ def planned(job: Job) -> tuple[ModelSize, Sharding, RankMemory]:
 
 def test_a_dry_run_checks_prints_and_leaves_nothing(jobs: dict[str, Job]) -> None:
     job = jobs["activations, ZeRO-3"]
-    output, none = job.output.with_name("dry"), job.output.with_name("none")
+    output, none = job.output.with_name("dry") / "a" / "b", job.output.with_name("none")
     said, _ = ranks.run(plan_bodies.dry_run, job, [f"output={output}"], world=2)
     assert f"{output} would train from its first step" in said
     assert "1 node(s) x 2, ZeRO-3, bf16: 16 images x 1 micro-batch(es)" in said
-    assert not output.exists()
+    assert not job.output.with_name("dry").exists()
     ended, _ = ranks.outcomes(plan_bodies.dry_run, job, [f"output={none}", f"data.root={none}"], world=2)
     assert all(f"data.root {none}: there is no folder" in str(outcome.error) for outcome in ended)
     assert not none.exists()

@@ -85,6 +85,12 @@ def test_final_weights_are_those_of_the_undisturbed_run(trained: Path, name: str
         torch.testing.assert_close(parts[key], tensor, rtol=0, atol=1e-4)
 
 
+def test_the_cost_counts_the_ranks_that_each_start_had(trained: Path) -> None:
+    whole, parts = (json.loads((trained / run / "metrics.json").read_text()) for run in ("whole", "parts"))
+    assert whole["rank_seconds"] == pytest.approx(4 * whole["seconds"], abs=0.01)
+    assert 3 * parts["seconds"] < parts["rank_seconds"] < 4 * parts["seconds"] - 0.01
+
+
 def test_the_change_is_said(folder: Path, trained: Path) -> None:
     sets = {"train.max_steps": 3, "output": str(folder / "said")}
     resume = str(trained / "parts" / "checkpoints" / FIRST)

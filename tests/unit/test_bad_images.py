@@ -101,9 +101,9 @@ def test_one_substitute_takes_the_places_of_all_crops(listed: Manifest) -> None:
     alone = [np.arange(first, first + 4) for first in range(0, 320, 4) if before[first][0] in lost]
     assert seen(listed, alone, num_crops=4) == {place: after[place] for places in alone for place in places.tolist()}
     shown = Counter(place // 80 for place, (image, _) in before.items() if image in lost)
-    worst = max(shown.values())
+    worst, epoch = max((count, epoch) for epoch, count in shown.items())
     assert sum(shown.values()) == 4 * len(lost)
-    with pytest.raises(ValueError, match=f"epoch 4: {worst} of 80 images are bad"):
+    with pytest.raises(ValueError, match=f"epoch {epoch + 1}: {worst} of 80 images are bad"):
         bad.exchange(CPU, 3, 80, max_share=(worst - 1) / 80)
 
 
@@ -115,6 +115,10 @@ def test_too_many_bad_images_stop_the_run(listed: Manifest) -> None:
     seen(listed, [np.arange(80, 160)], bad)
     with pytest.raises(ValueError, match=r"epoch 2: 9 of 80 images are bad, more than data.max_bad_share 0.1 allows"):
         bad.exchange(CPU, 1, 80, max_share=0.1)
+    bad.clear()
+    bad.add("a.jpg", "empty")
+    with pytest.raises(ValueError, match=r"^1 of 5 images are bad"):  # of an evaluation, which has no epoch
+        bad.exchange(CPU, None, 5, max_share=0.1)
 
 
 def test_missing_data_is_a_failure_and_no_hang(listed: Manifest) -> None:

@@ -80,6 +80,18 @@ def test_wrong_options(command: str, said: str) -> None:
     assert said in sws(*command.split(), code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--learngene x --dtype bf16", "--dtype goes with --checkpoint"),
+        ("--learngene x --ema", "--ema goes with --checkpoint"),
+        ("--checkpoint x --heads 6", "--heads goes with --released"),
+    ],
+)
+def test_options_that_convert_would_not_heed(options: str, said: str) -> None:
+    assert said in sws("convert", *options.split(), "--out", "y", code=2).stderr
+
+
 def test_more_images_than_a_step_has_cannot_be_shown() -> None:
     said = sws("show-batch", "--config", "auxiliary_small", "--batch", "1024", code=1).stderr
     assert said == "error: --batch 1024: expected a divisor of train.global_batch 512, at most 4096\n"

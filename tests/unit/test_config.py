@@ -324,6 +324,7 @@ def test_a_run_starts_from_one_thing(file: Path) -> None:
     assert load_config(file, [gene, checkpoint, "model.initial_checkpoint=null"]).model.initial_learngene
     assert "no model.initial_learngene" in refused(file, "model.plan=proportional")
     assert "no model.initial_learngene" in refused(file, "model.expand=read", checkpoint)
+    assert "there is no distill.teacher that they are of" in refused(file, "distill.teacher_weights=w.pth")
     assert load_config(file, [gene, "model.plan=[0, 0, 1]"]).model.plan == (0, 0, 1)
     assert "model.plan = 'odd': input should be 'even', 'proportional' or 'spaced'" in refused(
         file, gene, "model.plan=odd"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,9 @@ def test_a_depth_that_was_not_trained_is_said() -> None:
         untrained_depth(describe_model(model, "learngene", trained_depths=[6, 6]), 8)
     )
     assert untrained_depth(describe_model(model, "learngene"), 8) is None
+    assert "9 needs fine-tuning before it is used" in str(untrained_depth(info, 9))
+    scaled = replace(info, kwargs=info.kwargs | {"branch_scaling": 1.0})
+    assert "9 has branches scaled for that depth, and should be scored" in str(untrained_depth(scaled, 9))
 
 
 def test_counts_are_of_the_steps_taken() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ from sws_dist.export.origin import describe_origin
 from sws_dist.export.parity import compare, sample_images
 from sws_dist.export.programs import load_program
 from sws_dist.export.source import open_source
-from sws_dist.learngene.file import describe_model
+from sws_dist.learngene.expand import expand_learngene
+from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.models import SWSVisionTransformer
 
 GEOMETRY = {"schedule": (2, 1), "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
@@ -181,6 +183,14 @@ def test_an_accuracy_is_claimed_only_for_the_weights_that_it_was_measured_for(ru
     assert accuracy(run, depth=3, plan=(0, 1, 1)) == unknown
     assert accuracy(run, depth=5) == unknown
     assert accuracy(run, depth=4, image_size=48) == unknown
+    assert accuracy(run, depth=4).startswith("top-1 60.00 %")
+    aside = shutil.copytree(run, tmp_path / "aside")
+    config = yaml.safe_load((aside / "config.yaml").read_text()) | {"train": {"eval_plan": "proportional"}}
+    (aside / "config.yaml").write_text(yaml.safe_dump(config))
+    assert accuracy(aside, depth=4) == unknown, "the run has evaluated another plan"
+    assert accuracy(aside, depth=4, plan="proportional").startswith("top-1 60.00 %")
+    info, weights = expand_learngene(*load_learngene(run / "learngene.safetensors"), (0, 0, 1, 1), branch_scaling=1)
+    assert accuracy(save_model_file(aside / "des4.safetensors", info, weights)) == unknown, "other weights"
     assert accuracy(write_learngene(tmp_path), depth=4) == unknown
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     other = json.loads((run / "metrics.json").read_text()) | {"steps": 10}

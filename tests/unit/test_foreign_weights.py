@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sws_dist.build_models import build_models
 from sws_dist.checkpoint.load_model import load_initial_weights, load_model
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.weight_file import read_weight_file
 from sws_dist.checkpoint.weight_names import select_weights
+from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig, RunConfig
 from sws_dist.models import create_model
 
 VIT = "test_vit"  # timm's smallest, for 160 pixels
@@ -194,6 +196,17 @@ def test_a_head_of_other_labels(tmp_path: Path, said: Callable[[], str]) -> None
     load_initial_weights(model, file, list("abcdefg"), 160)
     assert "the head is kept" in said()
     assert same(model, weights_of(num_classes=7))
+
+
+def test_images_that_were_normalised_otherwise_are_said(tmp_path: Path, said: Callable[[], str]) -> None:
+    data = DataConfig(root="unused", image_size=160)
+    for mean, warned in ((IMAGENET_MEAN, False), ((0.5, 0.5, 0.5), True)):
+        preprocessing = {"mean": list(mean), "std": list(IMAGENET_STD), "image_size": 224, "crop_pct": 1.0}
+        info = ModelInfo("model", VIT, {}, 3, preprocessing=preprocessing, classes=["a", "b", "c"])
+        file = save_model_file(tmp_path / "a.safetensors", info, weights_of(num_classes=3))
+        config = RunConfig("unused", ModelConfig(VIT, initial_checkpoint=str(file)), data)
+        build_models(config, ("a", "b", "c"), torch.device("cpu"), torch.float32, {})
+        assert ("normalised by mean [0.5, 0.5, 0.5] and std [0.229, 0.224, 0.225], those of" in said()) is warned
 
 
 def test_the_head_of_our_files_follows_the_names_of_the_classes(tmp_path: Path, said: Callable[[], str]) -> None:

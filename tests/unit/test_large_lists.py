@@ -132,7 +132,10 @@ def test_shards_are_scanned_by_the_keys_that_a_run_uses(tmp_path: Path) -> None:
         members = {"1.webp": b"no image", "1.jpg": jpeg(), "1.json": b'{"species": "ant"}'}
         write_tar(tmp_path / split / "a.tar", members)
     run_scan("--data", tmp_path, "--image-extensions", "jpg", "--label-key", "species")
-    train, val = list_images(DataConfig(root=str(tmp_path), trust_manifest=True))
+    with pytest.raises(ValueError, match="written with --image-extensions jpg --label-key species; set"):
+        list_images(DataConfig(root=str(tmp_path), trust_manifest=True))
+    config = DataConfig(root=str(tmp_path), trust_manifest=True, image_extensions=("jpg",), label_key="species")
+    train, val = list_images(config)
     assert train.paths == val.paths == ["a.tar/1.jpg"]
     assert train.classes == ("ant",)
     assert train.read(0) == jpeg()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sws_dist.cli import scan
 from sws_dist.config.schema import AugmentConfig, DataConfig
 from sws_dist.data import labels, manifest, sampler, sources, tar_shards
 from sws_dist.data.draws import Recipe
@@ -99,6 +100,14 @@ def test_scan_names_every_bad_file(root: Path, tmp_path: Path) -> None:
     run_scan("--data", root / "train", "--json", tmp_path / "split.json")
     bad = json.loads((tmp_path / "split.json").read_text())["bad"]
     assert [f"train/{entry['path']}" for entry in bad] == [entry["path"] for entry in found["bad"]]
+
+
+def test_a_split_that_is_not_there_is_no_reason_to_scan_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    assert scan.find_splits(tmp_path, None) == [(tmp_path, "train", "train/")]
+    for names in (["trian"], ["train", "trian"]):
+        with pytest.raises(ValueError, match=f"--splits trian: {tmp_path} holds no such split"):
+            scan.find_splits(tmp_path, names)
 
 
 def test_scan_writes_a_manifest_file(root: Path) -> None:

@@ -9,6 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from sws_dist.build_models import build_models
+from sws_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from sws_dist.models import Stage, SWSVisionTransformer, create_model, geometry
 from sws_dist.models.flops import forward_flops
 from sws_dist.models.geometry import timm_arguments, timm_call
@@ -125,6 +127,14 @@ def test_activation_checkpointing_changes_no_gradient(drop_path_rate: float) -> 
     assert plain.keys() == again.keys()
     for name in plain:
         assert torch.equal(plain[name], again[name]), name
+
+
+def test_a_model_that_cannot_recompute_is_named() -> None:
+    config = RunConfig(
+        "unused", ModelConfig("selecsls42", grad_checkpointing=True), DataConfig("unused", image_size=64)
+    )
+    with pytest.raises(ValueError, match="grad_checkpointing: selecsls42 cannot recompute its activations"):
+        build_models(config, ("a", "b"), torch.device("cpu"), torch.float32, {})
 
 
 def test_torch_compile_gives_the_same_gradients() -> None:

@@ -76,7 +76,13 @@ def test_descendants_are_an_array_that_waits(tmp_path: Path) -> None:
     assert "set -- runs/d --config" in text
     said = submit("descendants", *config, *array, code=1)
     assert "there is no such file; --after JOB waits" in said
-    assert "expected numbers of layers" in submit("descendants", *config, *array[:3], "6,x", "--after", "1", code=1)
+    text = submit("descendants", *config, *array[:3], "6-8", "--after", "1", "--dry-run")
+    assert "#SBATCH --array=6,7,8\n" in text
+    for depths, wrong in (
+        ("6,x", "expected depths such as 6,9,12 or 6-15"),
+        ("5000", "expected depths from 1 to 1000"),
+    ):
+        assert wrong in submit("descendants", *config, *array[:3], depths, "--after", "1", code=2)
 
 
 def test_what_could_not_run_is_not_queued(tmp_path: Path) -> None:
@@ -86,6 +92,8 @@ def test_what_could_not_run_is_not_queued(tmp_path: Path) -> None:
     assert "did you mean train.epochs?" in submit("auxiliary", *TRAIN, *output, "--set", "train.epoch=3", code=1)
     assert "auxiliary needs --deepspeed_config" in submit("auxiliary", *TRAIN[:2], code=2)
     assert "--depths means nothing to auxiliary" in submit("auxiliary", *TRAIN, "--depths", "6", code=2)
+    score = ["evaluate", "--checkpoint", "model.safetensors", "--data", "val", "--after", "1"]
+    assert "--set means nothing to evaluate" in submit(*score, "--set", "data.crop_pct=1", code=2)
     assert not (tmp_path / "run").exists()
 
 
