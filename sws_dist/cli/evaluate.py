@@ -5,7 +5,7 @@ examples:
   sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val
 
   # the descendants of a learngene, as they leave it: which depth will do?
-  sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val --depths 5 6 8
+  sws evaluate --checkpoint runs/quickstart/auxiliary/learngene.safetensors --data data/quickstart/val --depths 5-8
 
   # any timm model with local weights; an ImageNet model on a few of its classes (folders n01440764, ...) too
   sws evaluate --model resnet50 --checkpoint resnet50.safetensors --data /data/imagenet/val
@@ -22,8 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.cli.common import add_local_rank_option, make_parser, number, parse_args, print_result, whole_number
-from sws_dist.config.schema import MAX_BATCH, MAX_LAYERS
+from sws_dist.cli.common import (
+    add_local_rank_option,
+    make_parser,
+    number,
+    parse_args,
+    parse_depths,
+    print_result,
+    whole_number,
+)
+from sws_dist.config.schema import MAX_BATCH
 from sws_dist.learngene.plan import NAMED_PLANS
 
 if TYPE_CHECKING:
@@ -59,7 +67,7 @@ def main() -> None:
     )
     depths = parser.add_argument_group("the descendants of a learngene")
     depths.add_argument(
-        "--depths", type=whole_number(1, MAX_LAYERS), nargs="+", help="layers of the descendants to score, untuned"
+        "--depths", type=parse_depths, help="layers of the descendants to score, untuned: 6,9,12 or 6-15"
     )
     depths.add_argument("--plan", choices=NAMED_PLANS, default="even", help="how they are expanded (default even)")
     depths.add_argument(

@@ -79,10 +79,10 @@ class Family:
 
         A model that was trained at many depths has scaled branches of its own.
         """
-        depths = tuple(map(str, self.scored or ()))
+        depths = ",".join(map(str, self.scored or ()))
         for name in (name for name in self.auxiliaries if name in ONE_DEPTH):
             run, scores = self.folder / name, self.folder / name / "scaled.json"
-            words = ["--checkpoint", escape_path(run), "--data", escape_path(images), "--depths", *depths]
+            words = ["--checkpoint", escape_path(run), "--data", escape_path(images), "--depths", depths]
             words += ["--branch-scaling", "1", "--num-threads", "1", "--json", escape_path(scores)]
             words += ["--plan", "spaced"] if name == "unshared" else []
             yield Command("", (*sws("evaluate"), *words, *self.options), scores, scores.with_suffix(".log"))

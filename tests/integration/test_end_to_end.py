@@ -106,7 +106,7 @@ def test_fine_tuning_starts_from_the_expanded_weights(trained: Path, digits_root
 def test_a_learngenes_descendants_of_several_depths_are_scored(trained: Path, digits_root: Path) -> None:
     """At its own depth the learngene's auxiliary model, at others what expand writes; on two ranks too."""
     out, data = trained / "depths.json", digits_root / "val"
-    arguments = ["--checkpoint", trained / "auxiliary", "--data", data, "--depths", "7", "10", "--json", out]
+    arguments = ["--checkpoint", trained / "auxiliary", "--data", data, "--depths", "7,10", "--json", out]
     run_script("launcher/evaluate.py", *arguments, world=2)
     found = json.loads(out.read_text())["depths"]
     own = evaluate(trained / "auxiliary" / "learngene.safetensors", data)

@@ -62,7 +62,7 @@ def test_models_of_one_depth_are_scored_with_scaled_branches(families: list[Fami
         assert "--branch-scaling 1" in said
         assert "--data data/d/val" in said
         assert ("--plan spaced" in said) == ("unshared" in said)
-        assert "--depths 5 6 7 8 9 11 12 13 14 15 16" in said
+        assert "--depths 5,6,7,8,9,11,12,13,14,15,16" in said
 
 
 def test_the_configs_are_there_and_load(families: list[Family]) -> None:
