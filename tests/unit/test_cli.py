@@ -68,10 +68,7 @@ def test_every_command_has_a_launch_script_whose_name_hides_no_standard_module()
         ("scan --data x --num-threads -1", "argument --num-threads: '-1': expected a whole number from 1 to 1024"),
         ("show-batch --config quickstart/auxiliary --step -1", "argument --step: '-1': expected a whole number from 0"),
         ("quickstart --seed 4294967296", "argument --seed: '4294967296': expected a whole number from 0 to 4294967295"),
-        (
-            "evaluate --checkpoint x --data y --depths 0",
-            "--depths: '0': expected a whole number from 1 to 1000",
-        ),
+        ("evaluate --checkpoint x --data y --depths 0-3", "--depths: '0-3': expected depths from 1 to 1000"),
         ("evaluate --checkpoint x --data y --depths 5 --predictions p", "--predictions do not go with it"),
         ("evaluate --checkpoint x --data y --plan spaced", "say how --depths are expanded, and there are none"),
     ],
