@@ -233,7 +233,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8))
-    colours = {"fixed": "#888888", "wide": "#1f77b4", "scaled": "#2ca02c"}
+    colours = {"fixed": "#888888", "wide": "#1f77b4", "to_ten": "#2ca02c"}
     for name, colour in colours.items():
         seeds = results[name]["top1"]
         axes.plot(DEPTHS, [mean(column) for column in zip(*seeds, strict=True)], color=colour)
