@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,9 @@ def export_weights(
     """
     state = read_state(checkpoint)
     info, kind = ModelInfo.from_fields(state.model), AVERAGE if average else WEIGHT
+    if average:
+        scores = next((found for found in state.history[-1:] if found["step"] == state.step), {})
+        info = replace(info, provenance=info.provenance | {"top1": scores.get("val_ema/top1")})
     with ShardReader(checkpoint / name for name in state.files) as reader:
         if not reader.has(kind):
             raise ValueError(f"{checkpoint}: holds no moving average; the run kept none (optim.ema_decay)")

@@ -49,7 +49,11 @@ def require_packages(*modules: str) -> None:
 
 
 def prepare_devices() -> int:
-    """Return the number of ranks for runs that take place alone: the GPUs, at most two, or two ranks on the CPU."""
+    """Let all commands run on the CPU where there is no GPU.
+
+    Returns:
+        The number of ranks of a run that has the machine to itself: one for each GPU, two at most; on the CPU two.
+    """
     import torch  # takes seconds: not before the command line is known to be right
 
     num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()

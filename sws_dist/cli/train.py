@@ -96,7 +96,8 @@ def check_and_plan(config: RunConfig, deepspeed_config: Path, resume: str | None
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     known = name in [each.cuda_name for each in DEVICES.values()]
     device = find_device(name if known else DEFAULT_DEVICE)
-    place = (world.nodes, world.size // world.nodes, device)
+    nodes = world.nodes if world.size % world.nodes == 0 else world.size  # uneven: as if each rank had a node
+    place = (nodes, world.size // nodes, device)
     plan = plan_run(Request(config, run.ds, len(train), len(train.classes), *place))
     start = f"from {run.checkpoint}" if run.checkpoint else "from its first step"
     note = "" if known else f"; memory and time below are for {device.name}, since of {name} no figures are known"

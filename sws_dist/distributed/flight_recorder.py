@@ -35,6 +35,8 @@ _CALLERS, _NAMED_CALLERS = 8, 2
 """Functions that called a collective: so many are written, so many stand in the message."""
 _NO_CALLERS = ("/torch/", "/contextlib.py", "/typing_extensions.py", "/deepspeed/comm/", "/deepspeed/utils/")
 """Parts of paths of functions that every collective passes."""
+_MAX_RANKS = 8
+"""So many ranks are named."""
 _UNEVEN = ("all_to_all", "alltoall", "scatter", "gather")
 """Collectives in which the ranks' tensors may differ in size."""
 
@@ -187,10 +189,10 @@ def _find_difference(by_rank: Mapping[int, list[Collective]]) -> str | None:
     return None
 
 
-def _name_ranks(ranks: list[int], most: int = 8) -> str:
+def _name_ranks(ranks: list[int]) -> str:
     """Name the first few of ``ranks``: ``ranks 0, 2``."""
-    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:most]))}{more}"
+    more = f" and {len(ranks) - _MAX_RANKS} more" if len(ranks) > _MAX_RANKS else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_MAX_RANKS]))}{more}"
 
 
 def _collective(entry: Mapping[str, Any]) -> Collective:

@@ -12,9 +12,11 @@ from sws_dist.config.schema import DEFAULT_CROP_PCT, IMAGENET_MEAN, IMAGENET_STD
 from sws_dist.learngene.file import BLOCK, describe_model
 from sws_dist.models import SWSVisionTransformer
 
+_IMAGE_SIZE = 224
+
 
 def convert_released(
-    weights: Mapping[str, Tensor], schedule: tuple[int, ...], num_heads: int, image_size: int = 224
+    weights: Mapping[str, Tensor], schedule: tuple[int, ...], num_heads: int
 ) -> tuple[ModelInfo, dict[str, Tensor]]:
     """Convert the weights of the paper's released code into a learngene.
 
@@ -39,7 +41,7 @@ def convert_released(
         raise ValueError(f"{num_heads} heads do not divide the width {width}")
     model = SWSVisionTransformer(
         schedule=schedule,
-        img_size=image_size,
+        img_size=_IMAGE_SIZE,
         patch_size=tuple(patch),
         in_chans=channels,
         embed_dim=width,
@@ -50,8 +52,14 @@ def convert_released(
         norm_eps=1e-5,
     )
     load_weights_strict(model, renamed, "the released checkpoint")
-    preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": image_size, "crop_pct": DEFAULT_CROP_PCT}
-    return describe_model(model, "learngene", preprocessing=preprocessing | {"interpolation": "bicubic"}), renamed
+    preprocessing = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "image_size": _IMAGE_SIZE,
+        "crop_pct": DEFAULT_CROP_PCT,
+        "interpolation": "bicubic",
+    }
+    return describe_model(model, "learngene", preprocessing=preprocessing), renamed
 
 
 def _released_name(name: str) -> str:

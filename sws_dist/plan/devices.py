@@ -56,14 +56,15 @@ DEVICES = {
 DEFAULT_DEVICE = "h100"
 MEASURED_ON = "h200"
 """The device of ``MEASURED``."""
-Path = Literal["triton", "triton, stages graphed", "compile timm, cuDNN", "eager timm"]
-MEASURED: dict[Path, dict[int, float]] = {
+Backend = Literal["triton", "triton, stages graphed", "compile timm, cuDNN", "eager timm"]
+"""What runs the stages, as ``benchmarks/results/kernels.json`` calls it."""
+MEASURED: dict[Backend, dict[int, float]] = {
     "triton": {192: 74.4e12, 384: 277.2e12},
     "triton, stages graphed": {192: 178.0e12, 384: 298.2e12},
     "compile timm, cuDNN": {192: 139.3e12, 384: 239.3e12},
     "eager timm": {192: 63.6e12, 384: 142.1e12},
 }
-"""How the stages run -> width -> operations a second of a whole training step in bf16, 256 images, 16 layers, on one
+"""Backend -> width -> operations a second of a whole training step in bf16, 256 images, 16 layers, on one
 H200: ``benchmarks/results/kernels.json``."""
 MEASURED_BATCH = 256
 
@@ -92,16 +93,16 @@ class SpeedAssumption:
     reason: str
 
 
-def assume_utilisation(device: Device, path: Path, width: int | None, precision: str) -> SpeedAssumption:
+def assume_utilisation(device: Device, backend: Backend, width: int | None, precision: str) -> SpeedAssumption:
     """Return what was measured for the nearest width that is not larger, or else the smallest.
 
     Args:
-        path: how the stages run.
+        backend: what runs the stages.
         width: of the model; None for one that is not a ViT of ours, of which nothing was measured.
     """
-    measured = MEASURED[path]
+    measured = MEASURED[backend]
     nearest = max((known for known in measured if width is None or known <= width), default=min(measured))
     share = measured[nearest] / DEVICES[MEASURED_ON].flops("bf16")
-    reason = f"measured on an H200: {path}, width {nearest}, bf16, {MEASURED_BATCH} images"
+    reason = f"measured on an H200: {backend}, width {nearest}, bf16, {MEASURED_BATCH} images"
     is_measured = (device.name, width, precision) == (MEASURED_ON, nearest, "bf16")
     return SpeedAssumption(share, reason if is_measured else f"assumed to be as {reason}")

@@ -28,7 +28,7 @@ from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.kernel_backend import model_obstacle
 from sws_dist.plan.bill import Bill, Budget, Costs, add_up
-from sws_dist.plan.devices import Device, Path, SpeedAssumption, assume_utilisation
+from sws_dist.plan.devices import Backend, Device, SpeedAssumption, assume_utilisation
 from sws_dist.plan.memory import RankMemory, rank_memory
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.speed import StepTime, step_time
@@ -70,7 +70,7 @@ class Plan:
     """Everything that is known of a run before it is queued. Sizes are in bytes, times in seconds."""
 
     model: str
-    kernels: Path
+    kernels: Backend
     size: ModelSize
     sharding: Sharding
     total_steps: int
@@ -117,7 +117,7 @@ def plan_run(request: Request) -> Plan:
     """
     config, device = request.config, request.device
     student = build_on_meta(config, request.num_classes)
-    kernels = choose_path(config, student)
+    kernels = choose_backend(config, student)
     size = ModelSize.of(student)
     ranks = request.nodes * request.ranks_a_node
     sharding = Sharding.of(request.ds, ranks, is_ours=size.stages > 0)
@@ -185,7 +185,7 @@ def build_on_meta(config: RunConfig, num_classes: int) -> Any:
         return build_student(config, num_classes)
 
 
-def choose_path(config: RunConfig, student: Any) -> Path:
+def choose_backend(config: RunConfig, student: Any) -> Backend:
     """Return how the stages will run on a GPU whose tensor cores know bf16, as ``select_kernels`` decides there.
 
     Raises:
@@ -203,7 +203,7 @@ def choose_path(config: RunConfig, student: Any) -> Path:
 def pass_memory(
     config: RunConfig,
     num_classes: int,
-    kernels: Path,
+    kernels: Backend,
     dtype: torch.dtype,
     elastic: ElasticDepth | None,
     micro_batch: int,

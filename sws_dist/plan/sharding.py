@@ -18,10 +18,9 @@ UNMODELLED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantiz
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Number of parameters of a model, of the largest one, of the matrices inside blocks, and of its stages."""
+    """Number of parameters of a model, of the matrices inside blocks, and of its stages."""
 
     parameters: int
-    largest: int
     matrices: int
     """What Muon updates, which keeps one moment of it instead of two."""
     stages: int
@@ -36,7 +35,7 @@ class ModelSize:
         matrices = sum(sizes[name] for name in hidden_matrices(model))
         stages: list[Any] = list(model.blocks) if hasattr(model, "set_repeats") else []
         stage = sum(p.numel() for p in stages[0].parameters()) if stages else 0
-        return cls(sum(sizes.values()), max(sizes.values()), matrices, len(stages), stage)
+        return cls(sum(sizes.values()), matrices, len(stages), stage)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Sharding:
     """Elements of a buffer in which gradients are reduced."""
     num_buckets: int
     """Buffers that there are: two where reducing overlaps with computing."""
-    overlaps: bool
     offloads_optimizer: bool
     offloads_weights: bool
     keeps_all: bool
@@ -87,7 +85,6 @@ class Sharding:
             reduced_element=BYTES[ds.get("communication_data_type", precision)],
             bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             num_buckets=2 if overlaps and zero["stage"] in (1, 2) else 1,
-            overlaps=overlaps,
             offloads_optimizer=offloads[0],
             offloads_weights=offloads[1],
             keeps_all=reuse >= REUSE,

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sws_dist.checkpoint.checkpoint import export_weights, read_state
+from sws_dist.checkpoint.model_file import read_model_info
 from sws_dist.checkpoint.safetensors_stream import tensor_entry, write_safetensors
 from sws_dist.checkpoint.shards import ShardReader
 from tests import runs
@@ -83,6 +84,12 @@ def test_final_weights_are_those_of_the_undisturbed_run(trained: Path, name: str
     whole, parts = (load_file(trained / run / f"{name}.safetensors") for run in ("whole", "parts"))
     for key, tensor in whole.items():
         torch.testing.assert_close(parts[key], tensor, rtol=0, atol=1e-4)
+
+
+def test_each_file_of_weights_states_its_own_score(trained: Path) -> None:
+    metrics = json.loads((trained / "whole" / "metrics.json").read_text())
+    for name, score in (("learngene", metrics["top1"]), ("learngene_ema", metrics["top1_ema"])):
+        assert read_model_info(trained / "whole" / f"{name}.safetensors").provenance["top1"] == score
 
 
 def test_the_cost_counts_the_ranks_that_each_start_had(trained: Path) -> None:

@@ -27,7 +27,7 @@ from sws_dist.zero.config import resolve_deepspeed_config
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL_SETS = ["data.image_size=32", 'model.kwargs={"patch_size": 8, "embed_dim": 64, "num_heads": 2}']
 NO_ACTIVATIONS = PassMemory(0, 0)
-SIZE = ModelSize(parameters=8_000_000, largest=600_000, matrices=7_000_000, stages=4, stage=1_900_000)
+SIZE = ModelSize(parameters=8_000_000, matrices=7_000_000, stages=4, stage=1_900_000)
 NO_AVERAGE = load_config("auxiliary_small", ["optim.ema_decay=null"])
 
 
