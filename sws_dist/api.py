@@ -21,7 +21,8 @@ from sws_dist.checkpoint.open_model import find_run_weights, open_model
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
 from sws_dist.config.resume import finished_metrics
-from sws_dist.config.schema import RunConfig
+from sws_dist.config.schema import MAX_BATCH, RunConfig
+from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
 from sws_dist.inference import input_config
@@ -155,6 +156,7 @@ def evaluate(
     batch_size: int = 128,
     num_threads: int = 4,
     predictions: str | Path | None = None,
+    shard_keys: SampleKeys = DEFAULT_KEYS,
 ) -> Scores:
     """Score a model on a folder of images, each image counted once. A collective of all ranks, which share the images.
 
@@ -166,9 +168,9 @@ def evaluate(
             ``pretrained_cfg`` says how its images are normalised, resized and cropped), or what ``sws evaluate`` opens:
             a file of weights, a finished run, a timm folder, an ONNX file of ``sws export``. A model is moved to this
             rank's device.
-        data: a folder of class folders, which may be fewer than the model's labels. Their names are matched with those
-            of the labels, if the model knows them or knows as many labels as ImageNet has; otherwise the sorted folders
-            are labels 0, 1, 2, ...
+        data: a folder of class folders or of tar shards; its classes may be fewer than the model's labels. Their names
+            are matched with those of the labels, if the model knows them or knows as many labels as ImageNet has;
+            otherwise the sorted folders are labels 0, 1, 2, ...
         model_name: the timm model that a file's weights are of; not needed for files that say it, as ours do.
         classes: what the model's labels are called, in order, or a file with one name a line.
         numeric_classes: True if the folders are called by the numbers of their labels.
@@ -179,6 +181,7 @@ def evaluate(
         num_threads: threads of one rank that decode images.
         predictions: an ``.npz`` file to write, with arrays ``path``, ``label`` and ``logits`` (float32), one row an
             image.
+        shard_keys: how a sample's image and label are called in tar shards.
 
     Returns:
         Top-1, top-5 and loss over all images, the same on every rank.
@@ -202,8 +205,8 @@ def evaluate(
     atexit.register(close_distributed)
     world = init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("load the model and list the images"):
-        if batch_size < 1:
-            raise ValueError(f"a batch of {batch_size} images: expected 1 or more")
+        if not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(f"a batch of {batch_size} images: expected 1 to {MAX_BATCH}")
         place = Path(os.path.abspath(data))
         scored: Any = model
         if not isinstance(model, nn.Module):
@@ -211,8 +214,8 @@ def evaluate(
         name = "the model" if isinstance(model, nn.Module) else str(model)
         config = input_config(scored, name, place.parent, image_size, crop_pct, num_threads)
         require_image_size(scored, name, config.image_size)
-        labels = name_labels(scored, name, place, classes=classes, numeric=numeric_classes)
-        images = manifest.scan(place.parent, place.name, labels)
+        labels = name_labels(scored, name, place, classes=classes, numeric=numeric_classes, keys=shard_keys)
+        images = manifest.scan(place.parent, place.name, labels, keys=shard_keys)
     for line in (*images.notes, *describe_bad_files(images.bad)):
         log.warning(line)
     modes = {module: module.training for module in scored.modules()}
@@ -227,7 +230,7 @@ def evaluate(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for line in bad.exchange(world.device, 0, len(images), config.max_bad_share):
+    for line in bad.exchange(world.device, None, len(images), config.max_bad_share):
         log.warning(line)
     if predictions is not None:
         gathered = gather_on_rank0(kept)

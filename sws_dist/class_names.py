@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from sws_dist.data.labels import read_classes
 from sws_dist.data.sources import find_source
+from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def name_labels(
     *,
     classes: str | Path | Sequence[str] | None = None,
     numeric: bool = False,
+    keys: SampleKeys = DEFAULT_KEYS,
 ) -> tuple[str, ...]:
     """Return the name of each of a model's labels, as the classes of ``data`` are called, and log which are there.
 
@@ -40,11 +42,12 @@ def name_labels(
         data: a folder of class folders or of tar shards, or a list.
         classes: names of the labels, or a file with one a line.
         numeric: the classes are called by the numbers of their labels.
+        keys: of samples in tar shards.
 
     Raises:
         ValueError: the labels of some classes cannot be told; the message says what would help.
     """
-    found, num_labels = find_source(data.parent, data.name)[0].classes, model.num_classes
+    found, num_labels = find_source(data.parent, data.name, keys=keys)[0].classes, model.num_classes
     # Numbers in a list or in shards are labels; a folder's name may be any number.
     numbers_are_labels = all(name.isdecimal() for name in found) and not (data / found[0]).is_dir()
     known = _known_names(model, found)

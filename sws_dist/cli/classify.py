@@ -87,13 +87,14 @@ def classify(
 
     from sws_dist.data import manifest  # needs DALI
     from sws_dist.data.bad_images import BadImages, describe_bad_files
+    from sws_dist.distributed.init import has_gpu
     from sws_dist.inference import input_config, read_images
 
     images = manifest.list_files(files, num_threads)
     config, bad = input_config(model, name, Path(), num_threads=num_threads), BadImages(images.bad)
     for line in describe_bad_files(images.bad):
         log.warning(line)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     model.to(device).eval()
     with torch.inference_mode():
         for rows, batch in read_images(images, np.arange(len(images)), config, device, batch_size, bad):

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sws_dist.config.paths import expand_path
 from sws_dist.config.schema import MAX_BATCH, MAX_LAYERS, RunConfig
@@ -21,6 +22,9 @@ from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, 
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
 from sws_dist.zero.config import require_whole_images
+
+if TYPE_CHECKING:
+    from sws_dist.data.tar_shards import SampleKeys
 
 _HEAD_START_S = 2.0
 
@@ -125,6 +129,22 @@ def micro_batch_of(args: argparse.Namespace, config: RunConfig) -> int:
         )
     require_whole_images(micro, config.augment.num_crops)
     return micro
+
+
+def add_shard_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--image-extensions`` and ``--label-key``; ``shard_keys_of`` reads them."""
+    parser.add_argument(
+        "--image-extensions", nargs="+", metavar="EXT", help="of a sample in tar shards, as in data.image_extensions"
+    )
+    parser.add_argument("--label-key", help="of a sample's .json, as in data.label_key (default label)")
+
+
+def shard_keys_of(args: argparse.Namespace) -> SampleKeys:
+    """Return how the images and labels of samples in tar shards are called."""
+    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
+
+    extensions = tuple(args.image_extensions or DEFAULT_KEYS.image_extensions)
+    return SampleKeys(extensions, args.label_key or DEFAULT_KEYS.label_key)
 
 
 def add_local_rank_option(parser: argparse.ArgumentParser) -> None:

@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import (
     add_local_rank_option,
+    add_shard_options,
     make_parser,
     number,
     parse_args,
     parse_depths,
     print_result,
+    shard_keys_of,
     whole_number,
 )
 from sws_dist.config.schema import MAX_BATCH
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--num-threads", type=whole_number(1, 1024), default=4, help="DALI threads of one rank (default 4)"
     )
+    add_shard_options(parser)
     depths = parser.add_argument_group("the descendants of a learngene")
     depths.add_argument(
         "--depths", type=parse_depths, help="layers of the descendants to score, untuned: 6,9,12 or 6-15"
@@ -87,13 +90,14 @@ def main() -> None:
     from sws_dist.distributed.init import close_distributed
     from sws_dist.distributed.launch_env import rank
 
-    options = {
+    options: dict[str, Any] = {
         "classes": args.classes,
         "numeric_classes": args.numeric_classes,
         "image_size": args.image_size,
         "crop_pct": args.crop_pct,
         "batch_size": args.batch,
         "num_threads": args.num_threads,
+        "shard_keys": shard_keys_of(args),
     }
     found: dict[str, Any] = {"checkpoint": str(args.checkpoint)}
     if args.depths:

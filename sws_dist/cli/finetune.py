@@ -246,7 +246,9 @@ def choose_deepspeed_config() -> str:
     """Return the shipped DeepSpeed config for this machine: bf16 where its GPU has it."""
     import torch
 
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+    from sws_dist.distributed.init import has_gpu
+
+    if not has_gpu():
         return "zero0"
     return "zero2_bf16" if torch.cuda.is_bf16_supported() else "zero2"
 

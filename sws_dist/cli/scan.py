@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+from sws_dist.cli.common import (
+    add_shard_options,
+    make_parser,
+    parse_args,
+    print_result,
+    shard_keys_of,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from sws_dist.data.tar_shards import SampleKeys
@@ -41,14 +48,9 @@ def main() -> None:
         default=2 * (os.cpu_count() or 1),
         help="files at a time (default: 2 a core)",
     )
-    parser.add_argument(
-        "--image-extensions", nargs="+", metavar="EXT", help="of a sample in tar shards, as in data.image_extensions"
-    )
-    parser.add_argument("--label-key", default="label", help="of a sample's .json, as in data.label_key")
+    add_shard_options(parser)
     args = parse_args(parser, one_process=True)
-    from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
-
-    keys = SampleKeys(tuple(args.image_extensions or DEFAULT_KEYS.image_extensions), args.label_key)
+    keys = shard_keys_of(args)
     num_images, bad = 0, []
     for root, split, prefix in find_splits(args.data, args.splits):
         good, found = scan_split(root, split, prefix, args.num_threads, keys)

@@ -59,13 +59,14 @@ def write_picture(config: RunConfig, args: argparse.Namespace) -> None:
     from sws_dist.data.build import build_order, list_images
     from sws_dist.data.draws import Recipe, describe_draws
     from sws_dist.data.mixup import Mixing, augment_batch, denormalise
+    from sws_dist.distributed.init import has_gpu
     from sws_dist.logging.images import labelled_grid
 
     images, _ = list_images(config.data)
     order = build_order(config, images)
     positions = sampler.micro_batch_positions(args.step, global_batch, 0, global_batch // micro, augment.num_crops)
     recipe, mixing = Recipe(augment, config.data.image_size), Mixing(augment, len(images.classes), seed)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
     (batch,) = pipeline.train_loader(images, order, [positions], recipe, seed, config.data, device)
     draws = recipe.draw(seed, positions, images.sizes_of(batch.indices))
     pixels, targets = augment_batch(batch, mixing, augment, seed)

@@ -117,8 +117,13 @@ def close_distributed() -> None:
         dist.destroy_process_group()
 
 
+def has_gpu() -> bool:
+    """Return whether to compute on a GPU: there is one, and DeepSpeed's switch DS_ACCELERATOR does not say cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def _choose_device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":  # DeepSpeed's own switch
+    if not has_gpu():
         return torch.device("cpu")
     # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.
     index = 0 if len(os.environ.get("CUDA_VISIBLE_DEVICES", "all,of,them").split(",")) == 1 else local_rank

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sws_dist.class_names import name_labels
+from sws_dist.data.tar_shards import SampleKeys
 from tests import ranks
 
 
@@ -118,3 +122,32 @@ def test_the_numbers_of_a_list_are_labels(tmp_path: Path) -> None:
     assert names(Brightness(3, ("a", "b", "c")), tmp_path / "val.txt") == ("a", "b", "c")
     with pytest.raises(ValueError, match="classes from 0 to 1 are needed"):
         names(Brightness(2), tmp_path / "val.txt")
+
+
+def test_shards_with_keys_of_their_own_are_scored(tmp_path: Path) -> None:
+    """The image is a sample's .webp, not its .png, and the label a key of its own in the .json."""
+    (tmp_path / "val").mkdir()
+    with tarfile.open(tmp_path / "val" / "0.tar", "w") as shard:
+        for label in range(3):
+            for name, content in {
+                f"{label}.webp": _image(20 * label, "webp"),
+                f"{label}.png": _image(0, "png"),
+                f"{label}.json": json.dumps({"shade": label}).encode(),
+            }.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    keys = SampleKeys(("webp",), "shade")
+    assert _top1([(Brightness(3), {"shard_keys": keys})], tmp_path / "val") == [1.0]
+
+
+def _image(grey: int, kind: str) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32), (grey, grey, grey)).save(content, kind, lossless=True)
+    return content.getvalue()
+
+
+def test_a_batch_that_one_rank_cannot_decode_is_refused(tmp_path: Path) -> None:
+    data = grey_folders(tmp_path / "val", {"0": 0, "1": 1})
+    with pytest.raises(ValueError, match="a batch of 4097 images: expected 1 to 4096"):
+        _top1([(Brightness(2), {"batch_size": 4097})], data)
