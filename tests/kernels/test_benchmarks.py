@@ -23,7 +23,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the inter
 CPU = Machine("cpu", torch.float32, rounds=1)
 TINY = Size("tiny", 32, batch=2, image=32, patch=16, head_dim=32, schedule=(1,), num_classes=8, teacher="test_convnext")
 CEILINGS = Ceilings(copy_gb_per_s=1.0, matmul_tflop_per_s=1.0)
-NEEDS_A_GPU = {"SDPA cuDNN", "compile timm, cuDNN", "triton, stages graphed", "triton, step graphed"}
+NEEDS_A_GPU = {
+    *("SDPA cuDNN", "compile timm, cuDNN", "attention by cudnn", "triton, stages graphed", "triton, step graphed"),
+}
 NEEDS_A_PACKAGE = {"SDPA FlashAttention 3", "SDPA FlashAttention 4", "eager add, Liger's LayerNorm"}
 
 
