@@ -26,7 +26,10 @@ CEILINGS = Ceilings(copy_gb_per_s=1.0, matmul_tflop_per_s=1.0)
 NEEDS_A_GPU = {
     *("SDPA cuDNN", "compile timm, cuDNN", "attention by cudnn", "triton, stages graphed", "triton, step graphed"),
 }
-NEEDS_A_PACKAGE = {"SDPA FlashAttention 3", "SDPA FlashAttention 4", "eager add, Liger's LayerNorm"}
+NEEDS_A_PACKAGE = {
+    *("SDPA FlashAttention 3", "SDPA FlashAttention 4", "eager add, Liger's LayerNorm", "eager add, QuACK's LayerNorm"),
+    *("QuACK", "cuBLASLt GELU_AUX_BIAS", "cuBLASLt DGELU_BGRAD, eager GELU"),
+}
 
 
 @pytest.fixture(autouse=True)
