@@ -28,12 +28,13 @@ in a step, but each keeps its own memory: 1, 2 and 3 repeats take that of 6.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sws_kernels.stage import StageWeights, check_stage, stage, stage_backward, stage_forward
+from sws_kernels.providers import TRITON, Providers
+from sws_kernels.stage import StagePlan, StageWeights, check_stage, stage, stage_backward, stage_forward
 
 Recorded = tuple[Callable[[], None], Any]
 
@@ -63,15 +64,6 @@ class GraphPool:
         return graph.replay, results
 
 
-class _Plan(NamedTuple):
-    """Hold the arguments of a stage that are not tensors."""
-
-    repeats: int
-    num_heads: int
-    eps: float
-    recompute: bool
-
-
 class GraphedStage:
     """Run `stage` with backend="triton", captured at the first training call and replayed afterwards.
 
@@ -95,6 +87,7 @@ class GraphedStage:
         scales: Tensor | None = None,
         *,
         recompute: bool = False,
+        providers: Providers = TRITON,
     ) -> Tensor:
         """Compute what `stage` does, with the same arguments: x [B, T, D] to the same shape. Differentiable once.
 
@@ -104,10 +97,10 @@ class GraphedStage:
             ValueError: as `stage` does, before anything is captured.
             RuntimeError: a weight has moved since the capture, or a backward does not follow its own forward.
         """
-        plan = _Plan(repeats, num_heads, eps, recompute)
+        plan = StagePlan(repeats, num_heads, eps, recompute, providers)
         if torch.is_grad_enabled():
             if not self._graphs:
-                check_stage(x, weights, repeats, num_heads, scales)
+                check_stage(x, weights, scales, plan)
                 for count in sorted(self._repeats | {repeats}):
                     counted = None if scales is None else scales.new_ones(count, *scales.shape[1:])
                     self._graphs[count] = _Graphs(x, weights, counted, plan._replace(repeats=count), self._pool)
@@ -115,13 +108,17 @@ class GraphedStage:
             if graphs is not None and graphs.fit(x, scales, plan):
                 graphs.require_unmoved(weights)
                 return _Replayed.apply(x, scales, graphs, *weights)
-        return stage(x, weights, repeats, num_heads, eps, scales, recompute=recompute, backend="triton")
+        return stage(
+            x, weights, repeats, num_heads, eps, scales, recompute=recompute, backend="triton", providers=providers
+        )
 
 
 class _Graphs:
     """Capture the two graphs of a stage with one number of repeats; hold the tensors that they read and write."""
 
-    def __init__(self, x: Tensor, weights: StageWeights, scales: Tensor | None, plan: _Plan, pool: GraphPool) -> None:
+    def __init__(
+        self, x: Tensor, weights: StageWeights, scales: Tensor | None, plan: StagePlan, pool: GraphPool
+    ) -> None:
         self._plan, self._token = plan, object()
         self._weights = StageWeights._make(None if w is None else w.detach() for w in weights)
         self._x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -129,17 +126,17 @@ class _Graphs:
         self._dy = torch.zeros_like(self._x)
 
         def forward() -> tuple[Tensor, list[Tensor]]:
-            return stage_forward(self._x, self._weights, self._scales, *plan)
+            return stage_forward(self._x, self._weights, self._scales, plan)
 
         def backward() -> tuple[Tensor, Tensor]:
-            dx, d_weights = stage_backward(self._dy, self._weights, self._scales, self._saved, *plan)
+            dx, d_weights = stage_backward(self._dy, self._weights, self._scales, self._saved, plan)
             return dx, torch.cat([d.flatten() for d in d_weights if d is not None])
 
         with torch.no_grad(), torch.cuda.device_of(x):
             self._replay_forward, (self._y, self._saved) = pool.record(forward)
             self._replay_backward, (self._dx, self._d_weights) = pool.record(backward)
 
-    def fit(self, x: Tensor, scales: Tensor | None, plan: _Plan) -> bool:
+    def fit(self, x: Tensor, scales: Tensor | None, plan: StagePlan) -> bool:
         """Return whether the captured call had these shapes, dtypes, devices and arguments."""
         return plan == self._plan and _same_kind(x, self._x) and _same_kind(scales, self._scales)
 

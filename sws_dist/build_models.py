@@ -143,7 +143,7 @@ def _configure_execution(
     config: ModelConfig, student: Any, elastic: ElasticDepth | None, device: torch.device, dtype: torch.dtype
 ) -> str:
     """Choose kernels, CUDA graphs, recomputation and compilation. Returns a log message about the kernels."""
-    kernels = select_kernels(config.kernels, student, device, dtype)
+    kernels = select_kernels(config.kernels, student, device, dtype, config.operators)
     if config.cuda_graphs:
         repeats = [elastic.repeats(depth) for depth in elastic.depths] if elastic else []
         kernels += f", {enable_cuda_graphs(student, device, repeats)}"

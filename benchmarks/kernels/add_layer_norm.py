@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.kernels import rivals
 from benchmarks.kernels.measure import Machine, Size
 from benchmarks.kernels.operator_case import OperatorCase, Provider, label, work
 from sws_kernels import add_layer_norm, add_layer_norm_reference
@@ -14,13 +15,6 @@ from sws_kernels import add_layer_norm, add_layer_norm_reference
 def eager(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     new_residual = residual + branch
     return new_residual, F.layer_norm(new_residual, weight.shape, weight, bias, 1e-6)
-
-
-def liger(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # optional: without it the row says so
-
-    new_residual = residual + branch
-    return new_residual, LigerLayerNormFunction.apply(new_residual, weight, bias, 1e-6)
 
 
 def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
@@ -36,7 +30,8 @@ def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
         providers={
             "triton": Provider(partial(add_layer_norm, backend="triton")),
             "eager": Provider(eager),
-            "eager add, Liger's LayerNorm": Provider(liger),
+            "eager add, Liger's LayerNorm": Provider(rivals.liger_add_layer_norm),
+            "eager add, QuACK's LayerNorm": Provider(rivals.quack_add_layer_norm),
             "compile": Provider(machine.compile(eager)),
         },
         reference=add_layer_norm_reference,

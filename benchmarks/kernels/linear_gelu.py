@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.kernels import rivals
 from benchmarks.kernels.measure import Machine, Size
 from benchmarks.kernels.operator_case import FORWARD, OperatorCase, Provider, blas, label
 from sws_kernels.linear_gelu import (
@@ -23,7 +24,7 @@ def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
 
 
 def _forward_case(machine: Machine, size: Size) -> OperatorCase:
-    """Return the MLP's first half, which also leaves z for the backward; cuBLASLt's epilogue leaves none."""
+    """Return the MLP's first half, which also leaves z for the backward; PyTorch's call of cuBLASLt leaves none."""
     inner, hidden, rows = size.width, 4 * size.width, size.batch * size.tokens
 
     def inputs() -> tuple[list[Tensor], list[Tensor]]:
@@ -44,6 +45,8 @@ def _forward_case(machine: Machine, size: Size) -> OperatorCase:
         providers={
             "triton": Provider(partial(linear_gelu_forward, save=True)),
             "eager": Provider(eager),
+            "cuBLASLt GELU_AUX_BIAS": Provider(rivals.cublaslt_linear_gelu()),
+            "QuACK": Provider(rivals.quack_linear_gelu),
             "cuBLASLt epilogue, without z": Provider(epilogue, partial(blas, "cublaslt")),
             "compile": Provider(machine.compile(eager)),
         },
@@ -71,6 +74,8 @@ def _backward_case(machine: Machine, size: Size) -> OperatorCase:
         providers={
             "triton": Provider(linear_gelu_backward),
             "eager": Provider(eager),
+            "cuBLASLt DGELU_BGRAD, eager GELU": Provider(rivals.cublaslt_linear_gelu_backward()),
+            "QuACK": Provider(rivals.quack_linear_gelu_backward),
             "compile": Provider(machine.compile(eager)),
         },
         reference=linear_gelu_backward_reference,

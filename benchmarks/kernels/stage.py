@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -9,13 +10,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.measure import Machine, Size
-from benchmarks.kernels.operator_case import OperatorCase, Provider, label, work
+from benchmarks.kernels.operator_case import Function, OperatorCase, Provider, label, work
 from sws_kernels import StageWeights, stage
+from sws_kernels.common import Backend
+from sws_kernels.providers import TABLES, TRITON
 
 
 def cases(machine: Machine, size: Size) -> Iterator[OperatorCase]:
     for repeats in (1, 3):
         yield _case(machine, size, repeats)
+
+
+def _with_rivals(ours: Function) -> dict[str, Provider]:
+    """Return our stage with one operator computed by a rival, for each of them: what `auto_providers` chooses from."""
+    return {
+        f"{operator} by {name}": Provider(partial(ours, providers=TRITON._replace(**{operator: name})))
+        for operator, table in TABLES.items()
+        for name in table
+        if name != "triton"
+    }
 
 
 def _case(machine: Machine, size: Size, repeats: int) -> OperatorCase:
@@ -32,8 +45,8 @@ def _case(machine: Machine, size: Size, repeats: int) -> OperatorCase:
         x, dy = machine.normal(*size.stream), machine.normal(*size.stream)
         return [x, *(parameter.detach() for parameter in new_block().parameters())], [dy]
 
-    def ours(x: Tensor, *weights: Tensor, recompute: bool = False, backend: str = "triton") -> tuple[Tensor, ...]:
-        return (stage(x, StageWeights(*weights), repeats, heads, recompute=recompute, backend=backend),)
+    def ours(x: Tensor, *weights: Tensor, backend: Backend = "triton", **options: Any) -> tuple[Tensor, ...]:
+        return (stage(x, StageWeights(*weights), repeats, heads, backend=backend, **options),)
 
     def timms(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         parameters = dict(zip(names, weights, strict=True))
@@ -51,6 +64,7 @@ def _case(machine: Machine, size: Size, repeats: int) -> OperatorCase:
         providers={
             "triton": Provider(ours),
             "triton, recomputed": Provider(partial(ours, recompute=True)),
+            **(_with_rivals(ours) if repeats == 1 else {}),
             "eager timm": Provider(timms),
             "compile timm, flash": Provider(compiled, partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
             "compile timm, cuDNN": Provider(compiled, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),

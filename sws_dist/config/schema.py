@@ -90,6 +90,19 @@ class ElasticConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class OperatorsConfig:
+    """Who computes each operator of a stage that the Triton kernels run. auto: the fastest, which are ours so far."""
+
+    attention: MayChange[Literal["auto", "triton", "cudnn", "flash"]] = "auto"
+    """Attention by our kernel, cuDNN's or PyTorch's FlashAttention. The last two take fp16 and bf16 alone on a GPU, and
+    their gradients are not the same to the bit from run to run."""
+    linear_gelu: MayChange[Literal["auto", "triton", "torch"]] = "auto"
+    """The MLP's first product with GELU: one kernel of ours, or two of PyTorch's."""
+    add_layer_norm: MayChange[Literal["auto", "triton", "torch"]] = "auto"
+    """The residual add with LayerNorm: one kernel of ours, or two of PyTorch's."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """The model that is trained, and what it starts from."""
 
@@ -111,6 +124,7 @@ class ModelConfig:
     """The code that runs the stages of our models: PyTorch (``reference``), or the Triton kernels. ``auto`` takes
     Triton on a CUDA device of compute capability 8.0 or more where the model allows it, and logs its choice; ``triton``
     where it cannot run is an error."""
+    operators: OperatorsConfig = OperatorsConfig()
     cuda_graphs: MayChange[bool] = False
     """Launch each stage's kernels as one CUDA graph forward and one backward (Triton kernels only; not under ZeRO-3,
     nor with ``compile``): for small models, whose kernels are shorter than their launches. On an H200 a step of ViT-Ti
@@ -142,6 +156,16 @@ class ModelConfig:
                 "schedule",
                 f"model.schedule {list(schedule)}: expected a count above 0 for each stage, {MAX_LAYERS} layers in all "
                 "at most",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_operators(self) -> ModelConfig:
+        if self.kernels == "reference" and self.operators != OperatorsConfig():
+            raise KeyConflictError(
+                "operators",
+                "model.operators says who computes the parts of a stage that the Triton kernels run, but model.kernels "
+                "is reference; set it to auto or triton, or leave model.operators out",
             )
         return self
 

@@ -7,38 +7,87 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sws_dist.config.schema import OperatorsConfig
+
 Kernels = Literal["auto", "triton", "reference"]
 
+ALL_AUTO = OperatorsConfig()
 MIN_CAPABILITY = (8, 0)
 """The lowest CUDA compute capability whose tensor cores compute in bf16."""
 
 
-def select_kernels(kernels: Kernels, model: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Let ``model`` run its stages as ``kernels`` asks.
+def select_kernels(
+    kernels: Kernels,
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    operators: OperatorsConfig = ALL_AUTO,
+) -> str:
+    """Let ``model`` run its stages as ``kernels`` and ``operators`` ask.
 
     Args:
         kernels: the config key ``model.kernels``.
         model: any model; only ours can use the kernels.
         device, dtype: where and in what precision the model will run.
+        operators: the config key ``model.operators``.
 
     Returns:
         A log message that names the choice, and with ``auto`` the reason.
 
     Raises:
-        ValueError: ``triton`` where the kernels cannot run, because of the device, the precision or the architecture.
+        ValueError: ``triton``, or the provider of an operator, where it cannot run, because of the device, the
+            precision or the architecture.
     """
-    obstacle = None if kernels == "reference" else _device_obstacle(kernels, device, dtype) or model_obstacle(model)
-    if kernels == "triton" and obstacle is not None:
+    if kernels == "reference":
+        return "kernels: PyTorch's"
+    obstacle = _device_obstacle(kernels, device, dtype) or model_obstacle(model)
+    if obstacle is not None:
+        require_not_asked_for(kernels, operators, obstacle)
+        return f"kernels: PyTorch's ({obstacle})"
+    providers = choose_providers(kernels, operators, device, dtype)
+    model.use_kernels("triton", providers)
+    return "kernels: Triton's" + _rivals(providers)
+
+
+def require_not_asked_for(kernels: Kernels, operators: OperatorsConfig, obstacle: str) -> None:
+    """Check that nobody asked for kernels that cannot run.
+
+    Raises:
+        ValueError: ``kernels`` is ``triton``, or an operator has a provider; the message gives the ``obstacle``.
+    """
+    if kernels == "triton":
         raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
-    if kernels == "reference" or obstacle is not None:
-        return "kernels: PyTorch's" + (f" ({obstacle})" if obstacle else "")
-    model.use_kernels("triton")
-    return "kernels: Triton's"
+    if operators != ALL_AUTO:
+        raise ValueError(f"model.operators needs the Triton kernels, but {obstacle}; leave model.operators out")
+
+
+def choose_providers(kernels: Kernels, operators: OperatorsConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the ``sws_kernels.Providers`` of stages that the kernels run.
+
+    Raises:
+        ValueError: one that was asked for cannot run on ``device`` in ``dtype``.
+    """
+    from sws_kernels import Providers, auto_providers, provider_obstacle
+
+    asked = {operator: name for operator, name in asdict(operators).items() if name != "auto"}
+    fastest = auto_providers(device, dtype) if kernels == "auto" else Providers()
+    providers = fastest._replace(**asked)
+    obstacle = provider_obstacle(providers, device, dtype)
+    if obstacle is not None:
+        raise ValueError(f"model.operators: {obstacle}; choose another or auto")
+    return providers
+
+
+def _rivals(providers: Any) -> str:
+    """Return the part of a log message that names the operators that are not Triton's."""
+    rivals = [f"{operator} by {name}" for operator, name in providers._asdict().items() if name != "triton"]
+    return f", but {', '.join(rivals)}" if rivals else ""
 
 
 def enable_cuda_graphs(model: Any, device: torch.device, repeats: Iterable[Sequence[int]] = ()) -> str:
@@ -123,7 +172,7 @@ def fused_stage_forward(stage: Any, x: Tensor, drop_rates: tuple[float, ...]) ->
     """Compute as many repeats of a stage as there are ``drop_rates``, for x [batch, tokens, width], by one call of
     ``sws_kernels.stage``.
     """
-    from sws_kernels import StageWeights
+    from sws_kernels import Providers, StageWeights
     from sws_kernels import stage as run
 
     attn, mlp = stage.attn, stage.mlp
@@ -136,9 +185,10 @@ def fused_stage_forward(stage: Any, x: Tensor, drop_rates: tuple[float, ...]) ->
     if stage.scales_branches and (stage.training or stage.branch_scale != 1):
         scales = drop_path_scales(x, drop_rates if stage.training else (0.0,) * len(drop_rates)) * stage.branch_scale
     arguments = x, weights, len(drop_rates), attn.num_heads, stage.norm1.eps, scales
+    options = {"recompute": stage.recompute, "providers": stage.providers or Providers()}
     if stage.training and stage.graphed is not None:
-        return stage.graphed(*arguments, recompute=stage.recompute)
-    return run(*arguments, recompute=stage.recompute, backend="triton")
+        return stage.graphed(*arguments, **options)
+    return run(*arguments, backend="triton", **options)
 
 
 def drop_path_scales(x: Tensor, rates: tuple[float, ...]) -> Tensor:

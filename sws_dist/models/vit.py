@@ -81,6 +81,8 @@ class Stage(Layer):
         """True if branches are scaled at some depth, or dropped at some position, of the model: a CUDA graph then
         always has factors."""
         self.kernels: Literal["reference", "triton"] = "reference"
+        self.providers: Any = None
+        """The ``sws_kernels.Providers`` of the operators that the kernels run; None: all are Triton's."""
         self.recompute = False
         """True if the kernels recompute activations in backward (their own activation checkpointing)."""
         self.graphed: Any = None
@@ -217,13 +219,16 @@ class SWSVisionTransformer(UnrolledFeatures):
         """True if some stage runs more than once, as in an auxiliary model."""
         return max(self.schedule) > 1
 
-    def use_kernels(self, kernels: Literal["reference", "triton"]) -> None:
+    def use_kernels(self, kernels: Literal["reference", "triton"], providers: Any = None) -> None:
         """Choose the code that runs the stages and the patch embedding. Call it before ``set_grad_checkpointing``.
 
         ``kernel_backend.select_kernels`` checks first that the kernels can run.
+
+        Args:
+            providers: with ``triton``, the ``sws_kernels.Providers`` of the operators; None: all are Triton's.
         """
         for stage in self.blocks:
-            stage.kernels = kernels
+            stage.kernels, stage.providers = kernels, providers
         # The module keeps its parameters, its hooks and its name; only its forward changes.
         self.patch_embed.proj.__class__ = PatchProjection if kernels == "triton" else nn.Conv2d
 

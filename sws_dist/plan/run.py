@@ -26,7 +26,7 @@ from sws_dist.distill.teacher import build_teacher
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.flops import TRAIN_FACTOR
-from sws_dist.models.kernel_backend import model_obstacle
+from sws_dist.models.kernel_backend import ALL_AUTO, choose_providers, model_obstacle, require_not_asked_for
 from sws_dist.plan.bill import Bill, Budget, Costs, add_up
 from sws_dist.plan.devices import Backend, Device, SpeedAssumption, assume_utilisation
 from sws_dist.plan.memory import RankMemory, rank_memory
@@ -175,6 +175,8 @@ def _left_out(config: RunConfig, sharding: Sharding, *, counts_teacher: bool) ->
         yield "the teacher's operations, which torch cannot count"
     if config.optim.name == "muon":
         yield "Muon's orthogonalisation: its operations, and the exchange of matrices that ranks share"
+    if config.model.operators != ALL_AUTO:
+        yield "who computes what (model.operators): the speed is that of our own kernels"
     for key in sharding.unmodelled:
         yield f"what zero_optimization.{key} changes in memory and traffic"
 
@@ -195,9 +197,17 @@ def choose_backend(config: RunConfig, student: Any) -> Backend:
     obstacle = "they were not asked for" if wanted == "reference" else model_obstacle(student)
     if obstacle is None:
         return "triton, stages graphed" if config.model.cuda_graphs else "triton"
-    if wanted == "triton":
-        raise ValueError(f"model.kernels: triton was asked for, but {obstacle}; set model.kernels to reference or auto")
+    require_not_asked_for(wanted, config.model.operators, obstacle)
     return "compile timm, cuDNN" if config.model.compile else "eager timm"
+
+
+def gpu_providers(config: RunConfig, dtype: torch.dtype) -> Any:
+    """Return who computes the operators of the kernels' stages on a GPU.
+
+    Raises:
+        ValueError: a provider that was asked for and cannot run there.
+    """
+    return choose_providers(config.model.kernels, config.model.operators, torch.device("cuda"), dtype)
 
 
 def pass_memory(
@@ -212,7 +222,7 @@ def pass_memory(
     model = build_on_meta(config, num_classes)
     is_triton = kernels.startswith("triton")
     if is_triton:
-        model.use_kernels("triton")
+        model.use_kernels("triton", gpu_providers(config, dtype))
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if elastic is not None:

@@ -24,11 +24,13 @@ data: {root: ROOT, image_size: 32, crop_pct: 1.0, num_threads: 1}
 optim: {lr: 3e-3, lr_batch: null, weight_decay: 0.1}
 train: {epochs: 1, global_batch: 4, log_every: 1, max_steps: 4, seed: 3}
 """
-CASES = [  # ZeRO stage, kernels, recompute. That PyTorch's path is the same at every stage is test_parity's
+RIVALS = {"attention": "flash", "linear_gelu": "torch", "add_layer_norm": "torch"}
+CASES = [  # ZeRO stage, who runs the stages, recompute. That PyTorch's path is the same at every stage is test_parity's
     (2, "reference", False),
     (2, "triton", False),
     (3, "triton", False),
     (3, "triton", True),
+    (3, "rivals", False),
 ]
 
 
@@ -45,15 +47,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, few_digits: Path) -> Path:
         }
         # From 0 on, ZeRO-3 keeps no parameter gathered between a stage's forward and its backward.
         ds["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
-        sets = {"model.kernels": kernels, "model.grad_checkpointing": recompute}
+        sets = {"model.kernels": "triton" if kernels == "rivals" else kernels, "model.grad_checkpointing": recompute}
+        if kernels == "rivals":
+            sets |= {f"model.operators.{operator}": name for operator, name in RIVALS.items()}
         jobs.append(Job(folder / "run.yaml", folder / f"zero{stage}-{kernels}-{recompute}", ds, sets))
     runs.train_all(jobs, 2)
     return folder
 
 
-@pytest.mark.parametrize(("stage", "recompute"), [(2, False), (3, False), (3, True)])
-def test_losses_equal_the_reference(trained: Path, stage: int, recompute: bool) -> None:
-    found, wanted = losses(trained / f"zero{stage}-triton-{recompute}"), losses(trained / "zero2-reference-False")
+@pytest.mark.parametrize(("stage", "kernels", "recompute"), CASES[1:])
+def test_losses_equal_the_reference(trained: Path, stage: int, kernels: str, recompute: bool) -> None:
+    found, wanted = losses(trained / f"zero{stage}-{kernels}-{recompute}"), losses(trained / "zero2-reference-False")
     assert len(wanted) == 4
     assert max(wanted) - min(wanted) > 1e-3, "nothing was learnt: equal losses would show nothing"
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)

@@ -7,7 +7,8 @@ if not torch.cuda.is_available():
     # At module level, so that the module imports and asks nothing that needs a GPU.
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-from tests.kernels.checks.stage import check, make_inputs
+from sws_kernels import Providers
+from tests.kernels.checks.stage import check, make_inputs, one_rival_each
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_memory")]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -26,6 +27,13 @@ def test_accuracy(
 ) -> None:
     inputs = make_inputs(shape, 3, num_heads, dtype, "cuda", drop_path=drop_path)
     check.accuracy(inputs, triton={"recompute": recompute})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("providers", one_rival_each(), ids=str)
+def test_rivals(providers: Providers, dtype: torch.dtype) -> None:
+    inputs = make_inputs((16, 196, 384), 3, 6, dtype, "cuda", drop_path=True)
+    check.accuracy(inputs, triton={"providers": providers})
 
 
 def test_bitwise_repeatable() -> None:

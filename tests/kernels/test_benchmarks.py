@@ -8,13 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.kernels import chart, model, training_step, tune
-from benchmarks.kernels.__main__ import OPERATORS, cases_of, run
+from benchmarks.kernels import chart, model, public_figures, training_step, tune
+from benchmarks.kernels.__main__ import OPERATORS, SIZES, cases_of, run
+from benchmarks.kernels.kernel_work import Kernels, total
 from benchmarks.kernels.measure import Ceilings, Machine, Size, rows_of
 from benchmarks.kernels.operator_case import OperatorCase, Provider
 from sws_kernels import launch_config
@@ -23,8 +25,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the inter
 CPU = Machine("cpu", torch.float32, rounds=1)
 TINY = Size("tiny", 32, batch=2, image=32, patch=16, head_dim=32, schedule=(1,), num_classes=8, teacher="test_convnext")
 CEILINGS = Ceilings(copy_gb_per_s=1.0, matmul_tflop_per_s=1.0)
-NEEDS_A_GPU = {"SDPA cuDNN", "compile timm, cuDNN", "triton, stages graphed", "triton, step graphed"}
-NEEDS_A_PACKAGE = {"SDPA FlashAttention 3", "SDPA FlashAttention 4", "eager add, Liger's LayerNorm"}
+NEEDS_A_GPU = {
+    *("SDPA cuDNN", "compile timm, cuDNN", "attention by cudnn", "triton, stages graphed", "triton, step graphed"),
+}
+NEEDS_A_PACKAGE = {
+    *("SDPA FlashAttention 3", "SDPA FlashAttention 4", "eager add, Liger's LayerNorm", "eager add, QuACK's LayerNorm"),
+    *("QuACK", "cuBLASLt GELU_AUX_BIAS", "cuBLASLt DGELU_BGRAD, eager GELU"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +59,20 @@ def test_every_provider_is_right_and_timed(operator: str) -> None:
 def test_the_performance_model_is_compared_with_what_was_measured_last() -> None:
     """Otherwise: python -m benchmarks.kernels.model."""
     assert (model.RESULTS / "model.md").read_text() == model.page()
+
+
+def test_the_bound_of_compiled_timm_is_below_what_was_measured() -> None:
+    rows = json.loads((model.RESULTS / "kernels.json").read_text())["rows"]
+    steps = {row["case"]: row["ms"] for row in rows if row["provider"] == "compile timm, cuDNN" and "ms" in row}
+    assert steps
+    for size in SIZES.values():
+        if measured := steps.get(f"{size.name}, batch {size.batch}"):
+            assert 0.3 * measured < 1e3 * total(Kernels(size).compiled_timm_step(), "H200") < measured
+
+
+def test_every_public_figure_has_a_source() -> None:
+    figures: list[Any] = [*public_figures.ATTENTION, *public_figures.PRODUCTS, *public_figures.NORMS]
+    assert {figure.source for figure in figures} == set(public_figures.SOURCES)
 
 
 def test_a_wrong_provider_gets_no_time() -> None:

@@ -8,11 +8,12 @@ import torch
 
 from sws_dist.models import create_model
 from sws_dist.models.kernel_backend import enable_cuda_graphs
-from sws_kernels import GraphedStage, GraphPool, StageWeights
+from sws_kernels import GraphedStage, GraphPool, Providers, StageWeights
 from tests.kernels.checks.numerics import Inputs
 from tests.kernels.checks.stage import EPS, arguments, make_inputs, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RIVALS = Providers("triton" if DEVICE == "cuda" else "flash", "torch", "torch")  # flash takes no fp32 on a GPU
 
 
 class RunAgain:
@@ -73,18 +74,23 @@ def call(function: Any, inputs: Inputs, weights: StageWeights, **options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("recompute", "changes"),
-    [(False, {"repeats": 2}), (True, {"repeats": 2}), (False, {"qkv_bias": False})],
-    ids=["saved", "recomputed", "no_qkv_bias"],
+    ("options", "changes"),
+    [
+        ({}, {"repeats": 2}),
+        ({"recompute": True}, {"repeats": 2}),
+        ({}, {"qkv_bias": False}),
+        ({"providers": RIVALS}, {"repeats": 2}),
+    ],
+    ids=["saved", "recomputed", "no_qkv_bias", "rivals"],
 )
-def test_replays_are_the_stage_to_the_bit(recompute: bool, changes: dict[str, Any]) -> None:
+def test_replays_are_the_stage_to_the_bit(options: dict[str, Any], changes: dict[str, Any]) -> None:
     """The first of two batches is captured; gradients add up over both, as in gradient accumulation."""
     graphed = GraphedStage(new_pool())
     own, plain = parameters(small(**changes)), parameters(small(**changes))
     for seed in range(2):
         inputs = small(seed, **changes)
-        got = call(graphed, inputs, own, recompute=recompute)
-        expected = call(triton, inputs, plain, recompute=recompute)
+        got = call(graphed, inputs, own, **options)
+        expected = call(triton, inputs, plain, **options)
         assert all(map(torch.equal, got, expected))
         for name, mine, theirs in zip(StageWeights._fields, own, plain, strict=True):
             assert (mine is None and theirs is None) or torch.equal(mine.grad, theirs.grad), name

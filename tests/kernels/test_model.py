@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
+from sws_dist.config.schema import OperatorsConfig
 from sws_dist.models import create_model
-from sws_dist.models.kernel_backend import Kernels, select_kernels
+from sws_dist.models.kernel_backend import ALL_AUTO, Kernels, select_kernels
 from sws_kernels import common
+from sws_kernels.providers import TABLES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -20,12 +22,17 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model_with(kernels: Kernels, **changes: Any) -> Any:
+RIVALS = OperatorsConfig(
+    attention="triton" if DEVICE.type == "cuda" else "flash", linear_gelu="torch", add_layer_norm="torch"
+)  # flash takes no fp32 on a GPU
+
+
+def model_with(kernels: Kernels, operators: OperatorsConfig = ALL_AUTO, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = create_model("sws_vit", **(SMALL | changes)).to(DEVICE)
     for parameter in model.parameters():  # the initial biases and norms would hide mistakes
         nn.init.normal_(parameter, std=0.2)
-    select_kernels(kernels, model, DEVICE, torch.float32)
+    select_kernels(kernels, model, DEVICE, torch.float32, operators)
     return model
 
 
@@ -82,6 +89,19 @@ def test_gradient_checkpointing_recomputes_inside_the_stage() -> None:
     assert_close(results(again), expected)
 
 
+def test_rivals_train_an_elastic_model_the_same() -> None:
+    """With drop-path, at a depth that is not the model's own, and with activations that are computed again."""
+    found, expected = (
+        model_with(kernels, operators, branch_scaling=1.0, drop_path_rate=0.5)
+        for kernels, operators in (("triton", RIVALS), ("reference", ALL_AUTO))
+    )
+    assert found.blocks[0].providers.linear_gelu == "torch"
+    found.set_grad_checkpointing(True)
+    for model in (found, expected):
+        model.set_repeats([1, 2])
+    assert_close(results(found), results(expected))
+
+
 def test_a_mask_is_refused() -> None:
     model = model_with("triton")
     with pytest.raises(ValueError, match=r"model\.kernels: the Triton kernels attend to all tokens"):
@@ -89,10 +109,9 @@ def test_a_mask_is_refused() -> None:
 
 
 def choose(kernels: Kernels, device: torch.device = CUDA, dtype: Any = torch.bfloat16, **changes: Any) -> str:
-    name = changes.pop("name", "sws_vit")
-    return select_kernels(
-        kernels, create_model(name, **((SMALL | changes) if name == "sws_vit" else {})), device, dtype
-    )
+    name, operators = changes.pop("name", "sws_vit"), changes.pop("operators", ALL_AUTO)
+    model = create_model(name, **((SMALL | changes) if name == "sws_vit" else {}))
+    return select_kernels(kernels, model, device, dtype, operators)
 
 
 @pytest.fixture
@@ -106,6 +125,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_auto_takes_triton_on_a_gpu_and_says_so(gpu: pytest.MonkeyPatch) -> None:
     assert choose("auto") == "kernels: Triton's"
     assert choose("reference") == "kernels: PyTorch's"
+
+
+def test_an_operator_has_the_provider_that_was_asked_for(gpu: pytest.MonkeyPatch) -> None:
+    operators = OperatorsConfig(attention="cudnn", add_layer_norm="torch")
+    for kernels in ("auto", "triton"):
+        said = choose(kernels, operators=operators)
+        assert said == "kernels: Triton's, but attention by cudnn, add_layer_norm by torch"
+    with pytest.raises(ValueError, match=r"model\.operators: cudnn's attention takes fp16 and bf16, not fp32; choose"):
+        choose("auto", dtype=torch.float32, operators=operators)
+    with pytest.raises(ValueError, match=r"model\.operators needs the Triton kernels, but the device is cpu; leave"):
+        choose("auto", CPU, operators=operators)
+
+
+def test_the_config_names_the_providers_that_there_are() -> None:
+    types = get_type_hints(OperatorsConfig)
+    assert {key: set(get_args(kind)) for key, kind in types.items()} == {
+        operator: {"auto", *table} for operator, table in TABLES.items()
+    }
 
 
 def test_auto_on_a_cpu_takes_pytorch_and_says_why() -> None:

@@ -1,18 +1,24 @@
 """Compare stage with timm's own block and the reference, in the interpreter or on the GPU where there is one."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import timm.models.vision_transformer as vit
 import torch
 
-from sws_kernels import StageWeights, common, stage, stage_reference
+from sws_kernels import Providers, StageWeights, common, stage, stage_reference
+from sws_kernels.providers import TRITON
 from tests.kernels.checks.numerics import Inputs, assert_equal, in_fp64
-from tests.kernels.checks.stage import EPS, arguments, check, make_inputs, run, triton
+from tests.kernels.checks.stage import EPS, arguments, check, make_inputs, one_rival_each, run, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL: dict[str, Any] = {"shape": (2, 5, 64), "repeats": 2, "num_heads": 2, "device": DEVICE, "hidden": 128}
 TINY: dict[str, Any] = {"shape": (2, 3, 32), "repeats": 2, "num_heads": 1, "device": DEVICE, "hidden": 64}
+
+
+RIVALS = Providers("triton" if DEVICE == "cuda" else "flash", "torch", "torch")  # flash takes no fp32 on a GPU
 
 
 def small(dtype: torch.dtype = torch.float32, **changes: Any) -> Inputs:
@@ -49,6 +55,20 @@ def test_accuracy(dtype: torch.dtype, drop_path: bool, recompute: bool) -> None:
 )
 def test_other_shapes(shape: tuple[int, int, int], num_heads: int, changes: dict[str, Any]) -> None:
     check.accuracy(small(shape=shape, num_heads=num_heads, **changes))
+
+
+@pytest.mark.parametrize("providers", [p for p in one_rival_each() if p.attention != "cudnn"], ids=str)
+def test_a_rival_computes_an_operator(providers: Providers) -> None:
+    """Its results are as exact; without gradients, and with activations that are computed again, they do not change."""
+    inputs = tiny(torch.float16 if DEVICE == "cuda" else torch.float32, drop_path=True)
+    check.accuracy(inputs, triton={"providers": providers})
+    got = run(inputs, triton, providers=providers)
+    assert torch.equal(triton(*arguments(inputs), providers=providers), got["y"])
+    torch.testing.assert_close(run(inputs, triton, providers=providers, recompute=True), got)
+
+
+def test_rivals_compute_all_operators_in_half_precision() -> None:
+    check.accuracy(tiny(torch.float16), triton={"providers": Providers("flash", "torch", "torch")})
 
 
 def _timm_block(inputs: Inputs) -> vit.Block:
@@ -152,8 +172,10 @@ def test_bitwise_repeatable() -> None:
     check.bitwise_repeatable(tiny(drop_path=True))
 
 
-def test_passes_through_torch_compile() -> None:
-    check.compiled(tiny(drop_path=True), "aot_eager")
+@pytest.mark.parametrize("providers", [TRITON, RIVALS], ids=["triton", "rivals"])
+def test_passes_through_torch_compile(providers: Providers) -> None:
+    checks = replace(check, triton=partial(triton, providers=providers))
+    checks.compiled(tiny(drop_path=True), "aot_eager")
 
 
 @pytest.mark.parametrize("drop_path", [False, True], ids=["plain", "drop_path"])
@@ -175,10 +197,17 @@ def test_triton_without_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         triton(*arguments(tiny(device="cpu")))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="for a machine without a GPU")
+def test_cudnn_without_gpu_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"stage: cudnn's attention needs a GPU, and the device is cpu"):
+        triton(*arguments(tiny()), providers=Providers(attention="cudnn"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"backend": "cuda"}, "choose 'reference' or 'triton'"),
+        ({"providers": Providers(linear_gelu="gpu")}, r"linear_gelu has no provider 'gpu' \(it has triton, torch\)"),
         ({"repeats": 0}, "repeats of 1 or more"),
         ({"num_heads": 3}, "not divisible by 3 heads"),
         ({"num_heads": 4}, "heads of 32, 64, 128, got 64 and 16"),

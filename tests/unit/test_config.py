@@ -129,6 +129,9 @@ def test_base_gives_keys_and_the_file_wins(file: Path, tmp_path: Path) -> None:
         ("augment.affine.fill=[0, 0, 256]", "augment.affine.fill [0, 0, 256]: each has to be from 0 to 255"),
         ("augment.ratio=[2.0, 1.0]", "augment.ratio [2.0, 1.0]: expected [smallest, largest], both from 0.01 to 100"),
         ("model.schedule=[3, 0]", "model.schedule [3, 0]: expected a count above 0 for each stage"),
+        ("model.operators.attention=fa4", "= 'fa4': input should be 'auto', 'triton', 'cudnn' or 'flash'"),
+        ("model.operators.mlp=torch", "unknown key model.operators.mlp"),
+        ("model={kernels: reference, operators: {attention: flash}}", "but model.kernels is reference; set it to auto"),
         ("output=''", "output is empty; give the folder that the run is to write"),
     ],
 )
@@ -313,7 +316,7 @@ def test_the_page_of_keys_is_up_to_date() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "make.py"))["page"]
     assert (ROOT / "docs" / "config.md").read_text() == page(), "run make docs"
     for key in valid_keys():
-        if key not in {"model", "data", "augment", "distill", "optim", "train", "checkpoint"}:
+        if key not in {"model", "model.operators", "data", "augment", "distill", "optim", "train", "checkpoint"}:
             assert f"`{key}`" in page(), key
 
 

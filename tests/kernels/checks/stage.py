@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sws_kernels.providers import TABLES, TRITON, Providers
 from sws_kernels.stage import StageWeights, stage, stage_reference
 from tests.kernels.checks import add_layer_norm, mlp, packed_attention
 from tests.kernels.checks.numerics import Checks, Inputs, Tensors
@@ -86,6 +87,13 @@ def run(inputs: Inputs, function: Callable[..., Tensor], **options: Any) -> Tens
     leaves = {"x": x} | {name: w for name, w in weights._asdict().items() if w is not None}
     gradients = torch.autograd.grad(y, list(leaves.values()), inputs["dy"])
     return {"y": y.detach(), **{f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}}
+
+
+def one_rival_each() -> list[Providers]:
+    """Return stages whose operators are Triton's but for one, for each operator and provider."""
+    return [
+        TRITON._replace(**{operator: name}) for operator, table in TABLES.items() for name in table if name != "triton"
+    ]
 
 
 triton = partial(stage, backend="triton")
