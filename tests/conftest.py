@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
 
 from sws_dist.data import digits
 from sws_dist.distributed.init import close_distributed
+
+# What is started in the background (nohup make test &) ignores Ctrl-C, and so would every run that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first are the longest, or wait more than they compute; the last are short, so that all processes end together.
 ORDER = ("cluster", "integration", "distributed", "gpu", "kernels", "kernels_ir", "unit")

@@ -60,7 +60,7 @@ def test_other_shapes(shape: tuple[int, int, int], num_heads: int, changes: dict
 @pytest.mark.parametrize("providers", [p for p in one_rival_each() if p.attention != "cudnn"], ids=str)
 def test_a_rival_computes_an_operator(providers: Providers) -> None:
     """Its results are as exact; without gradients, and with activations that are computed again, they do not change."""
-    inputs = tiny(torch.float16 if DEVICE == "cuda" else torch.float32, drop_path=True)
+    inputs = tiny(torch.float16, drop_path=True)
     check.accuracy(inputs, triton={"providers": providers})
     got = run(inputs, triton, providers=providers)
     assert torch.equal(triton(*arguments(inputs), providers=providers), got["y"])
