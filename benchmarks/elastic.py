@@ -1,7 +1,7 @@
 """Measure what decides how good descendants are: how the auxiliary model is trained, and how they are fine-tuned.
 
     python benchmarks/elastic.py digits --out benchmarks/results/elastic.json --chart docs/elastic.png
-    python benchmarks/elastic.py clothes --seeds 0 --out benchmarks/results/ablations.json
+    python benchmarks/elastic.py clothes --seeds 0 --variants study to_ten --out benchmarks/results/ablations.json
     python benchmarks/elastic.py optimizers --seeds 0 --out benchmarks/results/optimizers.json
     python benchmarks/elastic.py tuning --seeds 0 --out benchmarks/results/tuning.json
 
@@ -145,12 +145,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="default: where quickstart and study write it")
     parser.add_argument("--teacher", type=Path, help="its model.safetensors (default: where they write it)")
     parser.add_argument("--learngene", type=Path, help="the one that is fine-tuned (default: where they write it)")
+    parser.add_argument("--variants", nargs="+", help="some of the experiment's (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one core each")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--chart", type=Path, help="draw three variants of the digits here")
     args = parser.parse_args()
     experiment = EXPERIMENTS[args.experiment]
+    if unknown := set(args.variants or ()) - set(experiment.variants):
+        parser.error(f"--variants: {args.experiment} has no {', '.join(sorted(unknown))}")
     folder = args.runs or Path("runs") / args.experiment
     data = args.data or Path(experiment.data)
     teacher = args.teacher or Path(experiment.teacher) / "model.safetensors"
@@ -164,7 +167,10 @@ def main() -> None:
         return train(folder / f"{name}-{seed}", experiment, sets | experiment.variants[name].sets)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        due = {name: [pool.submit(train_one, name, seed) for seed in args.seeds] for name in experiment.variants}
+        due = {
+            name: [pool.submit(train_one, name, seed) for seed in args.seeds]
+            for name in args.variants or experiment.variants
+        }
         runs = {name: [future.result() for future in futures] for name, futures in due.items()}
     results = {name: summarise(experiment, name, found) for name, found in runs.items()}
     print(table(results, experiment.depths))
