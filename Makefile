@@ -19,7 +19,7 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 quickstart: $(VENV)/ready  ## The main job on real data: teacher, auxiliary model, descendants, a report
 	$(BIN)/python launcher/quickstart.py
 
-study: $(VENV)/ready  ## The method and its rivals on Fashion-MNIST (30 minutes on 2 CPU cores), and their report
+study: $(VENV)/ready  ## The method and its rivals on Fashion-MNIST (35 minutes on 2 CPU cores), and their report
 	$(BIN)/python launcher/study.py
 
 # Four processes keep two cores busy: the cluster tests wait more than they compute. A file's tests stay in one process,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import NoReturn
 
 EXIT_REQUEUE = 75
@@ -25,6 +26,20 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """The run was told to stop, and has saved what it had: every rank leaves with ``EXIT_REQUEUE``."""
+
+
+def require_packages(extra: str, *modules: str) -> None:
+    """Check that optional packages are there.
+
+    Args:
+        extra: the extras of setup.py that bring them.
+
+    Raises:
+        ValueError: naming those that are missing, and how to get them.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)}; pip install 'sws-dist[{extra}]' brings them")
 
 
 def exit_now(code: int) -> NoReturn:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sws_dist.errors import require_packages
+
 CONFIG = "timm_config"
 """The key of an ONNX file's metadata under which the content of timm's ``config.json`` stands."""
 INPUT, OUTPUT = "images", "logits"
-
-
-def require_packages(*names: str) -> None:
-    """Raise ``ValueError`` if packages are missing that only exported files need."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"missing: {', '.join(missing)}; pip install 'sws-dist[export]' brings them")
 
 
 class OnnxClassifier(nn.Module):
@@ -36,7 +30,7 @@ class OnnxClassifier(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        require_packages("onnxruntime")
+        require_packages("export", "onnxruntime")
         import onnxruntime
 
         if not Path(path).is_file():

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from sws_dist import source_tree
@@ -35,17 +34,6 @@ class Command:
     """None: the command runs again each time."""
     log_file: Path | None = None
     """The file that takes the command's output; None for the terminal."""
-
-
-def require_packages(*modules: str) -> None:
-    """Check that optional packages are there.
-
-    Raises:
-        ValueError: naming those that are missing, and how to get them.
-    """
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"missing: {', '.join(missing)}; pip install 'sws-dist[dali,quickstart]' brings them")
 
 
 def prepare_devices() -> int:

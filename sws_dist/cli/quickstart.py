@@ -17,10 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from sws_dist.cli.commands import Command, perform, prepare_devices, require_packages, sws
+from sws_dist.cli.commands import Command, perform, prepare_devices, sws
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 from sws_dist.cli.family import Family, perform_side_by_side
 from sws_dist.config.paths import escape_path
+from sws_dist.errors import require_packages
 
 DATA = Path("data/quickstart")
 DEPTH = 8  # of the descendant that is trained further; the auxiliary model has 5 stages and 10 layers
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of every run (default 0)")
     args = parse_args(parser, one_process=True)
-    require_packages("sklearn", "matplotlib", "nvidia")
+    require_packages("dali,quickstart", "sklearn", "matplotlib", "nvidia")
     out, begun = args.output, time.monotonic()
     quiet = ("--quiet",) if args.quiet else ()
     ranks = prepare_devices()

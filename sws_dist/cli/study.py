@@ -27,10 +27,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sws_dist.cli.commands import Command, perform, prepare_devices, require_packages, sws
+from sws_dist.cli.commands import Command, perform, prepare_devices, sws
 from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
 from sws_dist.cli.family import AUXILIARIES, RIVALS, Family, perform_side_by_side
 from sws_dist.config.paths import escape_path
+from sws_dist.errors import require_packages
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(1_000, 2, 3, (6,), (0,), "3 minutes", scored=(5, 6, 15)),
-    "small": Size(6_000, 10, 12, (5, 12), (0,), "30 minutes"),
+    "small": Size(6_000, 10, 12, (5, 12), (0,), "35 minutes"),
     "full": Size(60_000, 20, 12, (5, 6, 7, 8, 9, 10, 11, 12, 13, 14), (0, 1, 2), "not tried; take a GPU"),
 }
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", help="instead of the size's")
     parser.add_argument("--jobs", type=whole_number(1, 64), help="runs at a time (default: one a core; 1 on a GPU)")
     args = parse_args(parser, one_process=True)
-    require_packages("matplotlib", "nvidia")
+    require_packages("dali,quickstart", "matplotlib", "nvidia")
     size, begun = SIZES[args.size], time.monotonic()
     prepare_devices()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"

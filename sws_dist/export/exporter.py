@@ -16,8 +16,8 @@ from torch import nn
 from sws_dist.api import evaluate
 from sws_dist.atomic import atomic_write_text
 from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.checkpoint.onnx_file import OnnxClassifier, require_packages
-from sws_dist.errors import RunError
+from sws_dist.checkpoint.onnx_file import OnnxClassifier
+from sws_dist.errors import RunError, require_packages
 from sws_dist.export.model_card import write_card
 from sws_dist.export.parity import Parity, TestImages, compare, sample_images
 from sws_dist.export.programs import (
@@ -92,7 +92,7 @@ def export(
         ValueError: a folder that is in use, packages that are missing, a model that cannot be traced.
         RunError: a file that does not compute what the model computes.
     """
-    require_packages(*dict.fromkeys(name for key in formats for name in FORMATS[key].packages))
+    require_packages("export", *dict.fromkeys(name for key in formats for name in FORMATS[key].packages))
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not empty; name another folder, or remove it")
     if "onnx-int8" in formats:

@@ -17,10 +17,10 @@ import yaml
 
 import sws_dist
 from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.checkpoint.onnx_file import OnnxClassifier, require_packages
+from sws_dist.checkpoint.onnx_file import OnnxClassifier
 from sws_dist.checkpoint.open_model import open_model
 from sws_dist.cli import classify as classify_command
-from sws_dist.errors import RunError
+from sws_dist.errors import RunError, require_packages
 from sws_dist.export import exporter
 from sws_dist.export.exporter import Exported, export
 from sws_dist.export.origin import describe_origin
@@ -248,4 +248,4 @@ def test_a_file_that_computes_something_else_is_refused(run: Path, descendant: A
 
 def test_missing_packages_are_named() -> None:
     with pytest.raises(ValueError, match=r"^missing: onyx; pip install 'sws-dist\[export\]' brings them$"):
-        require_packages("onnx", "onyx")
+        require_packages("export", "onnx", "onyx")
