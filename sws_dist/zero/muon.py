@@ -32,16 +32,19 @@ ADAMW_RMS = 0.2
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Move the singular values of each matrix close to 1, by five Newton-Schulz iterations in bf16.
+    """Move the singular values of each matrix close to 1, by five Newton-Schulz iterations.
 
     Args:
         matrices: [count, rows, columns].
 
     Returns:
-        The same shape, bf16. Singular values end between 0.7 and 1.2, except of directions that hardly occur.
+        The same shape, bf16; on CPUs fp32. Singular values end between 0.7 and 1.2, except of directions that hardly
+        occur.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
+    if x.device.type == "cpu":
+        x = x.float()  # many CPUs have no instructions for bf16, and are 15 times slower in it
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT

@@ -1,6 +1,6 @@
 """Muon under every ZeRO stage, against a plain PyTorch loop with ``torch.optim.Muon`` and ``torch.optim.AdamW``.
 
-The iteration runs in bf16 and multiplies the rounding of directions that hardly occur by hundreds, so matrices agree
+The iteration multiplies the rounding to bf16 of directions that hardly occur by hundreds, so matrices agree
 within some percent of the way that they have moved, and no better.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def train_plainly(split_heads: bool = True) -> dict[str, Tensor]:
         nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         for rows, p, i in muons:
             rows.grad = p.grad.chunk(p.shape[0] // rows.shape[0])[i]
-        first.step()
+        with patch.object(Tensor, "bfloat16", lambda values: values.to(torch.bfloat16).float()):
+            first.step()  # on CPUs our iteration rounds to bf16, and runs in fp32
         second.step()
         model.zero_grad()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -160,7 +162,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) -
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_equal_plain_pytorch(trained: Any, plain: dict[str, Tensor], world: int, stage: int) -> None:
     found, matrices = whole_weights(trained[world, stage, "fp32"]), hidden_matrices(build_model())
-    far = {name: d for name in plain if (d := distance(found, plain, name)) > (0.15 if name in matrices else 2e-3)}
+    far = {name: d for name in plain if (d := distance(found, plain, name)) > (0.1 if name in matrices else 2e-3)}
     assert not far
 
 
@@ -207,8 +209,8 @@ def test_orthogonalising_gives_what_torch_gives(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape)
     for found, matrix in zip(muon.orthogonalize(matrices), matrices, strict=True):
         expected = _zeropower_via_newtonschulz(matrix, muon.COEFFICIENTS, muon.ITERATIONS, 1e-7)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
-        values = torch.linalg.svdvals(found.float())
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=0.03)
+        values = torch.linalg.svdvals(found)
         assert values.min() > 0.3
         assert values.max() < 1.3
 
