@@ -27,7 +27,8 @@ from sws_dist.progress import track
 
 ONE_DEPTH = ("fixed", "tleg", "unshared")
 AUXILIARIES = ("auxiliary", "untaught", *ONE_DEPTH)
-RIVALS = ("scratch", "scratch_full", "scratch_taught")
+AT_DEPTHS = ("tuned", "scratch", "scratch_full", "scratch_taught")
+"""The runs of single depths, the short ones first."""
 FULL_BUDGET = (*AUXILIARIES, "scratch_full", "scratch_taught")
 TAUGHT = ("auxiliary", *ONE_DEPTH, "tuned", "scratch", "scratch_taught")
 """The runs that learn from the teacher: fine-tuning does, so its rival with the same recipe does too."""
@@ -40,8 +41,7 @@ class Family:
     Args:
         configs: the folder of its run configs, such as ``quickstart``.
         auxiliaries: ``auxiliary``, and others of ``AUXILIARIES`` beside it.
-        depths: layers of the descendants that are trained.
-        rivals: which of ``RIVALS`` each has.
+        at_depths: those of ``AT_DEPTHS`` that take place at each of ``depths``.
         sets: config overrides of all runs.
         scored: depths at which the auxiliary models are scored, instead of the configs'.
         epochs: overrides of the configs: of the ``teacher``, and as ``auxiliary`` of all that have the full budget.
@@ -54,8 +54,8 @@ class Family:
     configs: str
     seed: int
     auxiliaries: tuple[str, ...]
+    at_depths: tuple[str, ...]
     depths: tuple[int, ...]
-    rivals: tuple[str, ...]
     sets: tuple[str, ...] = ()
     scored: tuple[int, ...] | None = None
     epochs: dict[str, int] = field(default_factory=dict)
@@ -88,16 +88,16 @@ class Family:
             yield Command("", (*sws("evaluate"), *words, *self.options), scores, scores.with_suffix(".log"))
 
     def expand_commands(self) -> Iterator[Command]:
-        """Yield the expansion of each descendant that is trained, which needs the auxiliary model."""
+        """Yield the expansion of each descendant that is fine-tuned, which needs the auxiliary model."""
         learngene = f"{escape_path(self.folder)}/auxiliary/learngene.safetensors"
-        for depth in self.depths:
+        for depth in self.depths if "tuned" in self.at_depths else ():
             file = self._at(depth) / "expanded.safetensors"
             words = ("--learngene", learngene, "--depth", str(depth), "--out", escape_path(file))
             yield Command("", (*sws("expand"), *words, *self.options), file)
 
     def depth_commands(self) -> Iterator[Command]:
         """Yield the runs of the descendants and their rivals, the long ones first, so that all workers end together."""
-        for kind in (*reversed(self.rivals), "tuned"):
+        for kind in reversed(self.at_depths):
             for depth in sorted(self.depths, reverse=True):
                 folder, sets = self._at(depth), [f"model.depth={depth}"]
                 if kind == "tuned":

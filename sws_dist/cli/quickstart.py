@@ -38,9 +38,8 @@ def main() -> None:
     out, begun = args.output, time.monotonic()
     quiet = ("--quiet",) if args.quiet else ()
     ranks = prepare_devices()
-    family = Family(
-        out, "quickstart", args.seed, ("auxiliary",), (DEPTH,), ("scratch", "scratch_full"), options=quiet, ranks=ranks
-    )
+    at_depths = ("tuned", "scratch", "scratch_full")
+    family = Family(out, "quickstart", args.seed, ("auxiliary",), at_depths, (DEPTH,), options=quiet, ranks=ranks)
     perform(Command("the data", (Path(sys.executable).name, "-m", "sws_dist.data.digits", str(DATA)), DATA / "train"))
     perform(family.teacher_command())
     for command in family.auxiliary_commands():

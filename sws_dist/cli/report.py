@@ -129,7 +129,7 @@ def write_report(title: str, families: list[Family], picture: str) -> str:
     for row in rows_of(families):
         cells = (spread(row.values[depth]) if row.values.get(depth) else "" for depth in first.scored)
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    lines += ["", _comparison(families), "", "## What the family costs", "", *_costs(families), ""]
+    lines += ["", *_comparison(families), "## What the family costs", "", *_costs(families), ""]
     lines += ["## Where it was measured", "", *_origin(families), ""]
     lines += [
         "Each run's folder holds its resolved configs, `log.jsonl`, weights and TensorBoard events; "
@@ -139,10 +139,10 @@ def write_report(title: str, families: list[Family], picture: str) -> str:
     return "\n".join(lines)
 
 
-def _comparison(families: list[Family]) -> str:
-    """Compare untuned descendants with models of random weights that had the full budget."""
+def _comparison(families: list[Family]) -> list[str]:
+    """Compare untuned descendants with models of random weights that had the full budget, if there are any."""
     parts = []
-    for kind in ("scratch_full", "scratch_taught"):
+    for kind in _full_budget(families[0]):
         pairs = [
             (value, top1(runs[kind]))
             for family in families
@@ -153,22 +153,16 @@ def _comparison(families: list[Family]) -> str:
             ours, theirs = (mean(column) for column in zip(*pairs, strict=True))
             name = _name(kind, _epochs_of(kind, families[0]))
             parts.append(f"{name}: {ours:.1f} % against {theirs:.1f} % ({ours - theirs:+.1f} points)")
-    return "Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + "."
+    if not parts:
+        return []
+    return ["Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + ".", ""]
 
 
 def _costs(families: list[Family]) -> list[str]:
     """Return the table of the bill, and that of the single runs."""
-    first, bill = families[0], bills(families)
-    scratch = bill[_name("scratch_full", _epochs_of("scratch_full", first))]
+    first = families[0]
     lines = [
-        f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
-        "trained are counted from those that were.",
-        "",
-        "| family | PFLOP | random weights cost |",
-        "|---|--:|--:|",
-        *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
-        "",
-        *_without_teacher(families, bill),
+        *(_bill(families) if _full_budget(first) else []),
         *_storage(first),
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
@@ -182,6 +176,28 @@ def _costs(families: list[Family]) -> list[str]:
         "",
         "Rank-seconds: a run's wall time, evaluation and saving included, times its ranks; of the quickest seed, since "
         "what else a machine does only ever adds to them.",
+    ]
+
+
+def _full_budget(family: Family) -> list[str]:
+    """Return the kinds of random weights, trained with the full budget, that the family has."""
+    return [k for k in ("scratch_full", "scratch_taught") if any(k in runs for runs in family.depths.values())]
+
+
+def _bill(families: list[Family]) -> list[str]:
+    """Return the table of what the family costs each way, beside random weights."""
+    first, bill = families[0], bills(families)
+    kind = _full_budget(first)[0]
+    scratch = bill[_name(kind, _epochs_of(kind, first))]
+    return [
+        f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
+        "trained are counted from those that were.",
+        "",
+        "| family | PFLOP | random weights cost |",
+        "|---|--:|--:|",
+        *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
+        "",
+        *_without_teacher(families, bill),
     ]
 
 
@@ -200,11 +216,10 @@ def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str
     """Compare the costs where the teacher was there before, so that its training is not paid for."""
     learngene = mean(family.auxiliary["flops"] for family in families) / 1e15
     parts = []
-    for kind in ("scratch_full", "scratch_taught"):
-        if any(kind in runs for runs in families[0].depths.values()):
-            name = _name(kind, _epochs_of(kind, families[0]))
-            teacher = mean(family.teacher["flops"] for family in families) / 1e15 if kind == "scratch_taught" else 0.0
-            parts.append(f"{name} {(bill[name] - teacher) / learngene:.1f} x as much")
+    for kind in _full_budget(families[0]):
+        name = _name(kind, _epochs_of(kind, families[0]))
+        teacher = mean(family.teacher["flops"] for family in families) / 1e15 if kind == "scratch_taught" else 0.0
+        parts.append(f"{name} {(bill[name] - teacher) / learngene:.1f} x as much")
     return [
         f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
         "",

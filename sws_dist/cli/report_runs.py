@@ -68,9 +68,9 @@ class Family:
         """Return the parameters of descendants of all scored depths together.
 
         They grow by a layer's, which is the difference between some descendant and the auxiliary model's distinct
-        layers. None where the only descendant has as many layers as those.
+        layers. None where no descendant has more layers than those.
         """
-        depth, runs = max(self.depths.items())
+        depth, runs = max(self.depths.items(), default=(self.stages, {}))
         shared = self.auxiliary["parameters"]
         if depth == self.stages:
             return None
@@ -109,12 +109,12 @@ def read_family(folder: Path, first: Path) -> Family:
         kinds = [kind for kind in KINDS if (place / kind).is_dir()]
         if kinds:
             depths[int(place.name.removeprefix("depth"))] = {kind: metrics(place / kind) for kind in kinds}
-    if not any("scratch_full" in kinds for kinds in depths.values()):
-        raise ValueError(
-            f"{folder}: holds no depth*/scratch_full, with which descendants are compared; run sws quickstart or "
-            "sws study first"
-        )
     others = {name: metrics(folder / name) for name in AUXILIARIES if (folder / name).is_dir()}
+    if not others and not depths:
+        raise ValueError(
+            f"{folder}: holds nothing to compare an auxiliary model with, such as fixed or depth*/scratch_full; run "
+            "sws quickstart or sws study first"
+        )
     files = {name: folder / name / "scaled.json" for name in others}
     scaled = {
         name: {int(depth): scores["top1"] for depth, scores in read_json(file)["depths"].items()}

@@ -8,7 +8,7 @@ import pytest
 
 from sws_dist.cli import study
 from sws_dist.cli.commands import Command
-from sws_dist.cli.family import AUXILIARIES, RIVALS, Family
+from sws_dist.cli.family import AT_DEPTHS, AUXILIARIES, Family
 from sws_dist.config.loader import load_config
 from sws_dist.config.shipped import find_run_config
 
@@ -25,7 +25,12 @@ def config(command: Command) -> str:
 @pytest.fixture
 def families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Family]:
     monkeypatch.chdir(tmp_path)  # not in a checkout: configs go by their names
-    return study.make_families(Path("out"), study.SIZES["small"], (3, 4), ("data.root=data/d",), ())
+    return make_families((*AUXILIARIES, *AT_DEPTHS))
+
+
+def make_families(compared: tuple[str, ...]) -> list[Family]:
+    small = study.DATA_SETS["fashion-mnist"].sizes["small"]
+    return study.make_families(Path("out"), small, compared, (3, 4), ("data.root=data/d",), ())
 
 
 def test_all_learn_from_the_first_seeds_teacher(families: list[Family]) -> None:
@@ -42,7 +47,7 @@ def test_all_learn_from_the_first_seeds_teacher(families: list[Family]) -> None:
 def test_every_run_of_a_depth(families: list[Family]) -> None:
     commands = list(families[1].depth_commands())
     assert [(config(c), overrides(c)["model.depth"]) for c in commands] == [
-        (f"study/{kind}", depth) for kind in (*reversed(RIVALS), "tuned") for depth in ("12", "5")
+        (f"study/{kind}", depth) for kind in reversed(AT_DEPTHS) for depth in ("12", "5")
     ]
     for command in commands:
         sets = overrides(command)
@@ -65,9 +70,18 @@ def test_models_of_one_depth_are_scored_with_scaled_branches(families: list[Fami
         assert "--depths 5,6,7,8,9,11,12,13,14,15,16" in said
 
 
+def test_some_of_the_runs(families: list[Family]) -> None:
+    """The auxiliary model is always one of them, and nothing is expanded that is not fine-tuned."""
+    family = make_families(("fixed", "scratch_full"))[0]
+    assert [overrides(c)["output"] for c in family.auxiliary_commands()] == ["out/seed3/auxiliary", "out/seed3/fixed"]
+    assert {config(c) for c in family.depth_commands()} == {"study/scratch_full"}
+    assert not list(family.expand_commands())
+    assert len(list(families[0].expand_commands())) == 2
+
+
 def test_the_configs_are_there_and_load(families: list[Family]) -> None:
     for name in ("quickstart", "study"):
-        for run in ("teacher", "tuned", *AUXILIARIES, *RIVALS):
+        for run in ("teacher", *AUXILIARIES, *AT_DEPTHS):
             if name == "study" or run in ("teacher", "auxiliary", "tuned", "scratch", "scratch_full"):
                 loaded = load_config(find_run_config(f"{name}/{run}"))
                 assert (loaded.model.elastic is not None) == (run in ("auxiliary", "untaught"))

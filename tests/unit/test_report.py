@@ -134,13 +134,27 @@ def test_seeds_must_have_the_same_runs(tmp_path: Path, missing: str) -> None:
     assert "has not the same runs as" in done.stderr
 
 
+def test_without_random_weights_nothing_is_compared_with_them(tmp_path: Path) -> None:
+    """As in a study of some runs alone: the table stays, and what random weights would be needed for goes."""
+    folder = family(tmp_path / "a", 0, tuned=0.9, others=True)
+    for depth in (3, 4):
+        shutil.rmtree(folder / f"depth{depth}")
+    done = report("--runs", folder)
+    assert done.returncode == 0, done.stderr
+    text = (folder / "report.md").read_text()
+    assert "| untuned, from an auxiliary model of one depth, branches scaled | 70.0 | 98.0 | 80.0 |" in text
+    assert "| auxiliary model of one depth | 6 | 1,000,000 | 1 | 10 |" in text
+    assert "random weights" not in text
+    assert (folder / "report.png").is_file()
+
+
 def test_there_must_be_something_to_compare_with(tmp_path: Path) -> None:
     folder = family(tmp_path / "a", 0, tuned=0.9)
     for depth in (3, 4):
-        shutil.rmtree(folder / f"depth{depth}" / "scratch_full")
+        shutil.rmtree(folder / f"depth{depth}")
     done = report("--runs", folder)
     assert done.returncode == 1
-    assert "holds no depth*/scratch_full" in done.stderr
+    assert "holds nothing to compare an auxiliary model with" in done.stderr
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
