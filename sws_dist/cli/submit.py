@@ -57,9 +57,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """The kind of the job."""
+    """A SLURM job, before it is written and submitted."""
 
     kind: str
+    """``auxiliary``, ``descendants`` or ``evaluate``: the name of its batch script."""
     output: Path
     """The folder of what the job makes."""
     folder: Path
