@@ -147,11 +147,11 @@ def as_overrides(sets: dict[str, Any]) -> list[str]:
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keys of the model, and how it wants its images."""
-    from sws_dist.checkpoint.model_file import is_described, read_model_info
+    from sws_dist.checkpoint.model_file import find_model_info
     from sws_dist.checkpoint.weight_file import read_weight_file
 
     path = str(args.weights)
-    info = read_model_info(path) if is_described(path) else None
+    info = find_model_info(path)
     is_learngene = info is not None and info.kind == "learngene"
     if args.depth is not None and not is_learngene:
         raise ValueError(f"--depth {args.depth}: only a learngene can be expanded, and {path} is none")
