@@ -19,7 +19,7 @@ from sws_dist.checkpoint.open_model import find_run_weights, open_model
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
 from sws_dist.config.resume import finished_metrics
-from sws_dist.config.schema import MAX_BATCH, RunConfig
+from sws_dist.config.schema import DEFAULT_NUM_THREADS, MAX_BATCH, RunConfig
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
@@ -151,7 +151,7 @@ def evaluate(
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 128,
-    num_threads: int = 4,
+    num_threads: int = DEFAULT_NUM_THREADS,
     predictions: str | Path | None = None,
     shard_keys: SampleKeys = DEFAULT_KEYS,
 ) -> Scores:

@@ -23,7 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import (
+    BATCH_SIZE,
+    IMAGE_SIZE,
     add_local_rank_option,
+    add_num_threads_option,
     add_shard_options,
     make_parser,
     number,
@@ -31,9 +34,7 @@ from sws_dist.cli.common import (
     parse_depths,
     print_result,
     shard_keys_of,
-    whole_number,
 )
-from sws_dist.config.schema import MAX_BATCH
 from sws_dist.learngene.plan import NAMED_PLANS
 
 if TYPE_CHECKING:
@@ -57,16 +58,10 @@ def main() -> None:
     parser.add_argument(
         "--no-ema", action="store_true", help="not the averaged weights, where the file has them beside others"
     )
-    parser.add_argument(
-        "--image-size", type=whole_number(8, 8192), help="pixels (default: the checkpoint's, or the model's own)"
-    )
+    parser.add_argument("--image-size", type=IMAGE_SIZE, help="pixels (default: the checkpoint's, or the model's own)")
     parser.add_argument("--crop-pct", type=number(0.1, 1), help="share of the resized image that is cropped")
-    parser.add_argument(
-        "--batch", type=whole_number(1, MAX_BATCH), default=128, help="images at a time on one rank (default 128)"
-    )
-    parser.add_argument(
-        "--num-threads", type=whole_number(1, 1024), default=4, help="DALI threads of one rank (default 4)"
-    )
+    parser.add_argument("--batch", type=BATCH_SIZE, default=128, help="images at a time on one rank (default 128)")
+    add_num_threads_option(parser)
     add_shard_options(parser)
     depths = parser.add_argument_group("the descendants of a learngene")
     depths.add_argument(
@@ -130,8 +125,6 @@ def describe(scores: Scores) -> str:
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.evaluate
-    import sys
-
     from sws_dist.cli.main import run
 
-    run("evaluate", sys.argv[1:])
+    run("evaluate")

@@ -36,6 +36,11 @@ MAX_TRACED = 100
 """At most this many steps are traced: each takes megabytes."""
 MAX_LAYERS = 1000
 """An image passes through at most so many layers."""
+IMAGE_SIZES = (8, 8192)
+"""The smallest and the largest height and width of a model's input, in pixels."""
+DEFAULT_NUM_THREADS = 4
+MAX_THREADS = 1024
+MAX_SEED = 2**32 - 1
 
 
 class KeyConflictError(ValueError):
@@ -227,7 +232,7 @@ class DataConfig:
     size of each takes minutes; files that were added, changed or removed since the scan are then not noticed."""
     max_bad_share: MayChange[float] = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
-    image_size: int = Field(default=224, ge=8, le=8192)
+    image_size: int = Field(default=224, ge=IMAGE_SIZES[0], le=IMAGE_SIZES[1])
     """Height and width of the model's input."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from the red, green and blue channel (of 0 to 1)."""
@@ -237,7 +242,7 @@ class DataConfig:
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
-    num_threads: MayChange[int] = Field(default=4, ge=1, le=1024)
+    num_threads: MayChange[int] = Field(default=DEFAULT_NUM_THREADS, ge=1, le=MAX_THREADS)
     """Number of DALI threads of one rank."""
     prefetch: MayChange[int] = Field(default=2, ge=1, le=64)
     """Number of batches that DALI prepares ahead."""
@@ -418,7 +423,7 @@ class TrainConfig:
     """Number of passes over the training images; the learning-rate schedule spans them."""
     global_batch: int = Field(default=512, ge=1, le=10_000_000)
     """Images in one optimizer step, over all ranks and accumulation steps."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=MAX_SEED + 1)
     """Seed of weights, order, augmentation, mixing and drop-path."""
     max_steps: MayChange[int | None] = Field(default=None, ge=1)
     """Stop (and save) after this many steps, and leave the schedule as it is: for trials and tests."""

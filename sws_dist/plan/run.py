@@ -28,16 +28,12 @@ from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.kernel_backend import ALL_AUTO, choose_providers, model_obstacle, require_not_asked_for
 from sws_dist.plan.bill import Bill, Budget, Costs, add_up
-from sws_dist.plan.devices import Backend, Device, SpeedAssumption, assume_utilisation
+from sws_dist.plan.devices import HEADROOM, Backend, Device, SpeedAssumption, assume_utilisation
 from sws_dist.plan.memory import RankMemory, rank_memory
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.speed import StepTime, step_time
 from sws_dist.plan.step_memory import PassMemory, measure_pass
 from sws_dist.plan.traffic import Collective, Network, step_collectives
-
-HEADROOM = 0.1
-"""Share of a device's memory that is left free unless told otherwise: for CUDA's context, NCCL's buffers, what DALI
-decodes on the device, and gaps between tensors. None of these is counted."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +197,6 @@ def choose_backend(config: RunConfig, student: Any) -> Backend:
     return "compile timm, cuDNN" if config.model.compile else "eager timm"
 
 
-def gpu_providers(config: RunConfig, dtype: torch.dtype) -> Any:
-    """Return who computes the operators of the kernels' stages on a GPU.
-
-    Raises:
-        ValueError: a provider that was asked for and cannot run there.
-    """
-    return choose_providers(config.model.kernels, config.model.operators, torch.device("cuda"), dtype)
-
-
 def pass_memory(
     config: RunConfig,
     num_classes: int,
@@ -218,11 +205,16 @@ def pass_memory(
     elastic: ElasticDepth | None,
     micro_batch: int,
 ) -> PassMemory:
-    """Return what one micro-batch keeps in memory, at the largest depth that is drawn."""
+    """Return what one micro-batch keeps in memory on a GPU, at the largest depth that is drawn.
+
+    Raises:
+        ValueError: a provider of an operator that was asked for and cannot run there.
+    """
     model = build_on_meta(config, num_classes)
     is_triton = kernels.startswith("triton")
     if is_triton:
-        model.use_kernels("triton", gpu_providers(config, dtype))
+        chosen = choose_providers(config.model.kernels, config.model.operators, torch.device("cuda"), dtype)
+        model.use_kernels("triton", chosen)
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if elastic is not None:

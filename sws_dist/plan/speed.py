@@ -26,12 +26,12 @@ class StepTime:
 
     @property
     def shortest(self) -> float:
-        """If all traffic is overlapped with arithmetic."""
+        """The step's seconds if all traffic is overlapped with arithmetic."""
         return max(self.arithmetic, self.network)
 
     @property
     def longest(self) -> float:
-        """If none is."""
+        """The step's seconds if no traffic is."""
         return self.arithmetic + self.network
 
 
