@@ -1,4 +1,4 @@
-"""Report how fast a run trains: a line of the log every so many steps, and steps that take far too long."""
+"""Report how fast a run trains: a line of the log every ``train.log_every`` steps, and steps that take far too long."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _kept_gradients(size: ModelSize, sharding: Sharding) -> int:
 
 
 def _buckets(sharding: Sharding) -> int:
-    """Return the bytes of the buffers in which gradients are reduced: as large as configured, whatever the model's."""
+    """Return the bytes of the buffers in which gradients are reduced. Their size does not depend on the model."""
     return sharding.num_buckets * sharding.bucket * sharding.reduced_element if sharding.zero_stage else 0
 
 

@@ -39,7 +39,7 @@ VAL_FAMILIES = 0.2
 _GLYPH_SIDE = (24, 50)  # of a character's longer side, in pixels
 _ROTATION = 15.0  # degrees, at most
 _CONTRAST = 70  # of 255, at least, between character and background
-_DETAIL = 2  # characters are drawn so many times as large, and scaled down
+_DETAIL = 2  # factor by which characters are drawn larger, and then scaled down
 
 log = logging.getLogger(__name__)
 
