@@ -17,6 +17,7 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,47 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    args = parse()
+    # torch takes seconds to import; --help and a wrong option should not wait for it.
+    from sws_dist.api import evaluate, evaluate_depths
+    from sws_dist.distributed.collectives import raise_on_all_ranks
+    from sws_dist.distributed.init import close_distributed
+    from sws_dist.distributed.launch_env import rank
+
+    options: dict[str, Any] = {
+        "classes": args.classes,
+        "numeric_classes": args.numeric_classes,
+        "image_size": args.image_size,
+        "crop_pct": args.crop_pct,
+        "batch_size": args.batch,
+        "num_threads": args.num_threads,
+        "shard_keys": shard_keys_of(args),
+    }
+    found: dict[str, Any] = {"checkpoint": str(args.checkpoint)}
+    if args.depths:
+        expansion = {"plan": args.plan, "branch_scaling": args.branch_scaling}
+        by_depth = evaluate_depths(args.checkpoint, args.data, args.depths, **expansion, **options)
+        print_result("\n".join(f"{depth:3d} layers: {format_scores(scores)}" for depth, scores in by_depth.items()))
+        found |= expansion | {"depths": {depth: dataclasses.asdict(scores) for depth, scores in by_depth.items()}}
+    else:
+        scores = evaluate(
+            args.checkpoint,
+            args.data,
+            model_name=args.model,
+            use_ema=not args.no_ema,
+            predictions=args.predictions,
+            **options,
+        )
+        print_result(format_scores(scores))
+        found |= dataclasses.asdict(scores)
+    with raise_on_all_ranks("write the scores"):
+        if args.json and rank() == 0:
+            atomic_write_json(args.json, found)
+    close_distributed()
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line, and refuse options that do not go together."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="a timm model name, ours included (default: what the checkpoint says it is)")
     parser.add_argument(
@@ -79,45 +121,10 @@ def main() -> None:
         parser.error("--depths is for a learngene: --model, --no-ema and --predictions do not go with it")
     if not args.depths and (args.plan != "even" or args.branch_scaling is not None):
         parser.error("--plan and --branch-scaling say how --depths are expanded, and there are none")
-    # torch takes seconds to import; --help and a wrong option should not wait for it.
-    from sws_dist.api import evaluate, evaluate_depths
-    from sws_dist.distributed.collectives import raise_on_all_ranks
-    from sws_dist.distributed.init import close_distributed
-    from sws_dist.distributed.launch_env import rank
-
-    options: dict[str, Any] = {
-        "classes": args.classes,
-        "numeric_classes": args.numeric_classes,
-        "image_size": args.image_size,
-        "crop_pct": args.crop_pct,
-        "batch_size": args.batch,
-        "num_threads": args.num_threads,
-        "shard_keys": shard_keys_of(args),
-    }
-    found: dict[str, Any] = {"checkpoint": str(args.checkpoint)}
-    if args.depths:
-        expansion = {"plan": args.plan, "branch_scaling": args.branch_scaling}
-        by_depth = evaluate_depths(args.checkpoint, args.data, args.depths, **expansion, **options)
-        print_result("\n".join(f"{depth:3d} layers: {describe(scores)}" for depth, scores in by_depth.items()))
-        found |= expansion | {"depths": {depth: dataclasses.asdict(scores) for depth, scores in by_depth.items()}}
-    else:
-        scores = evaluate(
-            args.checkpoint,
-            args.data,
-            model_name=args.model,
-            use_ema=not args.no_ema,
-            predictions=args.predictions,
-            **options,
-        )
-        print_result(describe(scores))
-        found |= dataclasses.asdict(scores)
-    with raise_on_all_ranks("write the scores"):
-        if args.json and rank() == 0:
-            atomic_write_json(args.json, found)
-    close_distributed()
+    return args
 
 
-def describe(scores: Scores) -> str:
+def format_scores(scores: Scores) -> str:
     return (
         f"top-1 {100 * scores.top1:.2f} %  top-5 {100 * scores.top5:.2f} %  "
         f"loss {scores.loss:.4f}  over {scores.images} images"

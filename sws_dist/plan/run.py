@@ -127,22 +127,17 @@ def plan_run(request: Request) -> Plan:
     step_flops = total_flops / total_steps
     if config.model.grad_checkpointing:  # the forward pass of each stage runs twice
         step_flops += (total_flops / total_steps - config.train.global_batch * teacher_flops) / TRAIN_FACTOR
-    teacher = 0
-    if config.distill.teacher is not None and config.distill.logits is None:
-        with torch.device("meta"):
-            teacher = sum(p.numel() for p in build_teacher(config.distill, config.data.image_size).parameters())
-    add_memory = partial(rank_memory, size, config=config, teacher=teacher)
+    add_memory = partial(rank_memory, size, config=config, teacher=_count_teacher_parameters(config))
     measure = partial(pass_memory, config, request.num_classes, kernels, DTYPES[sharding.precision], elastic)
     memory = add_memory(sharding, measure(sharding.micro_batch))
     limit = int(device.memory_bytes * (1 - request.headroom))
     network = Network.of(device, request.nodes, request.ranks_a_node)
     if request.network_bytes is not None:
         network = replace(network, network_bytes=request.network_bytes)
-    speed = assume_utilisation(
-        device, kernels, getattr(student, "embed_dim", None) if size.stages else None, sharding.precision
-    )
     if request.utilisation is not None:
         speed = SpeedAssumption(request.utilisation, "as was asked for")
+    else:
+        speed = assume_utilisation(device, kernels, student.embed_dim if size.stages else None, sharding.precision)
     rate = speed.utilisation * device.flops(sharding.precision)
     collectives = tuple(step_collectives(size, sharding))
     return Plan(
@@ -164,6 +159,14 @@ def plan_run(request: Request) -> Plan:
         bill=plan_bill(request, student, size, counted, total_flops, total_steps) if request.depths else None,
         left_out=tuple(_left_out(config, sharding, counts_teacher=flops.teacher is not None)),
     )
+
+
+def _count_teacher_parameters(config: RunConfig) -> int:
+    """Return the number of the teacher's parameters; 0 where none runs."""
+    if config.distill.teacher is None or config.distill.logits is not None:
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_teacher(config.distill, config.data.image_size).parameters())
 
 
 def _left_out(config: RunConfig, sharding: Sharding, *, counts_teacher: bool) -> Iterator[str]:
