@@ -28,7 +28,7 @@ from sws_dist.atomic import atomic_write_json
 from sws_dist.config.loader import load_config
 from sws_dist.data.build import list_images
 from sws_dist.data.loader import Batch
-from sws_dist.distill.shards import LogitsFolder
+from sws_dist.distill.logits_folder import LogitsFolder
 from sws_dist.distill.stored import StoredTeacher
 from sws_dist.distill.teacher import Teacher, load_teacher
 from sws_dist.provenance import collect_provenance
@@ -107,7 +107,7 @@ def describe(path: Path) -> dict[str, float]:
     """Return the bytes of an image on the disk, and the mean probability that is spread over the classes left out."""
     folder = LogitsFolder.open(path)
     shards = [folder.read(epoch) for epoch in range(EPOCHS)]
-    num_bytes = sum(folder.shard(epoch).stat().st_size for epoch in range(EPOCHS))
+    num_bytes = sum(folder.file(epoch).stat().st_size for epoch in range(EPOCHS))
     kept = np.concatenate([shard.kept.values[:, : folder.top_k] for shard in shards]).astype(np.float64)
     return {
         "bytes_per_image": round(num_bytes / (EPOCHS * folder.epoch_size), 1),

@@ -11,27 +11,29 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sws_dist.checkpoint.load_model import set_input_description
-from sws_dist.checkpoint.model_file import load_weights_strict
 from sws_dist.checkpoint.open_model import find_run_weights, open_model
 from sws_dist.class_names import name_labels
 from sws_dist.config.loader import load_config
 from sws_dist.config.resume import finished_metrics
-from sws_dist.config.schema import MAX_BATCH, RunConfig
+from sws_dist.config.schema import DEFAULT_NUM_THREADS, MAX_BATCH, RunConfig
 from sws_dist.data.tar_shards import DEFAULT_KEYS, SampleKeys
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks
 from sws_dist.distributed.init import close_distributed, init_distributed
 from sws_dist.inference import input_config
-from sws_dist.learngene.expand import expand_learngene, plan_layers
+from sws_dist.learngene.expand import build_descendant, plan_layers
 from sws_dist.learngene.file import Learngene, load_learngene
 from sws_dist.models import SWSVisionTransformer
+from sws_dist.models.evaluation_mode import evaluation_mode
 from sws_dist.models.image_size import require_image_size
 from sws_dist.progress import track
 from sws_dist.scoring import Predictions, Scores, save_predictions, score_batches
+
+if TYPE_CHECKING:
+    from sws_dist.data.manifest import Manifest
 
 __all__ = ["evaluate", "evaluate_depths", "expand", "train"]
 
@@ -134,13 +136,8 @@ def expand(
     """
     source = learngene if isinstance(learngene, Learngene) else load_learngene(learngene)
     layers = plan_layers(source.info, depth, plan)
-    info, weights = expand_learngene(
-        *source, layers, num_classes=num_classes, image_size=image_size, seed=seed, branch_scaling=branch_scaling
-    )
-    model = info.build()
-    load_weights_strict(model, weights, "the learngene")
-    set_input_description(model, info)
-    return model
+    options = {"num_classes": num_classes, "image_size": image_size, "seed": seed, "branch_scaling": branch_scaling}
+    return build_descendant(source, layers, **options)[1]
 
 
 def evaluate(
@@ -154,7 +151,7 @@ def evaluate(
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 128,
-    num_threads: int = 4,
+    num_threads: int = DEFAULT_NUM_THREADS,
     predictions: str | Path | None = None,
     shard_keys: SampleKeys = DEFAULT_KEYS,
 ) -> Scores:
@@ -208,39 +205,40 @@ def evaluate(
         if not 1 <= batch_size <= MAX_BATCH:
             raise ValueError(f"a batch of {batch_size} images: expected 1 to {MAX_BATCH}")
         place = Path(os.path.abspath(data))
-        scored: Any = model
-        if not isinstance(model, nn.Module):
-            scored = open_model(model, model_name, image_size=image_size, use_ema=use_ema)
-        name = "the model" if isinstance(model, nn.Module) else str(model)
+        if isinstance(model, nn.Module):
+            scored, name = model, "the model"
+        else:
+            scored, name = open_model(model, model_name, image_size=image_size, use_ema=use_ema), str(model)
         config = input_config(scored, name, place.parent, image_size, crop_pct, num_threads)
         require_image_size(scored, name, config.image_size)
         labels = name_labels(scored, name, place, classes=classes, numeric=numeric_classes, keys=shard_keys)
         images = manifest.scan(place.parent, place.name, labels, keys=shard_keys)
     for line in (*images.notes, *describe_bad_files(images.bad)):
         log.warning(line)
-    modes = {module: module.training for module in scored.modules()}
-    scored.to(world.device).eval()
+    scored.to(world.device)
     dtype, bad = next(scored.parameters()).dtype, BadImages(images.bad)
     batches = sampler.eval_batches(len(images), world.rank, world.size, batch_size)
     loader = pipeline.eval_loader(images, batches, config, world.device, bad)
     kept: list[Predictions] = []
     keep = None if predictions is None else lambda batch, logits: kept.append(Predictions.of(batch, logits))
-    try:
+    with evaluation_mode(scored):
         scores = score_batches(scored, track(loader, "evaluating", len(batches), "batches"), dtype, keep)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     for line in bad.exchange(world.device, None, len(images), config.max_bad_share):
         log.warning(line)
     if predictions is not None:
-        gathered = gather_on_rank0(kept)
-        with raise_on_all_ranks("write the predictions"):
-            if gathered is not None:
-                try:
-                    save_predictions(predictions, [part for rank in gathered for part in rank], images)
-                except OSError as error:  # the scores took long to get: they are not lost with it
-                    raise OSError(f"{predictions}: cannot be written ({error.strerror or error}); {scores}") from None
+        _write_predictions(predictions, kept, images, scores)
     return scores
+
+
+def _write_predictions(path: str | Path, kept: list[Predictions], images: Manifest, scores: Scores) -> None:
+    """Write the predictions of all ranks. A collective; its error names the scores, which took long to get."""
+    gathered = gather_on_rank0(kept)
+    with raise_on_all_ranks("write the predictions"):
+        if gathered is not None:
+            try:
+                save_predictions(path, [part for rank in gathered for part in rank], images)
+            except OSError as error:
+                raise OSError(f"{path}: cannot be written ({error.strerror or error}); {scores}") from None
 
 
 def evaluate_depths(
@@ -260,13 +258,15 @@ def evaluate_depths(
         data: a folder of class folders.
         depths: numbers of layers.
         plan, branch_scaling, image_size: how the learngene is expanded; see ``expand``.
-        options: further arguments of ``evaluate``, such as ``batch_size``.
+        options: further arguments of ``evaluate``, such as ``batch_size``; not ``model_name``, ``use_ema`` and
+            ``predictions``.
 
     Returns:
         depth -> top-1, top-5 and loss over all images, the same on every rank.
 
     Raises:
         ValueError: a file that holds no learngene, or what ``evaluate`` refuses; ``RunError`` where several ranks run.
+        TypeError: one of the arguments that a learngene's descendants do not take.
 
     Examples:
         >>> import sws_dist
@@ -274,6 +274,8 @@ def evaluate_depths(
         >>> scores[10] == sws_dist.evaluate("runs/auxiliary", "data/digits/val")
         True
     """
+    if refused := sorted(options.keys() & {"model_name", "use_ema", "predictions"}):  # a file would be written over
+        raise TypeError(f"evaluate_depths() takes no {', '.join(refused)}: call evaluate for each descendant instead")
     atexit.register(close_distributed)
     init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("read the learngene"):

@@ -18,8 +18,7 @@ from sws_dist.checkpoint.model_file import (
     ModelInfo,
     describe_other_normalisation,
     describe_preprocessing,
-    is_described,
-    read_model_info,
+    find_model_info,
 )
 from sws_dist.config.schema import ElasticConfig, ModelConfig, RunConfig
 from sws_dist.distill.teacher import count_teacher_flops
@@ -200,7 +199,7 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
     """Load ``model.initial_checkpoint``, and compare the geometries, which equal shapes could hide."""
     path = config.model.initial_checkpoint
     assert path is not None
-    info = read_model_info(path) if is_described(path) else None
+    info = find_model_info(path)
     if info is not None and (note := describe_other_normalisation(path, info, config.data)) is not None:
         log.warning(note)
     if info is not None and isinstance(model, SWSVisionTransformer):

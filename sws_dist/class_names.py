@@ -45,7 +45,7 @@ def name_labels(
         keys: of samples in tar shards.
 
     Raises:
-        ValueError: the labels of some classes cannot be told; the message says what would help.
+        ValueError: it is not clear which labels some classes are; the message says what would help.
     """
     found, num_labels = find_source(data.parent, data.name, keys=keys)[0].classes, model.num_classes
     # Numbers in a list or in shards are labels; a folder's name may be any number.
@@ -90,7 +90,7 @@ def _own_names(model: Any) -> tuple[str, ...] | None:
 
 
 def _known_names(model: Any, found: Sequence[str]) -> tuple[str, ...] | None:
-    """Return what the model says that its labels are called, or ImageNet's names if the data's are among them."""
+    """Return the labels' names as the model knows them, or ImageNet's if the data has some of those."""
     if known := _own_names(model):
         return known
     subset = infer_imagenet_subset({"num_classes": model.num_classes})

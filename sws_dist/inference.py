@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sws_dist.config.schema import DEFAULT_CROP_PCT, DataConfig
+from sws_dist.config.schema import DEFAULT_CROP_PCT, DEFAULT_NUM_THREADS, DataConfig
 
 if TYPE_CHECKING:
     from sws_dist.data.bad_images import BadImages
@@ -24,7 +24,7 @@ def input_config(
     root: Path,
     image_size: int | None = None,
     crop_pct: float | None = None,
-    num_threads: int = 4,
+    num_threads: int = DEFAULT_NUM_THREADS,
 ) -> DataConfig:
     """Return how images are read for ``model``.
 

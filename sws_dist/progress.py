@@ -19,9 +19,9 @@ from sws_dist.distributed.launch_env import rank
 from sws_dist.units import format_duration
 
 PATIENCE_S = 1.0
-"""A bar appears after so long."""
+"""Seconds after which a bar appears."""
 LINE_EVERY_S = 60.0
-"""Without a terminal, the time between two lines of the log."""
+"""Seconds between two lines of the log, without a terminal."""
 _BAR = "{desc:8} {percentage:3.0f} % {bar:24} {n:,.0f} of {total:,.0f}{unit}  {rate_fmt}  {remaining} left"
 
 log = logging.getLogger(__name__)

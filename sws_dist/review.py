@@ -17,7 +17,7 @@ NUM_WORST = 16
 
 
 class Guesses(NamedTuple):
-    """What a model says of n images."""
+    """A model's guesses for n images, and how wrong they are."""
 
     losses: Tensor
     """[n] float32, cross-entropy; -1 for an image that does not count."""

@@ -19,7 +19,7 @@ from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
 
 _VISIBLE_WITHIN_S = 15.0
-"""A file that one node writes may take so long to be seen by another (NFS caches folders for some seconds)."""
+"""Seconds in which a file of one node has to be seen by all others (NFS caches folders for some seconds)."""
 
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:

@@ -24,13 +24,13 @@ from sws_dist.config.schema import DistillConfig
 from sws_dist.data import pipeline, sampler
 from sws_dist.data.loader import Batch, Loader
 from sws_dist.data.mixup import augment_batch
-from sws_dist.distributed import step_clock
+from sws_dist.distributed import phase_timer
 from sws_dist.distributed.collectives import average_buffers, broadcast_from_rank0, raise_on_all_ranks
 from sws_dist.distributed.nonfinite import ADVICE
+from sws_dist.distributed.phase_timer import PhaseTimer
 from sws_dist.distributed.signals import deferred_signals
-from sws_dist.distributed.step_clock import StepClock
 from sws_dist.distributed.step_sync import StepStatus, StepSync
-from sws_dist.distributed.step_timer import DATA, SAVE
+from sws_dist.distributed.step_timer import SAVING, WAITING_FOR_DATA
 from sws_dist.errors import RunError, Stopped
 from sws_dist.logging.images import log_first_batch
 from sws_dist.logging.peaks import describe_peak
@@ -109,7 +109,7 @@ class Trainer:
         watch.reset()
         while self.step < self._last_step:
             with watch.step(self.step + 1):
-                losses = self._train_step(batches, watch.clock)
+                losses = self._train_step(batches, watch.timer)
             stop = sync.collect()  # of the step before
             self.step += 1
             heartbeat.step = self.step
@@ -128,7 +128,7 @@ class Trainer:
                 f"stopped at step {self.step} of {self.parts.total_steps} (train.max_steps); --resume auto goes on"
             )
 
-    def _train_step(self, batches: Iterator[Batch], clock: StepClock) -> LossParts:
+    def _train_step(self, batches: Iterator[Batch], timer: PhaseTimer) -> LossParts:
         """Take one optimizer step. Returns the losses' means over this rank's micro-batches."""
         parts, engine = self.parts, self.parts.engine
         losses: list[LossParts] = []
@@ -140,38 +140,38 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = parts.lr_schedule(self.step)
         for _ in range(engine.gradient_accumulation_steps()):
-            clock.begin(step_clock.DATA)
-            with parts.heartbeat.phase(DATA):
-                batch = next(batches)  # from decoding on, the clock counts step_clock.TO_DEVICE
+            timer.begin(phase_timer.DATA)
+            with parts.heartbeat.phase(WAITING_FOR_DATA):
+                batch = next(batches)  # from decoding on, the timer counts phase_timer.TO_DEVICE
             seen.append(batch.indices)
-            losses.append(self._compute_losses(batch, clock, is_first=self.step == 0 and not losses))
-            clock.begin(step_clock.BACKWARD)
+            losses.append(self._compute_losses(batch, timer, is_first=self.step == 0 and not losses))
+            timer.begin(phase_timer.BACKWARD)
             engine.backward(losses[-1].total)
-            clock.begin(step_clock.OPTIMIZER)
+            timer.begin(phase_timer.OPTIMIZER)
             result = take_step(engine)
             if result is not None:  # the last micro-batch of the step
                 self._result = result
         if parts.ema is not None and self._result.applied:
             parts.ema.update()
-        clock.begin(step_clock.OTHER)
+        timer.begin(phase_timer.OTHER)
         parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
         return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 
-    def _compute_losses(self, batch: Batch, clock: StepClock, is_first: bool) -> LossParts:
+    def _compute_losses(self, batch: Batch, timer: PhaseTimer, is_first: bool) -> LossParts:
         """Augment one micro-batch on the device, and compute its losses."""
         parts, config = self.parts, self.parts.config
-        clock.begin(step_clock.AUGMENT)
+        timer.begin(phase_timer.AUGMENT)
         images, targets = augment_batch(batch, parts.data.mixing, config.augment, config.train.seed)
         images = images.to(parts.dtype)
         teacher_logits = None
         if parts.teacher is not None:
-            clock.begin(step_clock.TEACHER)
+            timer.begin(phase_timer.TEACHER)
             teacher_logits = parts.teacher.logits(images, batch)
         if is_first:
-            clock.begin(step_clock.OTHER)
+            timer.begin(phase_timer.OTHER)
             log_first_batch(parts.recorder, images, batch, teacher_logits, parts.data.train.classes, config.data)
-        clock.begin(step_clock.FORWARD)
+        timer.begin(phase_timer.FORWARD)
         return parts.loss(parts.engine(images), targets, teacher_logits)
 
     # ---- evaluating and saving -----------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Trainer:
         average_buffers(parts.engine.module)
         provenance = parts.models.info.provenance | {"step": self.step, "top1": top1}
         info = dataclasses.replace(parts.models.info, provenance=provenance)
-        with parts.heartbeat.phase(SAVE):
+        with parts.heartbeat.phase(SAVING):
             self._checkpoints.save(info, state, wait=wait)
 
     def _finish(self) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class Trainer:
         loader = pipeline.train_loader(
             data.train, data.order, positions, data.recipe, seed, config.data, parts.world.device, data.bad_train
         )
-        loader.before_transfer = partial(self._watch.clock.begin, step_clock.TO_DEVICE)
+        loader.before_transfer = partial(self._watch.timer.begin, phase_timer.TO_DEVICE)
         return loader
 
     def _ends_epoch(self, every: int = 1) -> bool:

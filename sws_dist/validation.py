@@ -76,10 +76,10 @@ def _show(parts: RunParts, review: Review, step: int) -> None:
     images, recorder, classes = parts.data.val, parts.recorder, parts.data.val.classes
     worst = review.gather_worst()
     if worst is not None:
-        told = zip(*(column.tolist() for column in worst[:4]), strict=True)
+        rows = zip(*(column.tolist() for column in worst[:4]), strict=True)
         captions = [
             f"{classes[label]} / {classes[guess]}\nloss {loss:.2f}\n{Path(images.paths[index]).name}"
-            for loss, label, guess, index in told
+            for loss, label, guess, index in rows
         ]
         recorder.image("val/worst (label / guess)", labelled_grid(worst.images, captions), step)
     if step < parts.total_steps:

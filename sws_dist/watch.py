@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sws_dist.build import RunParts
 from sws_dist.build_models import step_flops
-from sws_dist.distributed.step_clock import StepClock
-from sws_dist.distributed.step_timer import LOG
+from sws_dist.distributed.phase_timer import PhaseTimer
+from sws_dist.distributed.step_timer import WRITING_LOG
 from sws_dist.logging.peaks import peak_flops
 from sws_dist.logging.profile import StepProfiler
 from sws_dist.logging.throughput import LogWindow, Progress, log_progress
@@ -34,12 +34,12 @@ class StepWatch:
     """
 
     def __init__(self, parts: RunParts, taken: range) -> None:
-        self.clock = StepClock(parts.world.device)
+        self.timer = PhaseTimer(parts.world.device)
         """Splits the time of a step; ``Trainer`` tells it which phase begins."""
         self._parts, self._last_step = parts, taken.stop - 1
-        time_reduction(parts.engine, self.clock)
+        time_reduction(parts.engine, self.timer)
         self._norms = NormMeter(parts.engine)
-        self._window = LogWindow(parts.config.train.global_batch, parts.world.size, self.clock)
+        self._window = LogWindow(parts.config.train.global_batch, parts.world.size, self.timer)
         steps = parts.config.train.profile if parts.world.is_rank_zero else None
         self._profiler = StepProfiler(steps, taken, parts.output / "profile", parts.world.device)
         self._bar = ProgressBar("training", parts.total_steps, "steps", done=taken.start - 1, in_log=False)
@@ -75,7 +75,7 @@ class StepWatch:
         self._window.add(losses, waited_s, flops, depth)
         self._bar.update()
         if self._is_logged(number):
-            with parts.heartbeat.phase(LOG):
+            with parts.heartbeat.phase(WRITING_LOG):
                 self._log(number, None if grad_norm is None else float(grad_norm))
 
     def _is_logged(self, number: int) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sws_dist.checkpoint.model_file import ModelInfo, is_described, load_weights_strict, read_model_info
+from sws_dist.checkpoint.model_file import ModelInfo, find_model_info, load_weights_strict
 from sws_dist.checkpoint.weight_file import read_weight_file
 from sws_dist.checkpoint.weight_names import convert_weights
 from sws_dist.models import create_model
-from sws_dist.models.image_size import image_size_arguments
+from sws_dist.models.image_size import image_size_arguments, usual_image_size
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def load_model(
         ValueError: a file that cannot be read, a file that names no model where ``name`` is None, weights that do not
             fit, or none of a classifier.
     """
-    info = read_model_info(path) if is_described(path) else None
+    info = find_model_info(path)
     file = read_weight_file(path)
     name = name or (info.name if info else file.model_name)
     if name is None:
@@ -79,7 +79,8 @@ def load_initial_weights(
     """
     file = read_weight_file(path)
     weights = convert_weights(file, model, use_ema=use_ema)
-    known = read_model_info(path).classes if is_described(path) else []
+    info = find_model_info(path)
+    known = info.classes if info else []
     if set(known) == set(classes) and known != list(classes):
         log.info(f"{path}: the rows of its head are put into the order of the data's classes")
         _reorder_head(model, weights, [known.index(name) for name in classes])
@@ -112,7 +113,7 @@ def set_input_description(model: Any, info: ModelInfo) -> None:
 
 def _load(model: Any, weights: Mapping[str, Tensor], path: str | Path, image_size: int | None) -> None:
     """Load strictly; an error says also which image size the model usually has, since that changes shapes."""
-    usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
+    usual = usual_image_size(model)
     try:
         load_weights_strict(model, weights, path)
     except ValueError as error:

@@ -7,7 +7,7 @@ Learngenes, descendants, teachers and finished runs are all stored this way. The
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,29 +80,33 @@ def write_model_file(path: str | Path, info: ModelInfo, entries: Iterable[Tensor
     return atomic_write(path, lambda temporary: write_safetensors(temporary, entries, metadata))
 
 
-def is_described(path: str | Path) -> bool:
-    """Return True if a file says which model it is of, as those of this trainer do.
+def find_model_info(path: str | Path) -> ModelInfo | None:
+    """Read the metadata of a file of this trainer; None for weights of another program, which do not have it.
 
     Raises:
         ValueError: no file of weights, or one that is cut short.
     """
     require_weights(path)
-    if not is_safetensors(path):
-        return False
-    with open_safetensors(path) as file:
-        return "sws_dist" in (file.metadata() or {})
+    return _parse_info(path) if is_safetensors(path) else None
 
 
 def read_model_info(path: str | Path) -> ModelInfo:
-    """Read the metadata alone.
+    """Read the metadata of a file of this trainer, and no weights.
 
     Raises:
         ValueError: the file is missing, cut short, not safetensors, or was not written by this trainer.
     """
+    info = _parse_info(path)
+    if info is None:
+        raise ValueError(f"{path}: holds tensors but no description of a model; it was not written by sws_dist")
+    return info
+
+
+def _parse_info(path: str | Path) -> ModelInfo | None:
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
     if "sws_dist" not in metadata:
-        raise ValueError(f"{path}: holds tensors but no description of a model; it was not written by sws_dist")
+        return None
     document = json.loads(metadata["sws_dist"])
     version = document.pop("version")
     if version not in (1, VERSION):
@@ -130,6 +134,11 @@ def load_weights_strict(model: nn.Module, weights: Mapping[str, Tensor], source:
     problems += [f"{name}: missing in the file" for name in own if name not in weights]
     problems += [f"{name}: not in the model" for name in weights if name not in own]
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+        raise misfit(source, problems)
     model.load_state_dict(dict(weights), strict=True)
+
+
+def misfit(source: str | Path, problems: Sequence[str]) -> ValueError:
+    """Return the error that ``source`` does not fit a model, with the first few of the tensors' problems."""
+    more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)

@@ -194,8 +194,8 @@ def _call_filter(filter_fn: Any, weights: dict[str, Tensor], model: nn.Module) -
 def _rename_official_levit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of LeViT's official files, whose blocks stand in one row, to timm's stages.
 
-    A row of the official ``blocks`` holds attention (``m.qkv``) and MLP (``m.0``, ``m.2``) by turns; between two stages
-    a shrinking attention (``kv``) comes before one more MLP.
+    A row of the official ``blocks`` holds an attention (``m.qkv``) or an MLP (``m.0``, ``m.2``), in turn; between two
+    stages a shrinking attention (``kv``) comes before one more MLP.
     """
     parts = ((r"\.c\.", ".linear."), (r"\.l\.", ".linear."), (r"(proj|q)\.1\.", r"\1.ln."))
     rows: dict[int, list[str]] = {}

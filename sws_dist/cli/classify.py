@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
-from sws_dist.config.schema import MAX_BATCH
+from sws_dist.cli.common import BATCH_SIZE, add_num_threads_option, make_parser, parse_args, print_result, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +31,8 @@ def main() -> None:
     parser.add_argument("images", type=Path, nargs="+", help="images, and folders of images")
     parser.add_argument("--top", type=whole_number(1, 1000), default=5, help="labels for each image (default 5)")
     parser.add_argument("--json", type=Path, help="write the labels with their probabilities here")
-    parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), default=32, help="images at a time (default 32)")
-    parser.add_argument("--num-threads", type=whole_number(1, 1024), default=4, help="threads that decode (default 4)")
+    parser.add_argument("--batch", type=BATCH_SIZE, default=32, help="images at a time (default 32)")
+    add_num_threads_option(parser)
     args = parse_args(parser, one_process=True)
     # torch takes seconds to import; --help and a wrong option should not wait for it.
     from sws_dist.checkpoint.open_model import open_model

@@ -70,12 +70,12 @@ def train_command(
     ranks: int = 1,
     beside_others: bool = False,
 ) -> Command:
-    """Return a training run: several ranks through DeepSpeed's launcher, one without, which starts sooner.
+    """Return the command of a training run: with DeepSpeed's launcher, which one rank starts sooner without.
 
     Args:
         config: the name of a run config, such as ``quickstart/teacher``.
         sets: config overrides.
-        beside_others: other runs take place at the same time; the output goes into a file.
+        beside_others: True if other runs go on at the same time; the output then goes into a file.
     """
     if ranks == 1:
         command = list(sws("train"))

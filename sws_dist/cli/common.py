@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sws_dist.config.paths import expand_path
-from sws_dist.config.schema import MAX_BATCH, MAX_LAYERS, RunConfig
+from sws_dist.config.schema import (
+    DEFAULT_NUM_THREADS,
+    IMAGE_SIZES,
+    MAX_BATCH,
+    MAX_LAYERS,
+    MAX_SEED,
+    MAX_THREADS,
+    RunConfig,
+)
 from sws_dist.distributed.launch_env import ANY_RANK, forget_ranks, local_rank, rank
 from sws_dist.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, RunError, Stopped, exit_now
 from sws_dist.logging.console import setup_console
@@ -69,6 +77,11 @@ def _parse_number(text: str, kind: type[int] | type[float], least: float, most: 
     return value
 
 
+BATCH_SIZE, DEPTH, IMAGE_SIZE = whole_number(1, MAX_BATCH), whole_number(1, MAX_LAYERS), whole_number(*IMAGE_SIZES)
+NUM_THREADS, SEED = whole_number(1, MAX_THREADS), whole_number(0, MAX_SEED)
+"""Argparse types with the ranges of the config keys of these names."""
+
+
 def parse_depths(text: str) -> tuple[int, ...]:
     """Parse the depths of descendants, an argparse type: ``6,9,12`` or ``6-15``."""
     depths: list[int] = []
@@ -90,6 +103,11 @@ def add_config_options(parser: argparse.ArgumentParser, required: bool = True) -
         required=required,
         help="what to train: a YAML file, or the name of a shipped config (auxiliary_small, quickstart/teacher, ...)",
     )
+    add_set_option(parser)
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``, whose values are ``overrides`` of ``load_config``."""
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -114,7 +132,7 @@ def add_micro_batch_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--batch``; ``micro_batch_of`` reads it."""
     parser.add_argument(
         "--batch",
-        type=whole_number(1, MAX_BATCH),
+        type=BATCH_SIZE,
         help="images in a micro-batch of training: the global batch / (ranks x accumulation) (default: all of it)",
     )
 
@@ -129,6 +147,16 @@ def micro_batch_of(args: argparse.Namespace, config: RunConfig) -> int:
         )
     require_whole_images(micro, config.augment.num_crops)
     return micro
+
+
+def add_num_threads_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--num-threads``, for commands that read images without a run config."""
+    parser.add_argument(
+        "--num-threads",
+        type=NUM_THREADS,
+        default=DEFAULT_NUM_THREADS,
+        help="threads of one rank that decode images (default %(default)s)",
+    )
 
 
 def add_shard_options(parser: argparse.ArgumentParser) -> None:

@@ -25,8 +25,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sws_dist.cli.common import make_parser, number, parse_args, whole_number
-from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.cli.common import DEPTH, IMAGE_SIZE, SEED, make_parser, number, parse_args, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +33,20 @@ log = logging.getLogger(__name__)
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--learngene", type=Path, required=True, help="learngene.safetensors of an auxiliary run")
-    parser.add_argument("--depth", type=whole_number(1, MAX_LAYERS), required=True, help="the descendant's layers")
+    parser.add_argument("--depth", type=DEPTH, required=True, help="the descendant's layers")
     parser.add_argument(
         "--plan", default="even", help="even (default), proportional, spaced, or the stage of each layer: 0,0,1,2,..."
     )
     parser.add_argument(
         "--num-classes", type=whole_number(), help="another count than the learngene's gives a fresh head"
     )
-    parser.add_argument(
-        "--image-size", type=whole_number(8, 8192), help="another size resamples the position embedding"
-    )
+    parser.add_argument("--image-size", type=IMAGE_SIZE, help="another size resamples the position embedding")
     parser.add_argument(
         "--branch-scaling",
         type=number(0, 2),
         help="exponent of the factors of repeated layers' branches (default: the auxiliary model's)",
     )
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of a fresh head (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of a fresh head (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parse_args(parser, one_process=True)
     # torch takes seconds to import; --help and a wrong option should not wait for it.

@@ -23,13 +23,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_dist.cli.common import make_parser, number, parse_args, print_result, whole_number
-from sws_dist.config.schema import MAX_LAYERS
+from sws_dist.cli.common import DEPTH, IMAGE_SIZE, make_parser, number, parse_args, print_result
+from sws_dist.export.formats import FORMATS
 
 if TYPE_CHECKING:
     from sws_dist.export.exporter import Exported
-
-FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "torch")
 
 
 def main() -> None:
@@ -61,14 +59,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument(
-        "--formats", nargs="+", choices=FORMATS, default=[], help="what to write beside timm's files (default: nothing)"
+        "--formats",
+        nargs="+",
+        choices=tuple(FORMATS),
+        default=[],
+        help="what to write beside timm's files (default: nothing)",
     )
     parser.add_argument("--data", type=Path, help="folder of class folders with validation images")
-    parser.add_argument("--depth", type=whole_number(1, MAX_LAYERS), help="layers that a learngene is expanded to")
+    parser.add_argument("--depth", type=DEPTH, help="layers that a learngene is expanded to")
     parser.add_argument("--plan", default="even", help="with --depth, as in sws expand (default even)")
     parser.add_argument("--model", help="the timm model that the weights are of (default: what the file says)")
     parser.add_argument("--ema", action="store_true", help="the moving average of a run's weights")
-    parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the model's own)")
+    parser.add_argument("--image-size", type=IMAGE_SIZE, help="pixels (default: the model's own)")
     parser.add_argument("--classes", type=Path, help="the labels' names, one a line (default: the model knows)")
     parser.add_argument("--license", help="the Hub's name of the license, such as apache-2.0 (default: left open)")
     parser.add_argument(

@@ -46,8 +46,8 @@ class Family:
         scored: depths at which the auxiliary models are scored, instead of the configs'.
         epochs: overrides of the configs: of the ``teacher``, and as ``auxiliary`` of all that have the full budget.
         options: further options of all commands.
-        teacher: the run of another family that teaches this one too; None makes one.
-        ranks: processes of the runs that take place alone.
+        teacher: folder of another family's teacher, which teaches this one too; None: the family has its own.
+        ranks: processes of each run that has the machine to itself.
     """
 
     folder: Path
@@ -75,9 +75,9 @@ class Family:
         ]
 
     def scaled_commands(self, images: Path) -> Iterator[Command]:
-        """Yield the scoring of descendants with scaled branches on ``images``, for models of one depth, which it needs.
+        """Yield the commands that score descendants of the models of one depth, with scaled branches, on ``images``.
 
-        A model that was trained at many depths has scaled branches of its own.
+        They need these models' runs. A model that was trained at many depths has scaled branches anyway.
         """
         depths = ",".join(map(str, self.scored or ()))
         for name in (name for name in self.auxiliaries if name in ONE_DEPTH):

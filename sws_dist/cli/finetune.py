@@ -25,8 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from sws_dist.cli.common import (
+    DEPTH,
+    IMAGE_SIZE,
+    SEED,
     add_deepspeed_option,
     add_local_rank_option,
+    add_set_option,
     expanded,
     make_parser,
     number,
@@ -36,7 +40,7 @@ from sws_dist.cli.common import (
 )
 from sws_dist.config.loader import load_config, marked_keys
 from sws_dist.config.paths import escape_path
-from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, MAX_LAYERS, DataConfig
+from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, DataConfig
 from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
 from sws_dist.errors import ConfigError
@@ -88,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="the timm model that the weights are of (default: what the file says)")
     parser.add_argument(
         "--depth",
-        type=whole_number(1, MAX_LAYERS),
+        type=DEPTH,
         help="layers that a learngene is expanded to (default: as it was trained)",
     )
     parser.add_argument(
@@ -105,15 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=whole_number(), help=f"images in a step, over all ranks (default: {BATCH}, or fewer)"
     )
-    parser.add_argument("--image-size", type=whole_number(8, 8192), help="pixels (default: the weights')")
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of the run (default 0)")
+    parser.add_argument("--image-size", type=IMAGE_SIZE, help="pixels (default: the weights')")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the run (default 0)")
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights, where the file has others too")
     parser.add_argument(
         "--resume", type=expanded, metavar="auto|PATH", help="go on with a run that was interrupted, as in sws train"
     )
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help="a config key; repeatable"
-    )
+    add_set_option(parser)
     add_deepspeed_option(parser, required=False)
     add_local_rank_option(parser)
     return parser
@@ -147,11 +149,11 @@ def as_overrides(sets: dict[str, Any]) -> list[str]:
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keys of the model, and how it wants its images."""
-    from sws_dist.checkpoint.model_file import is_described, read_model_info
+    from sws_dist.checkpoint.model_file import find_model_info
     from sws_dist.checkpoint.weight_file import read_weight_file
 
     path = str(args.weights)
-    info = read_model_info(path) if is_described(path) else None
+    info = find_model_info(path)
     is_learngene = info is not None and info.kind == "learngene"
     if args.depth is not None and not is_learngene:
         raise ValueError(f"--depth {args.depth}: only a learngene can be expanded, and {path} is none")
@@ -254,8 +256,6 @@ def choose_deepspeed_config() -> str:
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.finetune
-    import sys
-
     from sws_dist.cli.main import run
 
-    run("finetune", sys.argv[1:])
+    run("finetune")

@@ -36,7 +36,8 @@ def main() -> None:
     elif sys.argv[1] == "--version":
         print(f"sws-dist {sws_dist.__version__}")
     elif (name := sys.argv[1]) in COMMANDS:
-        run(name, sys.argv[2:])
+        del sys.argv[1]
+        run(name)
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
@@ -44,9 +45,9 @@ def main() -> None:
         sys.exit(2)
 
 
-def run(name: str, arguments: list[str]) -> None:
-    """Run one command with its arguments."""
-    sys.argv = [f"sws {name}", *arguments]  # argparse calls the program by its last part
+def run(name: str) -> None:
+    """Run one command with the arguments of this process."""
+    sys.argv[0] = f"sws {name}"  # argparse calls the program by its last part
     run_command(import_module(f"sws_dist.cli.{name.replace('-', '_')}").main)
 
 

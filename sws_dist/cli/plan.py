@@ -31,7 +31,7 @@ from sws_dist.cli.common import (
 )
 from sws_dist.config.loader import load_config
 from sws_dist.errors import ConfigError
-from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, GBIT, find_device
+from sws_dist.plan.devices import DEFAULT_DEVICE, DEVICES, GBIT, HEADROOM, find_device
 from sws_dist.zero.config import config_source, resolve_deepspeed_config
 
 
@@ -92,7 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--network", type=number(0.001, 1e6), help="Gbit/s between nodes for each GPU (default: the GPU's server)"
     )
     parser.add_argument(
-        "--headroom", type=number(0, 0.9), default=0.1, help="share of the memory that stays free (default 0.1)"
+        "--headroom",
+        type=number(0, 0.9),
+        default=HEADROOM,
+        help="share of the memory that stays free (default %(default)s)",
     )
     parser.add_argument("--images", type=whole_number(1, 10**12), help="training images; the data is not read then")
     parser.add_argument("--classes", type=whole_number(), help="labels; with --images")

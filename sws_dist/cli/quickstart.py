@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, prepare_devices, sws
-from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+from sws_dist.cli.common import SEED, make_parser, parse_args, print_result
 from sws_dist.cli.family import Family, perform_side_by_side
 from sws_dist.config.paths import escape_path
 from sws_dist.errors import require_packages
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all runs")
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="of every run (default 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of every run (default 0)")
     args = parse_args(parser, one_process=True)
     require_packages("dali,quickstart", "sklearn", "matplotlib", "nvidia")
     out, begun = args.output, time.monotonic()

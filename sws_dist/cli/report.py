@@ -14,7 +14,7 @@ from statistics import mean
 from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
 from sws_dist.cli.report_chart import Row, draw
-from sws_dist.cli.report_runs import AUXILIARIES, KINDS, Family, Metrics, read_family, top1, untuned
+from sws_dist.cli.report_runs import KINDS, OTHER_MODELS, FamilyMetrics, Metrics, read_family, top1, untuned
 
 
 def main() -> None:
@@ -36,12 +36,12 @@ def main() -> None:
     print_result(text)
 
 
-def rows_of(families: list[Family]) -> list[Row]:
+def rows_of(families: list[FamilyMetrics]) -> list[Row]:
     """Return the rows of the report's table."""
     first = families[0]
     rows = []
     expanded = {"untuned": ("untuned", [f.auxiliary for f in families])}
-    expanded |= {kind: (AUXILIARIES[kind][1], [f.others[kind] for f in families]) for kind in first.others}
+    expanded |= {kind: (OTHER_MODELS[kind][1], [f.others[kind] for f in families]) for kind in first.others}
     for kind, (name, runs) in expanded.items():
         scores = {depth: [untuned(run, depth) for run in runs] for depth in first.scored}
         rows.append(Row(kind, name, {d: [v for v in values if v is not None] for d, values in scores.items()}))
@@ -49,14 +49,14 @@ def rows_of(families: list[Family]) -> list[Row]:
             rows.append(Row(f"{kind}, scaled", f"{name}, branches scaled", _scaled(kind, families)))
     for kind in KINDS:
         found = {d: [f.depths[d][kind] for f in families] for d, runs in first.depths.items() if kind in runs}
-        for epoch in _epochs(kind, next(iter(found.values()))[0]) if found else ():
-            last = epoch == max(_epochs(kind, next(iter(found.values()))[0]))
+        epochs = _epochs(kind, next(iter(found.values()))[0]) if found else []
+        for epoch in epochs:
             values = {depth: [top1(run, epoch) for run in runs] for depth, runs in found.items()}
-            rows.append(Row(kind if last else f"{kind}, early", _name(kind, epoch), values))
+            rows.append(Row(kind if epoch == epochs[-1] else f"{kind}, early", _name(kind, epoch), values))
     return [row for row in rows if any(row.values.values())]
 
 
-def _scaled(kind: str, families: list[Family]) -> dict[int, list[float]]:
+def _scaled(kind: str, families: list[FamilyMetrics]) -> dict[int, list[float]]:
     """Return top-1 by depth with scaled branches; at the model's own depth nothing is scaled."""
     own = families[0].others[kind]["depth"]
     found = {depth: [100 * family.scaled[kind][depth] for family in families] for depth in families[0].scaled[kind]}
@@ -69,7 +69,7 @@ def _epochs(kind: str, run: Metrics) -> list[int]:
     return sorted({1, run["epochs"]}) if kind == "tuned" else [run["epochs"]]
 
 
-def _epochs_of(kind: str, family: Family) -> int:
+def _epochs_of(kind: str, family: FamilyMetrics) -> int:
     return next(runs[kind]["epochs"] for runs in family.depths.values() if kind in runs)
 
 
@@ -83,16 +83,15 @@ def spread(values: list[float]) -> str:
     return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
 
 
-def bills(families: list[Family]) -> dict[str, float]:
+def bills(families: list[FamilyMetrics]) -> dict[str, float]:
     """Return what the family of all scored depths costs each way, in PFLOP; the mean over the seeds."""
 
-    def of(family: Family) -> Iterator[tuple[str, float]]:
-        kinds = [kind for kind in KINDS if any(kind in runs for runs in family.depths.values())]
+    def of(family: FamilyMetrics) -> Iterator[tuple[str, float]]:
         shared = family.teacher["flops"] + family.auxiliary["flops"]
         yield "learngene, untuned", shared
         if "untaught" in family.others:
             yield "learngene without the teacher, untuned", family.others["untaught"]["flops"]
-        for kind in kinds:
+        for kind in family.kinds:
             total = sum(family.flops(kind, depth) for depth in family.scored)
             if kind == "tuned":
                 yield "learngene, each fine-tuned", shared + total
@@ -104,7 +103,7 @@ def bills(families: list[Family]) -> dict[str, float]:
     return {name: mean(bill[name] for bill in every) / 1e15 for name in every[0]}
 
 
-def write_report(title: str, families: list[Family], picture: str) -> str:
+def write_report(title: str, families: list[FamilyMetrics], picture: str) -> str:
     """Return the report, in Markdown; ``picture`` is the name of its picture's file."""
     first = families[0]
     auxiliary, images = first.auxiliary, first.auxiliary["validation_images"]
@@ -139,8 +138,8 @@ def write_report(title: str, families: list[Family], picture: str) -> str:
     return "\n".join(lines)
 
 
-def _comparison(families: list[Family]) -> list[str]:
-    """Compare untuned descendants with models of random weights that had the full budget, if there are any."""
+def _comparison(families: list[FamilyMetrics]) -> list[str]:
+    """Compare untuned descendants with models of random weights that had the full budget, where both are known."""
     parts = []
     for kind in _full_budget(families[0]):
         pairs = [
@@ -158,7 +157,7 @@ def _comparison(families: list[Family]) -> list[str]:
     return ["Untuned descendants, at the depths where both are known, against " + "; against ".join(parts) + ".", ""]
 
 
-def _costs(families: list[Family]) -> list[str]:
+def _costs(families: list[FamilyMetrics]) -> list[str]:
     """Return the table of the bill, and that of the single runs."""
     first = families[0]
     lines = [
@@ -179,12 +178,12 @@ def _costs(families: list[Family]) -> list[str]:
     ]
 
 
-def _full_budget(family: Family) -> list[str]:
+def _full_budget(family: FamilyMetrics) -> list[str]:
     """Return the kinds of random weights, trained with the full budget, that the family has."""
-    return [k for k in ("scratch_full", "scratch_taught") if any(k in runs for runs in family.depths.values())]
+    return [kind for kind in ("scratch_full", "scratch_taught") if kind in family.kinds]
 
 
-def _bill(families: list[Family]) -> list[str]:
+def _bill(families: list[FamilyMetrics]) -> list[str]:
     """Return the table of what the family costs each way, beside random weights."""
     first, bill = families[0], bills(families)
     kind = _full_budget(first)[0]
@@ -201,18 +200,18 @@ def _bill(families: list[Family]) -> list[str]:
     ]
 
 
-def _named_runs(families: list[Family]) -> dict[str, list[Metrics]]:
+def _named_runs(families: list[FamilyMetrics]) -> dict[str, list[Metrics]]:
     """Return the runs of all families by their names in the report, one a family."""
     first = families[0]
     runs = {"teacher": [f.teacher for f in families], "auxiliary model": [f.auxiliary for f in families]}
-    runs |= {AUXILIARIES[kind][0]: [f.others[kind] for f in families] for kind in first.others}
+    runs |= {OTHER_MODELS[kind][0]: [f.others[kind] for f in families] for kind in first.others}
     for depth, kinds in first.depths.items():
         for kind, run in kinds.items():
             runs[f"depth {depth}: {_name(kind, run['epochs'])}"] = [f.depths[depth][kind] for f in families]
     return runs
 
 
-def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str]:
+def _without_teacher(families: list[FamilyMetrics], bill: dict[str, float]) -> list[str]:
     """Compare the costs where the teacher was there before, so that its training is not paid for."""
     learngene = mean(family.auxiliary["flops"] for family in families) / 1e15
     parts = []
@@ -226,7 +225,7 @@ def _without_teacher(families: list[Family], bill: dict[str, float]) -> list[str
     ]
 
 
-def _storage(family: Family) -> list[str]:
+def _storage(family: FamilyMetrics) -> list[str]:
     """Compare what is stored: the learngene, or a file for each descendant."""
     shared, all_depths = family.auxiliary["parameters"], family.stored()
     if all_depths is None:
@@ -238,7 +237,7 @@ def _storage(family: Family) -> list[str]:
     ]
 
 
-def _origin(families: list[Family]) -> list[str]:
+def _origin(families: list[FamilyMetrics]) -> list[str]:
     """Say where the runs took place, and with which versions: a line for each that differs."""
     places: dict[str, dict[str, list[str]]] = {}
     for name, found in _named_runs(families).items():

@@ -10,29 +10,29 @@ from sws_dist.config.loader import load_config
 from sws_dist.text import read_json
 
 Metrics = dict[str, Any]
-AUXILIARIES = {
+OTHER_MODELS = {
     "untaught": ("auxiliary model without the teacher", "untuned, from an auxiliary model without the teacher"),
     "fixed": ("auxiliary model of one depth", "untuned, from an auxiliary model of one depth"),
     "tleg": ("TLEG's auxiliary model", "untuned, from TLEG's auxiliary model"),
     "unshared": ("model without sharing", "untuned, layers picked from a model without sharing"),
 }
-"""Name what is expanded beside the auxiliary model, and its descendants."""
+"""Kind of a model that is expanded beside the auxiliary model -> its name in the report, and its descendants'."""
 KINDS = {
     "tuned": "fine-tuned",
     "scratch": "random weights, with the teacher",
     "scratch_full": "random weights",
     "scratch_taught": "random weights, with the teacher",
 }
-"""Name what is trained at single depths; in the report the number of epochs completes the name."""
+"""Kind of a run at a single depth -> its name in the report, which the number of epochs completes."""
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyMetrics:
     """The metrics of one family's runs, with one seed.
 
     Args:
         stages: the number of the auxiliary model's distinct layers.
-        others: which of ``AUXILIARIES`` there are.
+        others: which of ``OTHER_MODELS`` there are.
         scaled: for some of these, depth -> top-1 (a share) of their descendants with scaled branches.
         depths: depth -> kind -> metrics, for the descendants that were trained and their rivals.
     """
@@ -46,7 +46,7 @@ class Family:
 
     @property
     def runs(self) -> tuple[object, ...]:
-        """Return what there is, to be compared with other seeds."""
+        """Return which runs there are, to be compared with those of other seeds."""
         trained = {depth: sorted(runs) for depth, runs in self.depths.items()}
         return sorted(self.others), sorted(self.scaled), self.scored, trained
 
@@ -57,8 +57,13 @@ class Family:
         others = (key.removeprefix("val_depth").removesuffix("/top1") for key in last if key.startswith("val_depth"))
         return sorted({own, *(int(depth) for depth in others if depth.isdecimal())})
 
+    @property
+    def kinds(self) -> list[str]:
+        """Return which of ``KINDS`` were trained at some depth."""
+        return [kind for kind in KINDS if any(kind in runs for runs in self.depths.values())]
+
     def forward_flops(self, depth: int) -> float:
-        """Return the operations for one image at any depth, from those of two: they grow by a layer's."""
+        """Return the operations of one image at any depth: a line through the smallest and the largest known depth."""
         points = {run["depth"]: run["flops_forward"] for runs in self.depths.values() for run in runs.values()}
         points[self.auxiliary["depth"]] = self.auxiliary["flops_forward"]
         (d0, f0), (d1, f1) = min(points.items()), max(points.items())
@@ -67,8 +72,8 @@ class Family:
     def stored(self) -> float | None:
         """Return the parameters of descendants of all scored depths together.
 
-        They grow by a layer's, which is the difference between some descendant and the auxiliary model's distinct
-        layers. None where no descendant has more layers than those.
+        A layer's parameters are found by comparing a descendant with the auxiliary model's distinct layers. None where
+        no descendant has more layers than those.
         """
         depth, runs = max(self.depths.items(), default=(self.stages, {}))
         shared = self.auxiliary["parameters"]
@@ -78,17 +83,17 @@ class Family:
         return sum(shared + layer * (depth - self.stages) for depth in self.scored)
 
     def flops(self, kind: str, depth: int) -> float:
-        """Return the operations of a kind's whole training at any depth, by those of a run at some depth."""
+        """Return the operations of a kind's whole training at any depth, with the images of a run at a known depth."""
         run = next(runs[kind] for runs in self.depths.values() if kind in runs)
         return run["images"] * (3 * self.forward_flops(depth) + run["flops_teacher"])
 
 
-def read_family(folder: Path, first: Path) -> Family:
+def read_family(folder: Path, first: Path) -> FamilyMetrics:
     """Read the metrics of one family's runs.
 
     Args:
         folder: the family's.
-        first: that of the first family, whose teacher may have taught this one too.
+        first: the first family's, whose teacher may have taught this one too.
 
     Raises:
         ValueError: a run that has not finished, a folder without runs, or one without its teacher.
@@ -109,7 +114,7 @@ def read_family(folder: Path, first: Path) -> Family:
         kinds = [kind for kind in KINDS if (place / kind).is_dir()]
         if kinds:
             depths[int(place.name.removeprefix("depth"))] = {kind: metrics(place / kind) for kind in kinds}
-    others = {name: metrics(folder / name) for name in AUXILIARIES if (folder / name).is_dir()}
+    others = {name: metrics(folder / name) for name in OTHER_MODELS if (folder / name).is_dir()}
     if not others and not depths:
         raise ValueError(
             f"{folder}: holds nothing to compare an auxiliary model with, such as fixed or depth*/scratch_full; run "
@@ -126,7 +131,7 @@ def read_family(folder: Path, first: Path) -> Family:
     if stages is None:
         raise ValueError(f"{folder}/auxiliary/config.yaml: model.schedule is null, so this is no auxiliary model")
     is_firsts = not (folder / "teacher").is_dir() and config.distill.teacher == firsts.distill.teacher
-    return Family(
+    return FamilyMetrics(
         len(stages),
         metrics((first if is_firsts else folder) / "teacher"),
         metrics(folder / "auxiliary"),

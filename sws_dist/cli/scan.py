@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from sws_dist.atomic import atomic_write_json
 from sws_dist.cli.common import (
+    NUM_THREADS,
     add_shard_options,
     make_parser,
     parse_args,
     print_result,
     shard_keys_of,
-    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument(
         "--num-threads",
-        type=whole_number(1, 1024),
+        type=NUM_THREADS,
         default=2 * (os.cpu_count() or 1),
         help="files at a time (default: 2 a core)",
     )

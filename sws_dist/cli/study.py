@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sws_dist.cli.commands import Command, perform, prepare_devices, sws
-from sws_dist.cli.common import make_parser, parse_args, print_result, whole_number
+from sws_dist.cli.common import SEED, make_parser, parse_args, print_result, whole_number
 from sws_dist.cli.family import AT_DEPTHS, AUXILIARIES, Family, perform_side_by_side
 from sws_dist.config.paths import escape_path
 from sws_dist.errors import require_packages
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--compare", choices=others, nargs="+", default=others, metavar="RUN", help=said)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder for all runs")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for the images")
-    parser.add_argument("--seeds", type=whole_number(0, 2**32 - 1), nargs="+", help="instead of the size's")
+    parser.add_argument("--seeds", type=SEED, nargs="+", help="instead of the size's")
     parser.add_argument("--jobs", type=whole_number(1, 64), help="runs at a time (default: one a core; 1 on a GPU)")
     args = parse_args(parser, one_process=True)
     require_packages("dali,quickstart", "matplotlib", "nvidia")

@@ -45,21 +45,21 @@ from sws_dist.cli.common import (
 )
 from sws_dist.config.loader import config_to_yaml, load_config
 from sws_dist.config.paths import escape_path
+from sws_dist.config.schema import DEFAULT_NUM_THREADS
 from sws_dist.config.shipped import find_deepspeed_config
 from sws_dist.errors import ConfigError, RunError
 from sws_dist.text import read_text
 from sws_dist.zero.config import resolve_deepspeed_config
-
-EVALUATE_THREADS = 4  # the default of sws evaluate
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """The kind of the job."""
+    """A SLURM job, before it is written and submitted."""
 
     kind: str
+    """``auxiliary``, ``descendants`` or ``evaluate``: the name of its batch script."""
     output: Path
     """The folder of what the job makes."""
     folder: Path
@@ -184,7 +184,7 @@ def plan_evaluation(args: argparse.Namespace) -> Job:
     scores = f"{args.checkpoint.with_suffix('')}.scores.json"
     options = {"--checkpoint": args.checkpoint, "--data": args.data, "--json": scores}
     arguments = [word for option, path in options.items() for word in (option, escape_path(path))]
-    return Job(args.job, output, job_folder(args.job, output), arguments, EVALUATE_THREADS, {})
+    return Job(args.job, output, job_folder(args.job, output), arguments, DEFAULT_NUM_THREADS, {})
 
 
 def require_file(option: str, path: Path, after: str | None) -> None:

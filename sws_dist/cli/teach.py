@@ -56,8 +56,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.teach
-    import sys
-
     from sws_dist.cli.main import run
 
-    run("teach", sys.argv[1:])
+    run("teach")

@@ -105,8 +105,6 @@ def check_and_plan(config: RunConfig, deepspeed_config: Path, resume: str | None
 
 
 if __name__ == "__main__":  # deepspeed --module sws_dist.cli.train
-    import sys
-
     from sws_dist.cli.main import run
 
-    run("train", sys.argv[1:])
+    run("train")

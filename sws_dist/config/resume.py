@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sws_dist.config.loader import load_config, marked_keys, valid_keys
 from sws_dist.config.lr_schedule import LRSchedule
 from sws_dist.config.schema import IS_PATH, MAY_CHANGE, RunConfig
 from sws_dist.errors import ConfigError
-from sws_dist.text import read_text
+from sws_dist.text import read_json, read_text
 
 CLIPPING = "gradient_clipping"
 """The one key of the DeepSpeed config that is part of the recipe; the others may change."""
@@ -70,7 +69,7 @@ def compare_with_own_config(
     for key, (before, now) in changed_keys(own, config).items():
         (harmless if key in may_change else refused).append(f"{key} {_text(now)} (it was {_text(before)})")
     if ds is not None and (folder / "deepspeed.json").is_file():
-        before, now = json.loads(read_text(folder / "deepspeed.json")).get(CLIPPING), ds.get(CLIPPING)
+        before, now = read_json(folder / "deepspeed.json").get(CLIPPING), ds.get(CLIPPING)
         if before != now:
             refused.append(f"{CLIPPING} {_text(now)} in the DeepSpeed config (it was {_text(before)})")
     if refused:
@@ -114,7 +113,7 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     except ConfigError as error:
         raise ConfigError(f"{finished} exists: this run is done. {error}") from None
     log.info("%s exists: this run is done", finished)
-    return json.loads(read_text(finished))
+    return read_json(finished)
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:
@@ -124,7 +123,7 @@ def flatten_config(config: RunConfig) -> dict[str, Any]:
         value: Any = config
         for part in dotted.split("."):
             value = getattr(value, part, None)
-        if not is_dataclass(value):
+        if not dataclasses.is_dataclass(value):
             flat[dotted] = value
     return flat
 

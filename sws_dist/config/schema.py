@@ -31,11 +31,16 @@ DEFAULT_CROP_PCT = 0.875
 DEFAULT_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm")
 MAX_BAD_SHARE = 0.1
 MAX_BATCH = 4096
-"""At most this many images are decoded as one batch on one rank."""
+"""The largest number of images that are decoded as one batch on one rank."""
 MAX_TRACED = 100
-"""At most this many steps are traced: each takes megabytes."""
+"""The largest number of steps that are traced: each takes megabytes."""
 MAX_LAYERS = 1000
-"""An image passes through at most so many layers."""
+"""The largest number of layers that an image passes through."""
+IMAGE_SIZES = (8, 8192)
+"""The smallest and the largest height and width of a model's input, in pixels."""
+DEFAULT_NUM_THREADS = 4
+MAX_THREADS = 1024
+MAX_SEED = 2**32 - 1
 
 
 class KeyConflictError(ValueError):
@@ -227,7 +232,7 @@ class DataConfig:
     size of each takes minutes; files that were added, changed or removed since the scan are then not noticed."""
     max_bad_share: MayChange[float] = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
-    image_size: int = Field(default=224, ge=8, le=8192)
+    image_size: int = Field(default=224, ge=IMAGE_SIZES[0], le=IMAGE_SIZES[1])
     """Height and width of the model's input."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from the red, green and blue channel (of 0 to 1)."""
@@ -237,7 +242,7 @@ class DataConfig:
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
-    num_threads: MayChange[int] = Field(default=4, ge=1, le=1024)
+    num_threads: MayChange[int] = Field(default=DEFAULT_NUM_THREADS, ge=1, le=MAX_THREADS)
     """Number of DALI threads of one rank."""
     prefetch: MayChange[int] = Field(default=2, ge=1, le=64)
     """Number of batches that DALI prepares ahead."""
@@ -337,7 +342,7 @@ class DistillConfig:
     """Take the averaged weights where ``teacher_weights`` has them beside others."""
     logits: PathStr | None = None
     """A folder that ``sws teach`` wrote: its logits are read, and no teacher runs. They have to be those of this run's
-    images, augmentation and seed, and of ``teacher``; without a ``teacher`` they are taken whosever they are."""
+    images, augmentation and seed, and of ``teacher``; without a ``teacher`` the logits of any teacher are taken."""
     kind: Literal["soft", "hard"] = "soft"
     """Learn the teacher's whole distribution (``soft``), or its most likely label (``hard``)."""
     alpha: float = Field(default=1.0, ge=0, le=1)
@@ -418,14 +423,14 @@ class TrainConfig:
     """Number of passes over the training images; the learning-rate schedule spans them."""
     global_batch: int = Field(default=512, ge=1, le=10_000_000)
     """Images in one optimizer step, over all ranks and accumulation steps."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=MAX_SEED + 1)
     """Seed of weights, order, augmentation, mixing and drop-path."""
     max_steps: MayChange[int | None] = Field(default=None, ge=1)
     """Stop (and save) after this many steps, and leave the schedule as it is: for trials and tests."""
     eval_batch: MayChange[int] = Field(default=128, ge=1, le=MAX_BATCH)
     """Number of images in one evaluation batch of one rank."""
     eval_every: MayChange[int] = Field(default=1, ge=1)
-    """Evaluate at least each so many epochs, at the end of a step; after the last epoch always."""
+    """Number of epochs between two evaluations, each at the end of a step; there is always one after the last epoch."""
     eval_depths: MayChange[tuple[int, ...]] = ()
     """Further depths at which a model of ours is scored in each evaluation, as if it had been expanded to them."""
     eval_plan: MayChange[Literal["even", "proportional", "spaced"] | None] = None
@@ -460,7 +465,7 @@ class CheckpointConfig:
     """When the run is saved, and which checkpoints are kept."""
 
     every: MayChange[int] = Field(default=1, ge=1)
-    """Save at least each so many epochs, at the end of a step; after the last epoch always."""
+    """Number of epochs between two checkpoints, each at the end of a step; there is always one after the last epoch."""
     keep_last: MayChange[int] = Field(default=2, ge=1)
     """Number of newest checkpoints that are kept."""
     keep_best: MayChange[bool] = True

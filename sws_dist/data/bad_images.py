@@ -14,7 +14,7 @@ from sws_dist.data.manifest import BadFile, check_bad_share
 from sws_dist.distributed.collectives import gather_on_rank0, raise_on_all_ranks, sum_over_ranks
 
 _MAX_NAMED = 100
-"""At most this many files are named at once; the others are counted."""
+"""Number of files that are named at once; the others are counted."""
 
 
 class BadImages:

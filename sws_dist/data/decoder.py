@@ -56,7 +56,7 @@ def decode_size(data: bytes) -> tuple[int, int]:
         _of_thread.pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8)])
         (shape,) = _of_thread.pipeline.run()
     except RuntimeError:
-        del _of_thread.pipeline  # after an error it is of no more use
+        del _of_thread.pipeline  # an error makes it unusable
         raise
     height, width, _ = shape.at(0).tolist()
     return height, width

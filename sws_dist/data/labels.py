@@ -11,9 +11,9 @@ import numpy as np
 from sws_dist.text import read_text
 
 MAX_LABEL = 10_000_000
-"""Numbers above it are no labels: each label is a class, down to 0."""
+"""The largest number that is accepted as a label: every number from 0 to the largest label becomes a class."""
 _NAMED = 5
-"""At most this many classes are named in a message."""
+"""Number of classes that a message names."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 

@@ -28,7 +28,7 @@ from sws_dist.data.validate import BadImageError, check_image
 _NUM_READERS = 8
 """Number of images of a shard that are read at once."""
 _MAX_SUBSTITUTES = 32
-"""Number of substitutes that are tried for one position. If so many are bad in a row, the data is gone."""
+"""Number of substitutes that are tried for one position. If all of them are bad, the data is gone."""
 
 Feeds = tuple[Any, ...]
 BuildPipeline = Callable[..., Any]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 _MANY = 1 << 20
-"""Above so many images the processes of a node shuffle them one after another."""
+"""Number of images above which the processes of a node shuffle them one after another."""
 _EPOCH_MULTIPLE = 256
 """With repeats, the length of an epoch is a multiple of this, as in timm's RepeatAugSampler."""
 _SUBSTITUTE_STREAM = 2 << 64
@@ -44,11 +44,10 @@ class TrainOrder:
         num_repeats: how often an image stands in a row.
         num_crops: crops of an image that is decoded once.
         shards: [num_images] int: the tar shard of each image.
-        window: number of shards. The shards are shuffled, then the images of so many shards at a time, so that only
+        window: number of shards. The shards are shuffled, then the images of ``window`` shards at a time, so that only
             these are read meanwhile. None: all images are shuffled.
-        share: (rank, world size): only positions of this rank will be asked for. The decodes that they belong to are
-            those that leave ``rank`` when divided by the world size. Of millions of images a rank then keeps its own
-            part of a pass.
+        share: (rank, world size): only positions of this rank will be asked for, those whose decode number leaves
+            ``rank`` when divided by the world size. Of millions of images a rank then keeps its own part of a pass.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class TrainOrder:
         """Return the images of one pass in the order in which they are decoded, [epoch_size] int32 or int64."""
         generator = torch.Generator().manual_seed(self.seed + number)
         order = self._shuffle(generator).numpy()
-        # Each image as often as it repeats, without a list that is so many times as long.
+        # Each image ``num_repeats`` times, without a list of all repeats of all images.
         return order if self.num_repeats == 1 else order[np.arange(self.epoch_size) // self.num_repeats]
 
     def _own_images(self, number: int) -> np.ndarray:

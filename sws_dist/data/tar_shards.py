@@ -25,8 +25,8 @@ from sws_dist.data.image_names import is_hidden
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
 from sws_dist.data.labels import join_names
 
-_MAX_CAPTION_FREE = 100
-"""From so many samples on, ``.txt`` files that are nearly all different are taken for captions."""
+_MIN_FOR_CAPTIONS = 100
+"""Number of samples from which on ``.txt`` files are taken for captions, if more than half of the texts differ."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
@@ -94,7 +94,7 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
     if not samples:
         raise ValueError(_explain_no_samples(folder, shards, keys, left_out))
     labels = [label for *_, label, _ in samples]
-    if len(samples) >= _MAX_CAPTION_FREE and all(kind == "txt" for *_, kind in samples):
+    if len(samples) >= _MIN_FOR_CAPTIONS and all(kind == "txt" for *_, kind in samples):
         different = len(set(labels))
         if 2 * different > len(samples):
             raise ValueError(

@@ -129,7 +129,7 @@ def _describe_teacher(config: DistillConfig) -> Fingerprint:
     if not file.is_file():
         raise ValueError(
             f"distill.teacher: {file}: no such file. A run that reads stored logits needs no teacher: set "
-            "distill.teacher to null, and it takes them whosever they are"
+            "distill.teacher to null, and the logits of any teacher are taken"
         )
     named = (None, None) if is_model_file(str(config.teacher)) else (config.teacher, config.teacher_ema)
     return dict(zip(_TEACHER_KEYS, (digest(file).sha256, *named), strict=True))

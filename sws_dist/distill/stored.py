@@ -13,7 +13,7 @@ from sws_dist.config.schema import RunConfig
 from sws_dist.data.loader import Batch
 from sws_dist.data.manifest import Manifest
 from sws_dist.distill.fingerprint import compute_fingerprint, require_same_fingerprint
-from sws_dist.distill.shards import LogitsFolder
+from sws_dist.distill.logits_folder import LogitsFolder
 from sws_dist.distill.topk import TopK, build_logits
 from sws_dist.distributed.init import World
 
@@ -33,7 +33,7 @@ class StoredTeacher:
     def __init__(self, folder: LogitsFolder, images: Manifest, device: torch.device) -> None:
         self.failure: Exception | None = None
         self._folder, self._images, self._device = folder, images, device
-        self._shard = lru_cache(maxsize=2)(folder.read)
+        self._read_epoch = lru_cache(maxsize=2)(folder.read)
 
     def logits(self, images: Tensor, batch: Batch) -> Tensor:
         """Return the logits of a micro-batch, [B, classes] float32; see ``Teacher.logits``."""
@@ -48,10 +48,10 @@ class StoredTeacher:
         epochs, rows = np.divmod(batch.positions, self._folder.epoch_size)
         parts = []
         for epoch in np.unique(epochs).tolist():  # rising, as the positions are
-            shard, here = self._shard(epoch), epochs == epoch
-            self._require_same_images(batch.positions[here], batch.indices[here], shard.images[rows[here]])
-            classes = shard.kept.classes
-            parts.append(TopK(shard.kept.values[rows[here]], None if classes is None else classes[rows[here]]))
+            logits, here = self._read_epoch(epoch), epochs == epoch
+            self._require_same_images(batch.positions[here], batch.indices[here], logits.images[rows[here]])
+            classes = logits.kept.classes
+            parts.append(TopK(logits.kept.values[rows[here]], None if classes is None else classes[rows[here]]))
         values, classes = zip(*parts, strict=True)
         return TopK(np.concatenate(values), None if classes[0] is None else np.concatenate(classes))
 
@@ -85,7 +85,7 @@ def open_stored_teacher(
     fingerprint = compute_fingerprint(config, images, micro_batch, world.device, is_truncated=folder.is_truncated)
     require_same_fingerprint(fingerprint, folder.fingerprint, folder.path)
     epochs = range(left.start // epoch_size, -(-left.stop // epoch_size))
-    missing = [folder.shard(epoch).name for epoch in epochs if not folder.shard(epoch).is_file()]
+    missing = [folder.file(epoch).name for epoch in epochs if not folder.file(epoch).is_file()]
     if missing:
         raise ValueError(
             f"distill.logits {folder.path}: {len(missing)} of the run's epochs are not there, the first is "

@@ -16,7 +16,7 @@ from sws_dist.data.build import DataParts, build_data, list_images
 from sws_dist.data.loader import Batch
 from sws_dist.data.mixup import augment_batch
 from sws_dist.distill.fingerprint import compute_fingerprint
-from sws_dist.distill.shards import LogitsFolder, Shard
+from sws_dist.distill.logits_folder import EpochLogits, LogitsFolder
 from sws_dist.distill.teacher import OnlineTeacher, count_teacher_flops, load_teacher
 from sws_dist.distill.topk import TopK, index_dtype, keep_top_k
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -78,7 +78,7 @@ def _missing_epochs(folder: LogitsFolder, num_epochs: int) -> list[int]:
     """Return the epochs whose files are not there, or damaged."""
     missing = []
     for epoch in range(num_epochs):
-        if not folder.shard(epoch).is_file():
+        if not folder.file(epoch).is_file():
             missing.append(epoch)
             continue
         try:
@@ -98,12 +98,12 @@ def _log_plan(folder: LogitsFolder, num_images: int, num_epochs: int, num_missin
         log.info(f"{num_epochs - num_missing} of {num_epochs} epochs are there already")
 
 
-def _allocate(folder: LogitsFolder, num_images: int, rows: int) -> Shard:
-    """Return ``rows`` rows of a shard, for a list of ``num_images`` images, to be filled."""
+def _allocate(folder: LogitsFolder, num_images: int, rows: int) -> EpochLogits:
+    """Return ``rows`` rows of an epoch, for a list of ``num_images`` images, to be filled."""
     truncated, k = folder.is_truncated, folder.top_k
     values = np.empty((rows, k + truncated), np.float16)
     classes = np.empty((rows, k), index_dtype(folder.num_classes)) if truncated else None
-    return Shard(TopK(values, classes), np.empty(rows, index_dtype(num_images)))
+    return EpochLogits(TopK(values, classes), np.empty(rows, index_dtype(num_images)))
 
 
 class _EpochWriter:
@@ -157,7 +157,7 @@ class _EpochWriter:
             for micro in range(num_micros)
         ]
 
-    def _ask_teacher(self, epoch: int, batches: Iterable[Batch], bar: ProgressBar, num_ranks: int) -> Shard:
+    def _ask_teacher(self, epoch: int, batches: Iterable[Batch], bar: ProgressBar, num_ranks: int) -> EpochLogits:
         """Return what the teacher says of the images of one epoch.
 
         Args:
@@ -165,17 +165,17 @@ class _EpochWriter:
             bar: counts the images of all ``num_ranks`` that write an epoch in this round.
         """
         size = self.folder.epoch_size
-        shard = _allocate(self.folder, len(self.data.train), size)
+        logits = _allocate(self.folder, len(self.data.train), size)
         for batch in batches:
             assert batch.positions is not None
             kept = keep_top_k(self._logits(batch), self.folder.top_k, self.config.distill.tau)
-            found = Shard(kept, batch.indices).arrays()
+            found = EpochLogits(kept, batch.indices).arrays()
             rows = batch.positions - epoch * size
             own = (rows >= 0) & (rows < size)
-            for name, column in shard.arrays().items():
+            for name, column in logits.arrays().items():
                 column[rows[own]] = found[name][own]
             bar.update(num_ranks * int(own.sum()))
-        return shard
+        return logits
 
     def _logits(self, batch: Batch) -> Tensor:
         """Return the teacher's logits of a micro-batch, [B, classes]."""

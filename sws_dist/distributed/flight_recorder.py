@@ -30,13 +30,13 @@ from sws_dist.atomic import atomic_write_text
 from sws_dist.distributed.init import World
 
 _KEPT = 200
-"""So many collectives of each rank are written."""
+"""Number of collectives of each rank that are written."""
 _CALLERS, _NAMED_CALLERS = 8, 2
-"""Functions that called a collective: so many are written, so many stand in the message."""
+"""Number of functions that called a collective: in the record, and in the message."""
 _NO_CALLERS = ("/torch/", "/contextlib.py", "/typing_extensions.py", "/deepspeed/comm/", "/deepspeed/utils/")
-"""Parts of paths of functions that every collective passes."""
+"""Parts of the paths of functions through which every collective is called; these are left out."""
 _MAX_RANKS = 8
-"""So many ranks are named."""
+"""Number of ranks that a message names."""
 _UNEVEN = ("all_to_all", "alltoall", "scatter", "gather")
 """Collectives in which the ranks' tensors may differ in size."""
 
@@ -78,8 +78,8 @@ class FlightRecorder:
         self._world = world
 
     @property
-    def is_asked(self) -> bool:
-        """True if another rank has written a record, and this one has not: it needs this one's to compare with."""
+    def is_record_wanted(self) -> bool:
+        """True if another rank has written a record and this one has not: the records are to be compared."""
         return self.folder.is_dir() and not self._path(self._world.rank, "json").exists()
 
     def write(self, reason: str, error: BaseException | None = None) -> None:

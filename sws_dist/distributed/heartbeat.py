@@ -122,7 +122,7 @@ class Heartbeat:
                 written = now
                 self._write()
             idle = now - self._last_progress
-            if idle >= self._interval_s and self._recorder.is_asked and self._exiting.acquire(blocking=False):
+            if idle >= self._interval_s and self._recorder.is_record_wanted and self._exiting.acquire(blocking=False):
                 self._record(f"no progress for {idle:.0f} s, and another rank has met an error")
                 self._exiting.release()
             if idle >= self._timeout_s and self._world.size > 1:

@@ -1,4 +1,7 @@
-"""Account for the time of each step: all of it, and how much of it a rank waited for data or wrote the log."""
+"""Measure each step on the host: all of its time, and how much of it a rank waited for data or wrote the log.
+
+Slow steps are found by these times; ``phase_timer.py`` splits a step into the phases that TensorBoard shows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import time
 from collections import defaultdict
 from typing import NamedTuple
 
-DATA, LOG, SAVE = "waiting for data", "writing the log", "saving"
+WAITING_FOR_DATA, WRITING_LOG, SAVING = "waiting for data", "writing the log", "saving"
+"""Phases of a rank, as its heartbeat names them."""
 
 
 class StepTimes(NamedTuple):
@@ -31,7 +35,7 @@ class StepTimer:
     def finish_step(self) -> StepTimes:
         """Return the times of the current step and begin the next one."""
         now = time.monotonic()
-        times = StepTimes(now - self._start, self._seconds[DATA], self._seconds[LOG])
+        times = StepTimes(now - self._start, self._seconds[WAITING_FOR_DATA], self._seconds[WRITING_LOG])
         self._start = now
         self._seconds.clear()
         return times

@@ -13,14 +13,13 @@ from sws_dist.checkpoint.load_model import load_model, set_input_description
 from sws_dist.checkpoint.model_file import (
     ModelInfo,
     describe_preprocessing,
-    is_described,
+    find_model_info,
     load_weights_strict,
-    read_model_info,
 )
 from sws_dist.checkpoint.open_model import find_run_weights, is_timm_folder, load_timm_folder, read_timm_config
 from sws_dist.data.labels import read_classes
 from sws_dist.inference import input_config
-from sws_dist.learngene.expand import expand_learngene, plan_layers
+from sws_dist.learngene.expand import build_descendant, plan_layers
 from sws_dist.learngene.file import describe_model, load_learngene
 from sws_dist.models import SWSVisionTransformer, geometry
 from sws_dist.models.geometry import timm_arguments
@@ -91,10 +90,10 @@ def open_source(
     file = run_file or path
     if is_timm_folder(path):
         opened = _open_timm_folder(path, model_name, image_size)
-    elif is_described(file) and read_model_info(file).kind == "learngene":
+    elif (info := find_model_info(file)) is not None and info.kind == "learngene":
         opened = _open_learngene(file, depth, plan, image_size)
     else:
-        opened = _open_weights(file, model_name, image_size)
+        opened = _open_weights(file, info, model_name, image_size)
     if depth is not None and not opened.schedule:
         raise ValueError(f"--depth {depth}: only a learngene can be expanded, and {file} is none")
     return _as_plain_timm(opened, image_size, classes)
@@ -104,9 +103,8 @@ def _open_timm_folder(folder: Path, model_name: str | None, image_size: int | No
     if model_name is not None:
         raise ValueError(f"{folder}: its config.json says which model it is; leave the name {model_name} out")
     arguments, weights = read_timm_config(folder).get("model_args") or {}, folder / "model.safetensors"
-    ours = weights.is_file() and is_described(weights)  # exported before
-    provenance = read_model_info(weights).provenance if ours else {}
-    return _Opened(load_timm_folder(folder, image_size), folder, arguments, provenance)
+    info = find_model_info(weights) if weights.is_file() else None  # exported before
+    return _Opened(load_timm_folder(folder, image_size), folder, arguments, info.provenance if info else {})
 
 
 def _open_learngene(file: Path, depth: int | None, plan: str | Sequence[int], image_size: int | None) -> _Opened:
@@ -117,15 +115,11 @@ def _open_learngene(file: Path, depth: int | None, plan: str | Sequence[int], im
             f"{sum(learngene.schedule)})"
         )
     layers = plan_layers(learngene.info, depth, plan)
-    info, weights = expand_learngene(*learngene, layers, image_size=image_size)
-    model = info.build()
-    load_weights_strict(model, weights, file)
-    set_input_description(model, info)
+    info, model = build_descendant(learngene, layers, image_size=image_size)
     return _Opened(model, file, provenance=info.provenance, schedule=learngene.schedule)
 
 
-def _open_weights(file: Path, model_name: str | None, image_size: int | None) -> _Opened:
-    info = read_model_info(file) if is_described(file) else None
+def _open_weights(file: Path, info: ModelInfo | None, model_name: str | None, image_size: int | None) -> _Opened:
     model = load_model(file, model_name, image_size=image_size)
     return _Opened(model, file, info.kwargs if info else {}, info.provenance if info else {})
 

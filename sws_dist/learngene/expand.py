@@ -19,8 +19,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
-from sws_dist.checkpoint.model_file import ModelInfo
-from sws_dist.learngene.file import BLOCK, describe_model, is_linear
+from sws_dist.checkpoint.load_model import set_input_description
+from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict, misfit
+from sws_dist.learngene.file import BLOCK, Learngene, describe_model, is_linear
 from sws_dist.learngene.plan import expansion_plan
 from sws_dist.models import SWSVisionTransformer, branch_scale, geometry
 from sws_dist.models.tleg import linear_expansion
@@ -148,8 +149,7 @@ def map_weights(
         if not copies and not BLOCK.match(name) and name not in fresh
     ]
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("the learngene does not fit the model:\n  " + "\n  ".join(problems[:8]) + more)
+        raise misfit("the learngene", problems)
     return WeightMapping(
         layers=tuple(layers),
         copies={name: tuple(copies) for name, copies in targets.items()},
@@ -282,3 +282,18 @@ def expand_learngene(
         },
     )
     return described, {name: weights[name] for name, _ in model.named_parameters()}
+
+
+def build_descendant(
+    learngene: Learngene, layers: Sequence[int], **options: Any
+) -> tuple[ModelInfo, SWSVisionTransformer]:
+    """Build a learngene's descendant, with its weights and ``pretrained_cfg``, on the CPU.
+
+    Args:
+        layers, options: arguments of ``expand_learngene``.
+    """
+    info, weights = expand_learngene(*learngene, layers, **options)
+    model = info.build()
+    load_weights_strict(model, weights, "the learngene")
+    set_input_description(model, info)
+    return info, model

@@ -25,7 +25,7 @@ from sws_dist.checkpoint.safetensors_stream import DTYPE_NAMES
 from sws_dist.checkpoint.weight_file import load_tensors
 from sws_dist.models import SWSVisionTransformer, TLEGVisionTransformer, geometry
 
-DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -117,12 +117,12 @@ def read_learngene_header(path: str | Path) -> LearngeneHeader:
         checksum = hashlib.sha256(header + file.read() + str(size).encode()).hexdigest()
     about = json.loads(header)
     del about["__metadata__"]
-    unknown = sorted({tensor["dtype"] for tensor in about.values()} - set(DTYPES))
+    unknown = sorted({tensor["dtype"] for tensor in about.values()} - set(_DTYPES))
     if unknown:
-        raise ValueError(f"{path}: holds tensors of {', '.join(unknown)}; a learngene's are {', '.join(DTYPES)}")
+        raise ValueError(f"{path}: holds tensors of {', '.join(unknown)}; a learngene's are {', '.join(_DTYPES)}")
     shapes = {name: tuple(tensor["shape"]) for name, tensor in about.items()}
     _check_stages(path, info, shapes)
-    dtype = max((DTYPES[tensor["dtype"]] for tensor in about.values()), key=lambda dtype: dtype.itemsize)
+    dtype = max((_DTYPES[tensor["dtype"]] for tensor in about.values()), key=lambda dtype: dtype.itemsize)
     return LearngeneHeader(info, shapes, dtype, checksum)
 
 

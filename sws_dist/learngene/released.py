@@ -29,7 +29,7 @@ def convert_released(
     Raises:
         ValueError: a tensor that the layout does not know, or a schedule or head count that does not fit.
     """
-    renamed = {_released_name(name): tensor for name, tensor in weights.items()}
+    renamed = {_timm_name(name): tensor for name, tensor in weights.items()}
     stages = {int(match[1]) for name in renamed if (match := BLOCK.match(name))}
     if stages != set(range(len(schedule))):
         raise ValueError(f"schedule {list(schedule)} has {len(schedule)} stages, the checkpoint has {len(stages)}")
@@ -62,7 +62,8 @@ def convert_released(
     return describe_model(model, "learngene", preprocessing=preprocessing), renamed
 
 
-def _released_name(name: str) -> str:
+def _timm_name(name: str) -> str:
+    """Return timm's name of a tensor that the released code calls ``name``."""
     shared = re.fullmatch(r"(?:module\.)?blocks\.block\.(.+)\.instances\.(\d+)\.(weight|bias)", name)
     if shared:
         part, stage, kind = shared.groups()

@@ -1,7 +1,7 @@
 """Initialise a descendant whose weights lie sharded over many ranks from a learngene, without the whole of it anywhere.
 
     expansion = prepare_expansion(config.model, model)       # the model is on the meta device; nothing is read yet
-    allocate_shards(model, ds, device, dtype)             # each rank its shards, one tensor after another
+    allocate_shards(model, ds, device, dtype)                # each rank its shards, one tensor after another
     engine = build_engine(model, ds, optim)
     init_from_learngene(model, master_slices(engine), expansion, seed, device)
 
@@ -133,7 +133,7 @@ def init_from_learngene(
     num_bytes = _read_slices(writer, expansion) if is_read else _broadcast(writer, expansion, device)
     if expansion.mapping.fresh:
         for name, tensor in fresh_head(model, seed).items():
-            writer.write((name,), _slices_of(tensor.reshape(-1)))
+            writer.write(name, _slices_of(tensor.reshape(-1)))
     return InitReport(num_bytes, writer.gathered)
 
 
@@ -169,7 +169,7 @@ def _write_targets(writer: ShardWriter, mapping: WeightMapping, name: str, sourc
         def fetch(start: int, stop: int, target: str = target) -> Tensor:
             return mapping.compute(target, *(source(start, stop) for source in sources))
 
-        writer.write((target,), fetch)
+        writer.write(target, fetch)
 
 
 def _broadcast(writer: ShardWriter, expansion: Expansion, device: torch.device) -> int:

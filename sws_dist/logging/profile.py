@@ -34,7 +34,7 @@ class StepProfiler:
         self._folder, self._on_gpu = folder, device.type == "cuda"
         self._due = range(0) if steps is None else range(max(steps[0], taken.start), min(steps[1] + 1, taken.stop))
         self._profiler: Any = None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's tracer tells standard error of its stages
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's tracer reports its stages on standard error
         if steps is not None and not self._due:
             now = f"{taken.start} to {taken.stop - 1}"
             log.warning(f"train.profile {list(steps)}: nothing is traced, since this start takes the steps {now}")

@@ -1,4 +1,4 @@
-"""Report how fast a run trains: a line of the log every so many steps, and steps that take far too long."""
+"""Report how fast a run trains: a line of the log every ``train.log_every`` steps, and steps that take far too long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
-from sws_dist.distributed.step_clock import StepClock
+from sws_dist.distributed.phase_timer import PhaseTimer
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.logging.recorder import Recorder
 from sws_dist.models.losses import LossParts
@@ -67,7 +67,7 @@ class WindowMeans:
     flops_per_s: float | None
     """Of all ranks; None if the operations of a step are not known."""
     phases_ms: dict[str, float]
-    """Milliseconds that a step spends in each of its phases (``StepClock``)."""
+    """Milliseconds that a step spends in each of its phases (``PhaseTimer``)."""
 
 
 class LogWindow:
@@ -76,20 +76,20 @@ class LogWindow:
     Args:
         global_batch: images of one step, over all ranks.
         world_size: number of ranks.
-        clock: splits the time of the steps.
+        timer: splits the time of the steps.
     """
 
-    def __init__(self, global_batch: int, world_size: int, clock: StepClock) -> None:
-        self._global_batch, self._world_size, self._clock = global_batch, world_size, clock
+    def __init__(self, global_batch: int, world_size: int, timer: PhaseTimer) -> None:
+        self._global_batch, self._world_size, self._timer = global_batch, world_size, timer
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was added, and start the clock anew."""
+        """Forget what was added, and start the timer anew."""
         self._sums: Tensor | None = None
         self._by_depth: dict[int, Tensor] = {}
         self._num_steps, self._waited_s, self._start = 0, 0.0, time.perf_counter()
         self._flops: int | None = 0
-        self._clock.reset()
+        self._timer.reset()
 
     def add(self, losses: LossParts, waited_s: float, flops: int | None, depth: int | None) -> None:
         """Add one step of this rank.
@@ -99,7 +99,7 @@ class LogWindow:
             flops: operations of the step on all ranks; None: not known.
             depth: the layers that the step has drawn, the same on all ranks; None: it does not draw.
         """
-        self._clock.finish_step()
+        self._timer.finish_step()
         values = torch.stack(losses)
         self._sums = values if self._sums is None else self._sums + values
         if depth is not None:
@@ -125,7 +125,7 @@ class LogWindow:
             images_per_s=self._num_steps * self._global_batch / took_s,
             data_wait_share=self._waited_s / took_s,
             flops_per_s=None if self._flops is None else self._flops / took_s,
-            phases_ms=self._clock.mean_ms(),
+            phases_ms=self._timer.mean_ms(),
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sws_dist.models.evaluation_mode import evaluation_mode
 from sws_dist.models.vit import timm_config
 
 
@@ -33,18 +34,20 @@ def require_image_size(model: Any, what: str, image_size: int) -> None:
     Raises:
         ValueError: the model takes no images of this size; the message says which it is made for.
     """
-    parameter, modes = next(model.parameters()), {module: module.training for module in model.modules()}
+    parameter = next(model.parameters())
     channels = getattr(model, "in_chans", None) or 3
     image = torch.zeros(1, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
     try:
-        model.eval()(image)
+        with evaluation_mode(model):
+            model(image)
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
-        usual = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]
+        usual = usual_image_size(model)
         hint = f"; it is made for {usual}: set data.image_size (--image-size) to that" if usual else ""
         raise ValueError(
             f"{what} takes no images of {image_size} x {image_size} pixels ({error or type(error).__name__}){hint}"
         ) from None
-    finally:
-        model.train(modes[model])  # some models drop here what they have computed for evaluation
-        for module, mode in modes.items():
-            module.training = mode
+
+
+def usual_image_size(model: Any) -> int | None:
+    """Return the height and width in pixels that a model was made for; None if it does not say it."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[-1]

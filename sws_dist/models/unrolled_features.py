@@ -47,7 +47,7 @@ class UnrolledFeatures(VisionTransformer):
 
         Args:
             x: images [batch, channels, height, width].
-            indices: the layers, from 0, whose outputs are returned; a number: the last so many; None: all.
+            indices: the layers, from 0, whose outputs are returned; a number n: the last n; None: all.
             return_prefix_tokens: return pairs of a feature and its class token [batch, 1, width].
             norm: apply the final norm to each feature.
             stop_early: run no layer behind the last of ``indices``.

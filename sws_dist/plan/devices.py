@@ -1,4 +1,4 @@
-"""What is known of devices and networks: published figures, and what this trainer reached where it was measured.
+"""Keep what is known of devices and networks: published figures, and what this trainer reached where it was measured.
 
 Every figure has its source beside it. What is assumed is in the text that a plan prints (``SpeedAssumption``).
 """
@@ -67,6 +67,9 @@ MEASURED: dict[Backend, dict[int, float]] = {
 """Backend -> width -> operations a second of a whole training step in bf16, 256 images, 16 layers, on one
 H200: ``benchmarks/results/kernels.json``."""
 MEASURED_BATCH = 256
+HEADROOM = 0.1
+"""Share of a device's memory that is left free unless told otherwise: for CUDA's context, NCCL's buffers, what DALI
+decodes on the device, and gaps between tensors. None of these is counted."""
 
 DECODING_CPU_S = 3.43e-3
 """CPU seconds of reading, decoding and augmenting one image with the full recipe: ``benchmarks/results/data-cpu.json``,

@@ -1,9 +1,7 @@
 """Add up a rank's memory at the two moments of a step that may be its peak.
 
 What lies where at each ZeRO stage is what DeepSpeed 0.19.8 was seen to allocate (tests/distributed/test_plan.py holds
-it against real runs). With N parameters of p bytes each on W ranks:
-
-(Muon keeps one moment of its matrices, not two.)
+it against real runs). With N parameters of p bytes each on W ranks (Muon keeps one moment of its matrices, not two):
 
 | stage | weights | optimizer (masters, two moments, average) | gradients kept between micro-batches |
 |---|---|---|---|
@@ -108,7 +106,7 @@ def _kept_gradients(size: ModelSize, sharding: Sharding) -> int:
 
 
 def _buckets(sharding: Sharding) -> int:
-    """Return the bytes of the buffers in which gradients are reduced: as large as configured, whatever the model's."""
+    """Return the bytes of the buffers in which gradients are reduced. Their size does not depend on the model."""
     return sharding.num_buckets * sharding.bucket * sharding.reduced_element if sharding.zero_stage else 0
 
 

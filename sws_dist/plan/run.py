@@ -28,16 +28,12 @@ from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.flops import TRAIN_FACTOR
 from sws_dist.models.kernel_backend import ALL_AUTO, choose_providers, model_obstacle, require_not_asked_for
 from sws_dist.plan.bill import Bill, Budget, Costs, add_up
-from sws_dist.plan.devices import Backend, Device, SpeedAssumption, assume_utilisation
+from sws_dist.plan.devices import HEADROOM, Backend, Device, SpeedAssumption, assume_utilisation
 from sws_dist.plan.memory import RankMemory, rank_memory
 from sws_dist.plan.sharding import ModelSize, Sharding
 from sws_dist.plan.speed import StepTime, step_time
 from sws_dist.plan.step_memory import PassMemory, measure_pass
 from sws_dist.plan.traffic import Collective, Network, step_collectives
-
-HEADROOM = 0.1
-"""Share of a device's memory that is left free unless told otherwise: for CUDA's context, NCCL's buffers, what DALI
-decodes on the device, and gaps between tensors. None of these is counted."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +127,17 @@ def plan_run(request: Request) -> Plan:
     step_flops = total_flops / total_steps
     if config.model.grad_checkpointing:  # the forward pass of each stage runs twice
         step_flops += (total_flops / total_steps - config.train.global_batch * teacher_flops) / TRAIN_FACTOR
-    teacher = 0
-    if config.distill.teacher is not None and config.distill.logits is None:
-        with torch.device("meta"):
-            teacher = sum(p.numel() for p in build_teacher(config.distill, config.data.image_size).parameters())
-    add_memory = partial(rank_memory, size, config=config, teacher=teacher)
+    add_memory = partial(rank_memory, size, config=config, teacher=_count_teacher_parameters(config))
     measure = partial(pass_memory, config, request.num_classes, kernels, DTYPES[sharding.precision], elastic)
     memory = add_memory(sharding, measure(sharding.micro_batch))
     limit = int(device.memory_bytes * (1 - request.headroom))
     network = Network.of(device, request.nodes, request.ranks_a_node)
     if request.network_bytes is not None:
         network = replace(network, network_bytes=request.network_bytes)
-    speed = assume_utilisation(
-        device, kernels, getattr(student, "embed_dim", None) if size.stages else None, sharding.precision
-    )
     if request.utilisation is not None:
         speed = SpeedAssumption(request.utilisation, "as was asked for")
+    else:
+        speed = assume_utilisation(device, kernels, student.embed_dim if size.stages else None, sharding.precision)
     rate = speed.utilisation * device.flops(sharding.precision)
     collectives = tuple(step_collectives(size, sharding))
     return Plan(
@@ -168,6 +159,14 @@ def plan_run(request: Request) -> Plan:
         bill=plan_bill(request, student, size, counted, total_flops, total_steps) if request.depths else None,
         left_out=tuple(_left_out(config, sharding, counts_teacher=flops.teacher is not None)),
     )
+
+
+def _count_teacher_parameters(config: RunConfig) -> int:
+    """Return the number of the teacher's parameters; 0 where none runs."""
+    if config.distill.teacher is None or config.distill.logits is not None:
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_teacher(config.distill, config.data.image_size).parameters())
 
 
 def _left_out(config: RunConfig, sharding: Sharding, *, counts_teacher: bool) -> Iterator[str]:
@@ -201,15 +200,6 @@ def choose_backend(config: RunConfig, student: Any) -> Backend:
     return "compile timm, cuDNN" if config.model.compile else "eager timm"
 
 
-def gpu_providers(config: RunConfig, dtype: torch.dtype) -> Any:
-    """Return who computes the operators of the kernels' stages on a GPU.
-
-    Raises:
-        ValueError: a provider that was asked for and cannot run there.
-    """
-    return choose_providers(config.model.kernels, config.model.operators, torch.device("cuda"), dtype)
-
-
 def pass_memory(
     config: RunConfig,
     num_classes: int,
@@ -218,11 +208,16 @@ def pass_memory(
     elastic: ElasticDepth | None,
     micro_batch: int,
 ) -> PassMemory:
-    """Return what one micro-batch keeps in memory, at the largest depth that is drawn."""
+    """Return what one micro-batch keeps in memory on a GPU, at the largest depth that is drawn.
+
+    Raises:
+        ValueError: a provider of an operator that was asked for and cannot run there.
+    """
     model = build_on_meta(config, num_classes)
     is_triton = kernels.startswith("triton")
     if is_triton:
-        model.use_kernels("triton", gpu_providers(config, dtype))
+        chosen = choose_providers(config.model.kernels, config.model.operators, torch.device("cuda"), dtype)
+        model.use_kernels("triton", chosen)
     if config.model.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if elastic is not None:

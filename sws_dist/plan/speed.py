@@ -26,12 +26,12 @@ class StepTime:
 
     @property
     def shortest(self) -> float:
-        """If all traffic is overlapped with arithmetic."""
+        """The step's seconds if all traffic is overlapped with arithmetic."""
         return max(self.arithmetic, self.network)
 
     @property
     def longest(self) -> float:
-        """If none is."""
+        """The step's seconds if no traffic is."""
         return self.arithmetic + self.network
 
 
@@ -46,5 +46,5 @@ def step_time(step_flops: float, collectives: Sequence[Collective], network: Net
 
 
 def decoding_cores(images_per_s: float) -> float:
-    """Return how many CPU cores decode and augment so many images a second, if DALI runs on the CPU."""
+    """Return how many CPU cores decode and augment ``images_per_s``, if DALI runs on the CPU."""
     return images_per_s * DECODING_CPU_S

@@ -26,7 +26,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageFilter, features
 
-from sws_dist.cli.common import make_parser, parse_args, run_command, whole_number
+from sws_dist.cli.common import SEED, make_parser, parse_args, run_command, whole_number
 from sws_dist.progress import track
 from sws_dist.study.characters import CLASSES
 from sws_dist.study.dataset_folder import write_dataset
@@ -39,7 +39,7 @@ VAL_FAMILIES = 0.2
 _GLYPH_SIDE = (24, 50)  # of a character's longer side, in pixels
 _ROTATION = 15.0  # degrees, at most
 _CONTRAST = 70  # of 255, at least, between character and background
-_DETAIL = 2  # characters are drawn so many times as large, and scaled down
+_DETAIL = 2  # factor by which characters are drawn larger, and then scaled down
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, required=True, help="folder of TrueType and OpenType fonts, however deep")
     parser.add_argument("--train", type=whole_number(), default=60_000, help="training images (default 60000)")
     parser.add_argument("--val", type=whole_number(), default=10_000, help="validation images (default 10000)")
-    parser.add_argument(
-        "--seed", type=whole_number(0, 2**32 - 1), default=0, help="of everything that is drawn (default 0)"
-    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of everything that is drawn (default 0)")
     parser.add_argument(
         "--processes", type=whole_number(1, 1024), default=os.cpu_count(), help="that draw (default: one a core)"
     )

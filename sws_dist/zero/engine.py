@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sws_dist.config.schema import OptimConfig
 from sws_dist.distributed.collectives import gather_rows, gather_scalars
-from sws_dist.distributed.step_clock import REDUCE, StepClock
+from sws_dist.distributed.phase_timer import REDUCE, PhaseTimer
 from sws_dist.models import LinearStage, Stage
 from sws_dist.optim import hidden_matrices, parameter_groups
 from sws_dist.zero.config import MONITORS, precision_of
@@ -150,22 +150,22 @@ BUCKET_REDUCERS = {
 """ZeRO stage -> the method of its optimizer that reduces a bucket of gradients, in the midst of backward."""
 
 
-def time_reduction(engine: ZeroEngine, clock: StepClock) -> None:
-    """Let ``clock`` tell the exchange of gradients from the backward pass that DeepSpeed starts it in.
+def time_reduction(engine: ZeroEngine, timer: PhaseTimer) -> None:
+    """Let ``timer`` tell the exchange of gradients from the backward pass that DeepSpeed starts it in.
 
     What a GPU exchanges beside its computation (``overlap_comm``) takes no time of its own and is not counted.
     """
-    _count_as_reduction(engine, "allreduce_gradients", clock)
+    _count_as_reduction(engine, "allreduce_gradients", timer)
     if (name := BUCKET_REDUCERS.get(engine.zero_optimization_stage())) is not None:
-        _count_as_reduction(engine.optimizer, name, clock)
+        _count_as_reduction(engine.optimizer, name, timer)
 
 
-def _count_as_reduction(owner: Any, name: str, clock: StepClock) -> None:
+def _count_as_reduction(owner: Any, name: str, timer: PhaseTimer) -> None:
     method = getattr(owner, name)
 
     @wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        with clock.phase(REDUCE):
+        with timer.phase(REDUCE):
             return method(*args, **kwargs)
 
     setattr(owner, name, timed)

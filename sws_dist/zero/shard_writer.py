@@ -6,7 +6,7 @@ world), the last one padded. At the stages below, each rank has whole parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -97,25 +97,23 @@ class ShardWriter:
         return parameter.ds_numel if is_zero_param(parameter) else parameter.numel()
 
     @torch.no_grad()
-    def write(self, names: Iterable[str], fetch: Fetch) -> None:
-        """Write one tensor into every parameter of ``names``; ``fetch`` is asked for the ranges that this rank needs.
+    def write(self, name: str, fetch: Fetch) -> None:
+        """Write one tensor into the parameter ``name``; ``fetch`` is asked for the ranges that this rank needs.
 
-        A collective where a parameter has to be gathered.
+        A collective where the parameter has to be gathered.
         """
-        for name in names:
-            parameter = self._parameters[name]
-            if not is_zero_param(parameter):
-                parameter.data.view(-1).copy_(fetch(0, parameter.numel()))
-            elif _has_plain_shard(parameter):
-                _write_shard(parameter, fetch)
-            else:
-                self.gathered.append(name)
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if dist.get_rank() == 0:
-                        parameter.data.view(-1).copy_(fetch(0, parameter.ds_numel))
-            if name in self._masters:
-                master = self._masters[name]
-                master.values.copy_(fetch(master.start, master.start + master.values.numel()))
+        parameter = self._parameters[name]
+        if not is_zero_param(parameter):
+            parameter.data.view(-1).copy_(fetch(0, parameter.numel()))
+        elif _has_plain_shard(parameter):
+            _write_shard(parameter, fetch)
+        else:
+            self.gathered.append(name)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    parameter.data.view(-1).copy_(fetch(0, parameter.ds_numel))
+        if (master := self._masters.get(name)) is not None:
+            master.values.copy_(fetch(master.start, master.start + master.values.numel()))
 
 
 def _has_plain_shard(parameter: Any) -> bool:

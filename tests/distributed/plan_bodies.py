@@ -36,16 +36,16 @@ def measure(job: Job) -> dict[str, Any]:
     gc.collect()
     others = {tensor.untyped_storage()._cdata for tensor in live_tensors()}
     trainer = runs.trainer(job)
-    batches, clock = iter(trainer._loader), trainer._watch.clock
+    batches, timer = iter(trainer._loader), trainer._watch.timer
     for trainer.step in range(FIRST - 1):
-        trainer._train_step(batches, clock)
+        trainer._train_step(batches, timer)
     gc.collect()  # what earlier steps left is not these steps'
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in live_tensors()}
     before = sum(num_bytes for key, num_bytes in storages.items() if key not in others)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for trainer.step in range(FIRST - 1, LAST):
             with record_function(f"{MARK}{trainer.step}"), count_traffic() as traffic:
-                trainer._train_step(batches, clock)
+                trainer._train_step(batches, timer)
     return {"traffic": dict(traffic.bytes), "before": before, "peak": before + allocated(profiler)}
 
 

@@ -18,7 +18,7 @@ from sws_dist.distributed.collectives import gather_scalars, sum_over_ranks
 from sws_dist.distributed.flight_recorder import FlightRecorder
 from sws_dist.distributed.heartbeat import Heartbeat
 from sws_dist.distributed.init import World, init_distributed
-from sws_dist.distributed.step_timer import DATA, LOG
+from sws_dist.distributed.step_timer import WAITING_FOR_DATA, WRITING_LOG
 from sws_dist.errors import EXIT_PEER_LOST, Stopped
 from sws_dist.logging.console import setup_console
 from tests import ranks
@@ -52,8 +52,8 @@ def test_a_heartbeat_says_who_and_where_it_is_and_beats(tmp_path: Path) -> None:
         assert (first["rank"], first["host"], first["pid"]) == (0, socket.gethostname(), os.getpid())
         assert (first["step"], first["doing"]) == (0, "taking a step")
         heartbeat.step = 7
-        with heartbeat.phase(DATA):
-            assert wait_for(file, "doing", DATA)["beat"] > first["beat"]
+        with heartbeat.phase(WAITING_FOR_DATA):
+            assert wait_for(file, "doing", WAITING_FOR_DATA)["beat"] > first["beat"]
         assert wait_for(file, "doing", "taking a step")["step"] == 7
     assert not file.exists(), "a run that ends well takes its heartbeat away"
 
@@ -97,10 +97,10 @@ def test_the_time_of_a_step_is_split_into_data_log_and_the_rest(
     monkeypatch.setattr("sws_dist.distributed.heartbeat.time.monotonic", lambda: now)
     heartbeat = make_heartbeat(tmp_path, ALONE, 60)
     for _ in range(2):
-        with heartbeat.phase(DATA):
+        with heartbeat.phase(WAITING_FOR_DATA):
             pass_time(2)
         pass_time(1)
-    with heartbeat.phase(LOG):
+    with heartbeat.phase(WRITING_LOG):
         pass_time(4)
     assert heartbeat.finish_step() == (10.0, 4.0, 4.0)
     pass_time(3)
@@ -114,8 +114,8 @@ def hang_in(folder: Path, silent: bool) -> None:
     heartbeat = make_heartbeat(folder, world, timeout_s=2)
     with heartbeat.monitoring():
         if world.rank == 1:
-            with heartbeat.phase(DATA):
-                wait_for(folder / "rank-00001.json", "doing", DATA)
+            with heartbeat.phase(WAITING_FOR_DATA):
+                wait_for(folder / "rank-00001.json", "doing", WAITING_FOR_DATA)
                 if silent:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 signal.pause()
@@ -130,7 +130,7 @@ def test_a_silent_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
         assert group.exitcodes() == [EXIT_PEER_LOST, None, EXIT_PEER_LOST]
         errors = [line for line in group.printed().splitlines() if line.startswith("error: ")]
     # Rank 0 says it. On a machine so busy that rank 2 looks only when rank 0 is gone, it may add a line.
-    name = f"rank 1 on {socket.gethostname()} (process {pid}): silent, last seen {DATA} after step 0"
+    name = f"rank 1 on {socket.gethostname()} (process {pid}): silent, last seen {WAITING_FOR_DATA} after step 0"
     assert re.search(rf"no progress for \d+ s \(train.timeout_s 2\); {re.escape(name)}", errors[0])
     callers = (
         r"sum_over_ranks at distributed/collectives.py:\d+, called by hang_in at distributed/test_heartbeat.py:\d+"
@@ -153,7 +153,7 @@ def test_a_rank_that_is_alive_is_named_with_what_it_waits_for(tmp_path: Path) ->
         assert group.wait() == [EXIT_PEER_LOST, EXIT_PEER_LOST]
         errors = [line for line in group.printed().splitlines() if line.startswith("error: ")]
     assert "rank 1 on" in errors[0]
-    assert f"alive, {DATA} after step 0" in errors[0]
+    assert f"alive, {WAITING_FOR_DATA} after step 0" in errors[0]
     assert re.search(r"; rank 0 came to all_reduce number \d+ of Float\[3, 2\] \(.*\), rank 1 did not; ", errors[0])
     assert "signal.pause()" in (tmp_path / "crash" / "rank-00001.txt").read_text()
 

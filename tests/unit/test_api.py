@@ -52,3 +52,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     config = sws_dist.load_config("quickstart/teacher", [f"output={tmp_path}"])
     (tmp_path / "metrics.json").write_text('{"top1": 0.5}')
     assert sws_dist.train(config, "zero2", resume="auto") == {"top1": 0.5}
+
+
+def test_depths_do_not_write_over_each_others_predictions(learngene: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="takes no predictions"):
+        sws_dist.evaluate_depths(learngene, tmp_path, [4, 5], predictions=tmp_path / "p.npz")

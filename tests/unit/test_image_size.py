@@ -10,6 +10,7 @@ import torch
 from sws_dist.build_models import build_models
 from sws_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from sws_dist.models import create_model
+from sws_dist.models.evaluation_mode import evaluation_mode
 from sws_dist.models.image_size import image_size_arguments, require_image_size
 
 CLASSES = ("a", "b", "c")
@@ -53,3 +54,12 @@ def test_the_check_leaves_a_model_as_it_was() -> None:
     for name in ("no_such_model", "test_vit.no_such_tag"):
         with pytest.raises(ValueError, match="no_such"):
             image_size_arguments(name, 64)
+
+
+def test_nothing_that_an_evaluation_has_computed_outlives_it() -> None:
+    model = create_model("levit_128s", num_classes=3, img_size=96).eval()
+    with evaluation_mode(model), torch.no_grad():
+        model(torch.zeros(1, 3, 96, 96))
+        caches = [module for module in model.modules() if getattr(module, "attention_bias_cache", None)]
+        assert caches  # of the attention's biases, which training changes
+    assert not any(module.attention_bias_cache for module in caches)

@@ -94,6 +94,14 @@ def test_one_family_without_rivals_of_its_own(tmp_path: Path) -> None:
     assert "auxiliary model of one depth" not in text
 
 
+def test_nothing_is_compared_where_untuned_scores_are_of_other_depths(tmp_path: Path) -> None:
+    folder = family(tmp_path / "a", 0, tuned=0.94)
+    shutil.rmtree(folder / "depth4")
+    shutil.move(folder / "depth3", folder / "depth6")
+    assert report("--runs", folder).returncode == 0
+    assert "Untuned descendants, at" not in (folder / "report.md").read_text()
+
+
 def test_runs_of_other_commits_are_named(tmp_path: Path) -> None:
     folder = family(tmp_path / "a", 3, tuned=0.9)
     path = folder / "auxiliary" / "metrics.json"

@@ -15,7 +15,7 @@ from sws_dist.config.loader import load_config
 from sws_dist.config.schema import DistillConfig, RunConfig
 from sws_dist.data import manifest
 from sws_dist.distill.fingerprint import Fingerprint, compute_fingerprint, differences, require_same_fingerprint
-from sws_dist.distill.shards import LogitsFolder, Shard
+from sws_dist.distill.logits_folder import EpochLogits, LogitsFolder
 from sws_dist.distill.topk import build_logits, keep_top_k
 from sws_dist.models.losses import DistillationLoss
 
@@ -111,23 +111,23 @@ def test_a_teacher_that_is_certain_gives_a_finite_loss(k: int) -> None:
 def folder(tmp_path: Path) -> LogitsFolder:
     folder = LogitsFolder(tmp_path / "logits", {"train.seed": 0}, num_classes=7, top_k=2, epoch_size=3)
     folder.create({"teacher": "somebody"})
-    folder.write(4, Shard(keep_top_k(some_logits(7)[0][:3], 2, 1.0), np.array([5, 0, 9], np.uint8)))
+    folder.write(4, EpochLogits(keep_top_k(some_logits(7)[0][:3], 2, 1.0), np.array([5, 0, 9], np.uint8)))
     return folder
 
 
-def test_a_shard_is_read_as_it_was_written(folder: LogitsFolder) -> None:
+def test_an_epoch_is_read_as_it_was_written(folder: LogitsFolder) -> None:
     found = LogitsFolder.open(folder.path)
     assert found == folder
-    shard, expected = found.read(4, verify=True), keep_top_k(some_logits(7)[0][:3], 2, 1.0)
-    assert shard.images.tolist() == [5, 0, 9]
-    assert shard.kept.classes is not None
+    logits, expected = found.read(4, verify=True), keep_top_k(some_logits(7)[0][:3], 2, 1.0)
+    assert logits.images.tolist() == [5, 0, 9]
+    assert logits.kept.classes is not None
     assert expected.classes is not None
-    np.testing.assert_array_equal(shard.kept.values, expected.values)
-    np.testing.assert_array_equal(shard.kept.classes, expected.classes)
+    np.testing.assert_array_equal(logits.kept.values, expected.values)
+    np.testing.assert_array_equal(logits.kept.classes, expected.classes)
 
 
-def test_no_changed_byte_of_a_shard_goes_unnoticed(folder: LogitsFolder) -> None:
-    path = folder.shard(4)
+def test_no_changed_byte_of_an_epoch_goes_unnoticed(folder: LogitsFolder) -> None:
+    path = folder.file(4)
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
@@ -136,17 +136,17 @@ def test_no_changed_byte_of_a_shard_goes_unnoticed(folder: LogitsFolder) -> None
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_a_shard_that_was_cut_is_refused(folder: LogitsFolder, length: int) -> None:
-    folder.shard(4).write_bytes(folder.shard(4).read_bytes()[:length])
+def test_an_epoch_that_was_cut_is_refused(folder: LogitsFolder, length: int) -> None:
+    folder.file(4).write_bytes(folder.file(4).read_bytes()[:length])
     with pytest.raises(ValueError, match="cannot be used"):
         folder.read(4)
 
 
-def test_a_shard_of_another_folder_or_epoch_is_refused(folder: LogitsFolder, tmp_path: Path) -> None:
-    shutil.copy(folder.shard(4), folder.shard(5))
+def test_an_epoch_of_another_folder_or_epoch_is_refused(folder: LogitsFolder, tmp_path: Path) -> None:
+    shutil.copy(folder.file(4), folder.file(5))
     other = replace(folder, path=tmp_path / "other", fingerprint={"train.seed": 1})
     other.path.mkdir()
-    shutil.copy(folder.shard(4), other.shard(4))
+    shutil.copy(folder.file(4), other.file(4))
     for where, epoch in ((folder, 5), (other, 4)):
         with pytest.raises(ValueError, match="another epoch's, or belongs to other logits"):
             where.read(epoch)

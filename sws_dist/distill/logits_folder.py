@@ -20,11 +20,13 @@ from sws_dist.atomic import atomic_write_json
 from sws_dist.data.mapped_arrays import map_arrays, save_arrays
 from sws_dist.distill.fingerprint import Fingerprint, differences
 from sws_dist.distill.topk import TopK
-from sws_dist.text import read_text
+from sws_dist.text import read_json
+
+_DESCRIPTION = "logits.json"
 
 
-class Shard(NamedTuple):
-    """The N positions of an epoch."""
+class EpochLogits(NamedTuple):
+    """The teacher's logits at the N positions of an epoch."""
 
     kept: TopK
     """The logits, N rows."""
@@ -60,14 +62,14 @@ class LogitsFolder:
         Raises:
             ValueError: the folder holds logits of another fingerprint, or another number of them.
         """
-        if self._file(self.path).is_file():
+        if (self.path / _DESCRIPTION).is_file():
             there = LogitsFolder.open(self.path)
             ours, theirs = self.fingerprint | {"--top-k": self.top_k}, there.fingerprint | {"--top-k": there.top_k}
             if differ := differences(ours, theirs):
                 raise ValueError(f"{self.path} holds other logits: {'; '.join(differ)}. Give another folder")
             return
         content = {key: value for key, value in asdict(self).items() if key != "path"}
-        atomic_write_json(self._file(self.path), content | {"about": dict(about)})
+        atomic_write_json(self.path / _DESCRIPTION, content | {"about": dict(about)})
 
     @classmethod
     def open(cls, path: Path) -> LogitsFolder:
@@ -77,25 +79,22 @@ class LogitsFolder:
             ValueError: any other folder.
         """
         try:
-            fields = json.loads(read_text(cls._file(path)))
+            fields = read_json(path / _DESCRIPTION)
             return cls(path, **{key: fields[key] for key in ("fingerprint", "num_classes", "top_k", "epoch_size")})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a folder of logits that sws teach wrote ({error})") from None
 
-    @staticmethod
-    def _file(path: Path) -> Path:
-        return path / "logits.json"
-
-    def shard(self, epoch: int) -> Path:
+    def file(self, epoch: int) -> Path:
+        """Return the path of an epoch's file."""
         return self.path / f"epoch-{epoch:05d}.safetensors"
 
-    def write(self, epoch: int, shard: Shard) -> Path:
+    def write(self, epoch: int, logits: EpochLogits) -> Path:
         """Write the logits of one epoch; the file appears whole or not at all."""
-        arrays = shard.arrays()
+        arrays = logits.arrays()
         texts = {"epoch": epoch, "folder": self._identity(), "sha256": _checksum(arrays)}
-        return save_arrays(self.shard(epoch), arrays, texts)
+        return save_arrays(self.file(epoch), arrays, texts)
 
-    def read(self, epoch: int, verify: bool = False) -> Shard:
+    def read(self, epoch: int, verify: bool = False) -> EpochLogits:
         """Map the logits of one epoch.
 
         Args:
@@ -104,14 +103,14 @@ class LogitsFolder:
         Raises:
             ValueError: the file is missing, damaged, or of another folder.
         """
-        path = self.shard(epoch)
+        path = self.file(epoch)
         try:
             arrays, texts, _ = map_arrays(path)
             if (texts["epoch"], texts["folder"]) != (epoch, self._identity()):
                 raise ValueError("it is another epoch's, or belongs to other logits")
             if verify and _checksum(arrays) != texts["sha256"]:
                 raise ValueError("its checksum is wrong")
-            return Shard(TopK(arrays["values"], arrays.get("classes")), arrays["images"])
+            return EpochLogits(TopK(arrays["values"], arrays.get("classes")), arrays["images"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: cannot be used ({error}); sws teach with the same arguments writes it again"

@@ -2,6 +2,7 @@
 
 The phases follow each other, and every moment belongs to one of them: their times add up to the step's. On a GPU they
 are those of its stream. What the host does while the GPU is busy costs nothing there; what the GPU waits for does.
+``step_timer.py`` measures the same steps on the host alone, to find slow ones.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ FORWARD, BACKWARD, REDUCE, OPTIMIZER, OTHER = "forward", "backward", "reduce", "
 Stamp = float | torch.cuda.Event
 
 
-class StepClock:
-    """Measure which phase of a step takes how long.
+class PhaseTimer:
+    """Measure how long a step spends in each phase.
 
     Args:
         device: the device that trains.
