@@ -67,11 +67,17 @@ class Flops(NamedTuple):
 
 
 def build_models(
-    config: RunConfig, classes: Sequence[str], device: torch.device, dtype: torch.dtype, provenance: dict[str, Any]
+    config: RunConfig,
+    classes: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    provenance: dict[str, Any],
+    epoch_size: int,
 ) -> ModelParts:
     """Build the student.
 
     Args:
+        epoch_size: number of images of an epoch.
         provenance: what ``collect_provenance`` returned, for the run's weight files.
         device, dtype: where and in what it will run, once DeepSpeed has moved it there.
 
@@ -84,7 +90,7 @@ def build_models(
         _load_initial_checkpoint(student, config, classes)
     if not config.model.initial_learngene:  # on the meta device nothing can run; our models are built for their images
         require_image_size(student, f"model.name {config.model.name}", config.data.image_size)
-    elastic = elastic_depth(config, student)
+    elastic = elastic_depth(config, student, epoch_size)
     if config.optim.ema_decay and any(b.is_floating_point() for b in student.buffers()):
         raise ValueError(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
@@ -103,11 +109,14 @@ def build_models(
     )
 
 
-def elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
+def elastic_depth(config: RunConfig, student: Any, epoch_size: int) -> ElasticDepth | None:
     """Return the depth of each step, or None where none is drawn.
 
+    Args:
+        epoch_size: number of images of an epoch.
+
     Raises:
-        ValueError: a model without a choice of depths, or a depth at which some stage would not run.
+        ValueError: a model without a choice of depths, or depths that it cannot be trained at.
     """
     if config.model.elastic is None:
         return None
@@ -116,7 +125,8 @@ def elastic_depth(config: RunConfig, student: Any) -> ElasticDepth | None:
             "model.elastic: only an auxiliary model, whose stages share weights, can be trained at many depths; leave "
             "it out here"
         )
-    return ElasticDepth(config.model.elastic, student.schedule, config.train.seed)
+    steps_per_epoch = epoch_size / config.train.global_batch
+    return ElasticDepth(config.model.elastic, student.schedule, config.train.seed, steps_per_epoch)
 
 
 def _eval_repeats(config: RunConfig, student: Any) -> dict[str, tuple[int, ...] | None]:

@@ -109,17 +109,17 @@ def prepare_run(
     checkpoint = find_checkpoint(output, resume, world)
     own = load_own_config(checkpoint, config, ds)
     train, val = load_image_lists(config, lists or output, checkpoint, own, world)
+    with raise_on_all_ranks("build the input pipeline"):
+        data = build_data(config, train, val, world.rank, world.size, world.device)
     with raise_on_all_ranks("build the models"):
         seed_everything(config.train.seed)
-        models = build_models(config, train.classes, world.device, dtype, provenance)
+        models = build_models(config, train.classes, world.device, dtype, provenance, data.order.epoch_size)
     teacher: Teacher | None = None
     if config.distill.logits is None:
         with raise_on_all_ranks("load the teacher"):
             online = load_teacher(config.distill, train.classes, config.data)
             teacher = online and online.to(world.device, dtype)
     expansion = None if checkpoint else prepare_expansion(config.model, models.student, train.classes)
-    with raise_on_all_ranks("build the input pipeline"):
-        data = build_data(config, train, val, world.rank, world.size, world.device)
     total_steps = count_steps(config.train, data.order.epoch_size)
     stream = describe_stream(config, data.order, total_steps)
     if own is not None and own.train.epochs != config.train.epochs:  # compared by load_own_config

@@ -76,6 +76,9 @@ class ElasticConfig:
     """The smallest depth. Every stage has to have a layer, so it is at least the number of stages."""
     max_depth: int = Field(ge=1, le=MAX_LAYERS)
     """The largest depth."""
+    start_epoch: float = Field(default=0.0, ge=0)
+    """Epochs at the start that are trained at the model's own depth alone; may be a fraction. Where training is short
+    for its task, they make all depths better."""
     rule: Literal["uniform", "sandwich"] = "uniform"
     """Draw every depth equally often (``uniform``), or take the smallest, the largest and a random one in turn
     (``sandwich``)."""
@@ -504,5 +507,16 @@ class RunConfig:
                 "optim.decay_epochs",
                 f"optim.decay_epochs {decay:g} and optim.warmup_epochs {warmup:g} are more than the "
                 f"{self.train.epochs} of train.epochs",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_elastic_start(self) -> RunConfig:
+        elastic = self.model.elastic
+        if elastic is not None and elastic.start_epoch >= self.train.epochs:
+            raise KeyConflictError(
+                "model.elastic.start_epoch",
+                f"model.elastic.start_epoch {elastic.start_epoch:g}: no depth would be drawn in train.epochs "
+                f"{self.train.epochs}",
             )
         return self

@@ -29,16 +29,24 @@ class ElasticDepth:
 
     Args:
         schedule: the auxiliary model's own repeats.
+        steps_per_epoch: may be a fraction; epochs do not have to end with a step.
 
     Raises:
-        ValueError: a depth at which some stage would not run.
+        ValueError: a depth at which some stage would not run, or ``start_epoch`` with an own depth that is not drawn.
     """
 
     config: ElasticConfig
     schedule: tuple[int, ...]
     seed: int
+    steps_per_epoch: float
 
     def __post_init__(self) -> None:
+        own = sum(self.schedule)
+        if self.config.start_epoch and own not in self.depths:
+            raise ValueError(
+                f"model.elastic.start_epoch {self.config.start_epoch:g}: the model has {own} layers of its own, which "
+                f"lies outside min_depth {self.depths[0]} to max_depth {self.depths[-1]}; include it, or set 0"
+            )
         for depth in self.depths:
             if min(self.repeats(depth)) < 1:
                 raise ValueError(
@@ -57,6 +65,8 @@ class ElasticDepth:
 
     def draw(self, step: int) -> int:
         """Return the depth of the update that takes the weights from ``step`` to ``step + 1``."""
+        if step < round(self.config.start_epoch * self.steps_per_epoch):
+            return sum(self.schedule)
         if self.config.rule == "sandwich" and step % 3 != 2:
             return self.depths[0] if step % 3 == 0 else self.depths[-1]
         return int(np.random.default_rng((_STREAM, self.seed, step)).integers(self.depths[0], self.depths[-1] + 1))

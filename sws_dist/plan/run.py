@@ -119,7 +119,7 @@ def plan_run(request: Request) -> Plan:
     sharding = Sharding.of(request.ds, ranks, is_ours=size.stages > 0)
     order = TrainOrder(request.num_images, config.train.seed, config.augment.num_repeats)
     total_steps = count_steps(config.train, order.epoch_size)
-    flops, elastic = count_flops(config, request.num_classes), elastic_depth(config, student)
+    flops, elastic = count_flops(config, request.num_classes), elastic_depth(config, student, order.epoch_size)
     teacher_flops = flops.teacher or 0
     counted = flops._replace(teacher=teacher_flops)
     total_flops = training_flops(counted, elastic, total_steps, config.train.global_batch)

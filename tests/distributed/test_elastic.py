@@ -56,7 +56,7 @@ def test_each_depth_has_its_own_curve(run: Path) -> None:
     last = json.loads((run / "metrics.json").read_text())["history"][-1]
     assert events.Scalars("depth/val_loss_ema/7")[-1].value == pytest.approx(last["val_ema_depth7/loss"])
     # Each step is logged, and draws one depth: its loss is the step's.
-    elastic = ElasticDepth(ElasticConfig(min_depth=3, max_depth=6), (1, 2, 1), 0)
+    elastic = ElasticDepth(ElasticConfig(min_depth=3, max_depth=6), (1, 2, 1), 0, STEPS)
     losses = {event.step: event.value for event in events.Scalars("train/loss")}
     for depth in elastic.depths:
         drawn = {step: losses[step] for step in losses if elastic.draw(step - 1) == depth}
@@ -66,7 +66,7 @@ def test_each_depth_has_its_own_curve(run: Path) -> None:
 
 def test_operations_are_those_of_the_layers_that_ran(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    draws = ElasticDepth(ElasticConfig(min_depth=3, max_depth=6), (1, 2, 1), 0).count_steps(STEPS)
+    draws = ElasticDepth(ElasticConfig(min_depth=3, max_depth=6), (1, 2, 1), 0, STEPS).count_steps(STEPS)
     layers = sum(depth * count for depth, count in draws.items())
     own = 16 * 3 * metrics["flops_forward"] * STEPS
     # A layer takes nearly all operations of this model: they are in proportion to the layers.

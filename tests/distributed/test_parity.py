@@ -93,7 +93,7 @@ def plain(folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, betas=run.optim.betas, eps=run.optim.eps)
     schedule = LRSchedule(run.optim, batch, len(train_set) / batch, STEPS)
     assert run.model.elastic is not None
-    elastic = ElasticDepth(run.model.elastic, (2, 1, 2), seed)
+    elastic = ElasticDepth(run.model.elastic, (2, 1, 2), seed, len(train_set) / batch)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     mixing, loss_of = Mixing(run.augment, 10, seed), DistillationLoss(run.distill)
     positions = [sampler.micro_batch_positions(s, batch, m, 2) for s in range(STEPS) for m in range(2)]

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ from sws_dist.models import SWSVisionTransformer
 SCHEDULE = (1, 3, 2)
 
 
-def elastic(low: int = 3, high: int = 8, seed: int = 0, **config: str) -> ElasticDepth:
-    return ElasticDepth(ElasticConfig(min_depth=low, max_depth=high, **config), SCHEDULE, seed)
+def elastic(low: int = 3, high: int = 8, seed: int = 0, **config: Any) -> ElasticDepth:
+    return ElasticDepth(ElasticConfig(min_depth=low, max_depth=high, **config), SCHEDULE, seed, steps_per_epoch=10.5)
 
 
 def test_a_draw_is_a_function_of_seed_and_step() -> None:
@@ -50,12 +51,22 @@ def test_sandwich() -> None:
     assert set(draws[2::3]) == {3, 4, 5, 6, 7, 8}
 
 
+def test_the_own_depth_alone_at_first() -> None:
+    draws = [elastic(start_epoch=2).draw(step) for step in range(200)]
+    assert set(draws[:21]) == {6}
+    assert draws[21:] == [elastic().draw(step) for step in range(21, 200)]
+    with pytest.raises(ValueError, match="the model has 6 layers of its own, which lies outside min_depth 3 to max_d"):
+        elastic(high=5, start_epoch=2)
+    with pytest.raises(ValueError, match=r"start_epoch 9: no depth would be drawn in train\.epochs 8"):
+        load_config("quickstart/auxiliary", ["model.elastic.start_epoch=9", "train.epochs=8"])
+
+
 def test_a_stage_without_a_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at depth 2 the even plan gives the 3 stages \[1, 1, 0\] layers"):
         elastic(low=2)
     config = ElasticConfig(min_depth=3, max_depth=9, plan="proportional")
     with pytest.raises(ValueError, match=r"at depth 3 the proportional plan gives the 3 stages \[0, 2, 1\] layers"):
-        ElasticDepth(config, (1, 6, 2), 0)
+        ElasticDepth(config, (1, 6, 2), 0, steps_per_epoch=10)
     with pytest.raises(ValidationError, match="min_depth 9 is above max_depth 8"):
         elastic(low=9)
 
@@ -147,8 +158,8 @@ def test_branch_scaling_has_one_place(tmp_path: Path) -> None:
     file = save_model_file(tmp_path / "gene.safetensors", info, model.state_dict())
     others = [f"model.initial_checkpoint={file}", "distill.teacher=null", "train.eval_depths=[5]"]
     build_models(
-        load_config("quickstart/auxiliary", others), list("0123456789"), torch.device("cpu"), torch.float32, {}
+        load_config("quickstart/auxiliary", others), list("0123456789"), torch.device("cpu"), torch.float32, {}, 100
     )
     without = load_config("quickstart/auxiliary", [*others, "model.elastic=null"])
     with pytest.raises(ValueError, match=r"branch_scaling: 1\.0 in the file, 0\.0 in the config"):
-        build_models(without, list("0123456789"), torch.device("cpu"), torch.float32, {})
+        build_models(without, list("0123456789"), torch.device("cpu"), torch.float32, {}, 100)

@@ -205,7 +205,7 @@ def test_images_that_were_normalised_otherwise_are_said(tmp_path: Path, said: Ca
         info = ModelInfo("model", VIT, {}, 3, preprocessing=preprocessing, classes=["a", "b", "c"])
         file = save_model_file(tmp_path / "a.safetensors", info, weights_of(num_classes=3))
         config = RunConfig("unused", ModelConfig(VIT, initial_checkpoint=str(file)), data)
-        build_models(config, ("a", "b", "c"), torch.device("cpu"), torch.float32, {})
+        build_models(config, ("a", "b", "c"), torch.device("cpu"), torch.float32, {}, 100)
         assert ("normalised by mean [0.5, 0.5, 0.5] and std [0.229, 0.224, 0.225], those of" in said()) is warned
 
 

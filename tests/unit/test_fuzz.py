@@ -291,7 +291,7 @@ def test_config_files_of_any_bytes(folder: Path, content: bytes) -> None:
 def read_files(overrides: list[str]) -> None:
     config = load_config(SMALL, overrides)
     train, _ = list_images(config.data)
-    build_models(config, train.classes, CPU, torch.float32, {})
+    build_models(config, train.classes, CPU, torch.float32, {}, 100)
     load_teacher(config.distill, train.classes, config.data)
 
 

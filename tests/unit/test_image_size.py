@@ -22,7 +22,7 @@ def run(name: str, image_size: int, **kwargs: object) -> RunConfig:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "levit_128s", "swin_tiny_patch4_window7_224"])
 def test_a_student_is_built_for_its_images_and_its_file_says_so(name: str) -> None:
-    parts = build_models(run(name, 96), CLASSES, torch.device("cpu"), torch.float32, {})
+    parts = build_models(run(name, 96), CLASSES, torch.device("cpu"), torch.float32, {}, 100)
     images = torch.zeros(2, 3, 96, 96)
     assert parts.student.eval()(images).shape == (2, 3)
     assert parts.student.training is False
@@ -37,11 +37,11 @@ def test_a_student_that_takes_no_such_images() -> None:
     with pytest.raises(
         ValueError, match=r"model\.name vit_tiny\S+ takes no images of 96 x 96 pixels .* made for 224: set"
     ):
-        build_models(config, CLASSES, torch.device("cpu"), torch.float32, {})
+        build_models(config, CLASSES, torch.device("cpu"), torch.float32, {}, 100)
     dynamic = replace(config, model=ModelConfig("vit_tiny_patch16_224", kwargs={"dynamic_img_size": True}))
-    assert build_models(dynamic, CLASSES, torch.device("cpu"), torch.float32, {}).flops.student > 0
+    assert build_models(dynamic, CLASSES, torch.device("cpu"), torch.float32, {}, 100).flops.student > 0
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224"):  # not one patch of 16
-        build_models(run("vit_tiny_patch16_224", 8), CLASSES, torch.device("cpu"), torch.float32, {})
+        build_models(run("vit_tiny_patch16_224", 8), CLASSES, torch.device("cpu"), torch.float32, {}, 100)
 
 
 def test_the_check_leaves_a_model_as_it_was() -> None:

@@ -134,7 +134,7 @@ def test_a_model_that_cannot_recompute_is_named() -> None:
         "unused", ModelConfig("selecsls42", grad_checkpointing=True), DataConfig("unused", image_size=64)
     )
     with pytest.raises(ValueError, match="grad_checkpointing: selecsls42 cannot recompute its activations"):
-        build_models(config, ("a", "b"), torch.device("cpu"), torch.float32, {})
+        build_models(config, ("a", "b"), torch.device("cpu"), torch.float32, {}, 100)
 
 
 def test_torch_compile_gives_the_same_gradients() -> None:
