@@ -2,13 +2,15 @@
 
     python benchmarks/elastic.py digits --out benchmarks/results/elastic.json --chart docs/elastic.png
     python benchmarks/elastic.py clothes --seeds 0 --variants study to_ten --out benchmarks/results/ablations.json
+    python benchmarks/elastic.py characters --seeds 0 --out benchmarks/results/characters.json
     python benchmarks/elastic.py optimizers --seeds 0 --out benchmarks/results/optimizers.json
     python benchmarks/elastic.py tuning --seeds 0 --out benchmarks/results/tuning.json
 
 Each variant of an experiment is one config with some keys changed. It is trained once for each seed, and scored after
 the last epoch. An auxiliary model is scored at every depth from 5 to 16, as its expanded descendants would be. A run
 that is there is not trained again. Each takes two to ten minutes of one core. `make quickstart` writes the data and the
-teacher of the digits, `make study` those of the clothes (Fashion-MNIST).
+teacher of the digits, `make study` those of the clothes (Fashion-MNIST), `sws study --data-set characters --output
+runs/study-characters` those of the characters, whose runs take half an hour.
 """
 
 from __future__ import annotations
@@ -110,6 +112,21 @@ EXPERIMENTS = {
             "short": Variant("5 epochs", {"train.epochs": 5}),
             "long": Variant("20 epochs", {"train.epochs": 20}),
         }
+    ),
+    "characters": Experiment(
+        "study/auxiliary",
+        "data/characters-30000",
+        "runs/study-characters/seed0/teacher",
+        {
+            "fixed": Variant("trained at 10 layers alone", {"model.elastic": None}),
+            "one_depth": Variant(
+                "trained at 10 layers alone, branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
+            ),
+            "auxiliary": Variant("trained at 5 to 10 layers", {}),
+            "late": Variant("at 10 layers for four epochs, then at 5 to 10", {"model.elastic.start_epoch": 4}),
+        },
+        depths=(5, 8, 10, 12, 16),
+        sets={"model.elastic": OWN, "train.epochs": 6, "augment.hflip": 0},
     ),
     "optimizers": clothes(
         {
