@@ -177,7 +177,13 @@ def _compile_stages(student: Any, elastic: ElasticConfig) -> None:
 
 
 def build_student(config: RunConfig, num_classes: int) -> Any:
-    """Build the configured model with random weights."""
+    """Build the configured model with random weights.
+
+    Raises:
+        ValueError: an unknown model or argument, or one that is given elsewhere.
+    """
+    if "num_classes" in config.model.kwargs:
+        raise ValueError(f"num_classes in model.kwargs: a model has a label for each class of the data, {num_classes}")
     kwargs: dict[str, Any] = {"num_classes": num_classes, **_model_arguments(config)}
     for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
         if value is not None:
