@@ -235,6 +235,9 @@ class DataConfig:
     """The channels are divided by this afterwards."""
     crop_pct: float = Field(default=DEFAULT_CROP_PCT, ge=0.1, le=1)
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
+    crop_mode: Literal["center", "squash"] = "center"
+    """In evaluation the image keeps its aspect ratio (``center``), or both its sides become ``image_size / crop_pct``
+    (``squash``), as some of timm's models want it."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
     num_threads: MayChange[int] = Field(default=4, ge=1, le=1024)

@@ -54,6 +54,6 @@ def require_image_size(model: Any, what: str, image_size: int) -> None:
     if not labels or found != (1, labels):
         shape = f"a {type(answer).__name__}" if found is None else f"an array of shape {list(found)}"
         raise ValueError(
-            f"{what} answers one image with {shape}, and its num_classes is {labels}: it is no classifier, whose answer "
-            "is [1, num_classes]"
+            f"{what} answers one image with {shape}, and its num_classes is {labels}: it is no classifier, whose "
+            "answer is [1, num_classes]"
         )
