@@ -449,6 +449,7 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check_ranges(self) -> TrainConfig:
+        _require_each("eval_depths", "train.eval_depths", self.eval_depths, 1, MAX_LAYERS)
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + MAX_TRACED:
             raise KeyConflictError(
                 "profile",
