@@ -66,6 +66,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
         ({"depth": 3, "plan": None}, "plan None: expected even"),
         ({"depth": 3, "num_classes": 0}, "num_classes 0: expected a whole number from 1"),
         ({"depth": 3, "image_size": (32, 48)}, r"image_size \(32, 48\): expected a whole number from 8 to 8192"),
+        ({"depth": 3, "image_size": 36}, "images of 36 x 36 pixels are no whole number of patches of 8 x 8"),
         ({"depth": 3, "branch_scaling": -1}, "branch_scaling -1: expected a number from 0 to 2"),
         ({"depth": 3, "branch_scaling": float("nan")}, "branch_scaling nan"),
     ],
