@@ -297,5 +297,6 @@ def _describe_student(
             elastic = config.model.elastic
             own = sum(model.schedule)
             about["trained_depths"] = [elastic.min_depth, elastic.max_depth] if elastic else [own, own]
+            about["provenance"]["elastic_plan"] = elastic.plan if elastic else None
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
     return ModelInfo("model", config.model.name, _model_arguments(config), len(classes), **about)

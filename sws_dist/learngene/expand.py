@@ -210,9 +210,16 @@ def untrained_depth(info: ModelInfo, depth: int) -> str | None:
 
 
 def log_depth(info: ModelInfo, layers: Sequence[int], dropped: Sequence[int]) -> None:
-    """Log what may be wrong with a depth: that it was not trained, and stages that it leaves out."""
+    """Log what may be wrong with a depth: that it or its plan was not trained, and stages that it leaves out."""
+    trained_plan = info.provenance.get("elastic_plan")  # files from before it was written do not say
     if (note := untrained_depth(info, len(layers))) is not None:
         log.info(note)
+    elif trained_plan and tuple(layers) != expansion_plan(info.kwargs["schedule"], len(layers), trained_plan):
+        log.warning(
+            "the learngene was trained with the %s plan, which has other layers at a depth of %d: this descendant needs "
+            "fine-tuning before it is used; the plan %s needs none",
+            *(trained_plan, len(layers), trained_plan),
+        )
     if dropped and info.kind == "learngene":
         log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), dropped)
 
