@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "evaluate_depths", "expand", "train"]
 
 EVALUATION_TIMEOUT_S = 1800
+_OF_ONE_FILE = {"model_name", "use_ema", "predictions"}
+"""Arguments of ``evaluate`` that say how one file is read or written."""
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +244,7 @@ def _write_predictions(path: str | Path, kept: list[Predictions], images: Manife
 
 
 def evaluate_depths(
-    learngene: str | Path,
+    learngene: Learngene | str | Path,
     data: str | Path,
     depths: Sequence[int],
     *,
@@ -254,19 +256,19 @@ def evaluate_depths(
     """Score a learngene's descendants of several depths as they leave it, untuned. A collective of all ranks.
 
     Args:
-        learngene: its file, or the folder of the auxiliary model's run.
+        learngene: what ``load_learngene`` returned, its file, or the folder of the auxiliary model's run.
         data: a folder of class folders.
         depths: numbers of layers.
         plan, branch_scaling, image_size: how the learngene is expanded; see ``expand``.
-        options: further arguments of ``evaluate``, such as ``batch_size``; not ``model_name``, ``use_ema`` and
-            ``predictions``.
+        options: further arguments of ``evaluate``, such as ``batch_size``; not those of a single model's file
+            (``model_name``, ``use_ema``, ``predictions``).
 
     Returns:
         depth -> top-1, top-5 and loss over all images, the same on every rank.
 
     Raises:
-        ValueError: a file that holds no learngene, or what ``evaluate`` refuses; ``RunError`` where several ranks run.
-        TypeError: one of the arguments that a learngene's descendants do not take.
+        ValueError: a file that holds no learngene, a depth or a plan that it cannot have, or what ``evaluate`` refuses;
+            ``RunError`` where several ranks run.
 
     Examples:
         >>> import sws_dist
@@ -274,12 +276,19 @@ def evaluate_depths(
         >>> scores[10] == sws_dist.evaluate("runs/auxiliary", "data/digits/val")
         True
     """
-    if refused := sorted(options.keys() & {"model_name", "use_ema", "predictions"}):  # a file would be written over
-        raise TypeError(f"evaluate_depths() takes no {', '.join(refused)}: call evaluate for each descendant instead")
     atexit.register(close_distributed)
     init_distributed(EVALUATION_TIMEOUT_S)
     with raise_on_all_ranks("read the learngene"):
-        source = load_learngene(find_run_weights(learngene) or learngene)
+        if taken := _OF_ONE_FILE & options.keys():
+            raise ValueError(f"evaluate_depths takes no {', '.join(sorted(taken))}: it scores models, not their files")
+        if isinstance(learngene, Learngene):
+            source = learngene
+        else:
+            source = load_learngene(find_run_weights(learngene) or learngene)
+        if isinstance(depths, (int, str)):
+            raise ValueError(f"depths {depths!r}: expected a list of numbers of layers, such as [6, 9, 12]")
+        for depth in depths:  # a wrong one should not cost the scores of those before it
+            plan_layers(source.info, depth, plan)
     scores = {}
     for depth in depths:
         with raise_on_all_ranks(f"expand the learngene to {depth} layers"):

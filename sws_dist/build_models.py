@@ -186,7 +186,13 @@ def _compile_stages(student: Any, elastic: ElasticConfig) -> None:
 
 
 def build_student(config: RunConfig, num_classes: int) -> Any:
-    """Build the configured model with random weights."""
+    """Build the configured model with random weights.
+
+    Raises:
+        ValueError: an unknown model or argument, or one that is given elsewhere.
+    """
+    if "num_classes" in config.model.kwargs:
+        raise ValueError(f"num_classes in model.kwargs: a model has a label for each class of the data, {num_classes}")
     kwargs: dict[str, Any] = {"num_classes": num_classes, **_model_arguments(config)}
     for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
         if value is not None:
@@ -300,5 +306,6 @@ def _describe_student(
             elastic = config.model.elastic
             own = sum(model.schedule)
             about["trained_depths"] = [elastic.min_depth, elastic.max_depth] if elastic else [own, own]
+            about["provenance"]["elastic_plan"] = elastic.plan if elastic else None
         return describe_model(model, "learngene" if model.is_shared else "model", **about)
     return ModelInfo("model", config.model.name, _model_arguments(config), len(classes), **about)

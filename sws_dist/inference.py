@@ -54,6 +54,7 @@ def input_config(
             mean=tuple(about["mean"]),
             std=tuple(about["std"]),
             crop_pct=(about.get("crop_pct") or DEFAULT_CROP_PCT) if crop_pct is None else crop_pct,
+            crop_mode=about.get("crop_mode") or "center",
             interpolation=about.get("interpolation") or "bicubic",
             num_threads=num_threads,
         )

@@ -105,6 +105,8 @@ def classifier_layers(model: Any) -> tuple[str, ...]:
 def set_input_description(model: Any, info: ModelInfo) -> None:
     """Write a file's preprocessing and labels into ``model.pretrained_cfg``, where timm's tools look for them."""
     known = {key: value for key, value in info.preprocessing.items() if key != "image_size"}
+    if known:  # files before crop_mode: all were scored on the centre
+        known.setdefault("crop_mode", "center")
     if size := info.preprocessing.get("image_size"):
         known["input_size"] = (info.kwargs.get("in_chans", 3), size, size)
     labels = {"num_classes": info.num_classes, "label_names": tuple(info.classes) or None}

@@ -20,7 +20,7 @@ from sws_dist.checkpoint.weight_file import is_safetensors, load_tensors, open_s
 from sws_dist.config.schema import DataConfig
 from sws_dist.models import create_model
 
-PREPROCESSING = ("mean", "std", "image_size", "crop_pct", "interpolation")
+PREPROCESSING = ("mean", "std", "image_size", "crop_pct", "crop_mode", "interpolation")
 """What a file says of its images: keys of ``data`` in a run config."""
 VERSION = 2  # version 1 had the key "pixels" for "preprocessing"
 

@@ -188,7 +188,8 @@ def timm_preprocessing(name: str) -> dict[str, Any]:
     about = timm_config(name)
     interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
     known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
-    return known | {"crop_pct": about.crop_pct or DEFAULT_CROP_PCT, "interpolation": interpolation}
+    known |= {"crop_pct": about.crop_pct or DEFAULT_CROP_PCT, "crop_mode": about.crop_mode or "center"}
+    return known | {"interpolation": interpolation}
 
 
 def split_settings(data: Path, val_share: float) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         >>> config.model.name, config.train.epochs
         ('sws_aux_small_patch16_224', 3)
     """
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise ConfigError(f'overrides {overrides!r}: expected a list of strings, such as ["train.epochs=3"]')
     path = find_run_config(path)
     values, sources = _read_with_bases(path, seen=())
     for override in overrides:

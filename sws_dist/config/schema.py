@@ -243,6 +243,9 @@ class DataConfig:
     """The channels are divided by this afterwards."""
     crop_pct: float = Field(default=DEFAULT_CROP_PCT, ge=0.1, le=1)
     """In evaluation the shorter side becomes ``image_size / crop_pct``, then the centre is cropped."""
+    crop_mode: Literal["center", "squash"] = "center"
+    """In evaluation the image keeps its aspect ratio (``center``), or both its sides become ``image_size / crop_pct``
+    (``squash``), as some of timm's models want it."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """The filter of all resizing, in training and evaluation."""
     num_threads: MayChange[int] = Field(default=DEFAULT_NUM_THREADS, ge=1, le=MAX_THREADS)
@@ -454,6 +457,7 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check_ranges(self) -> TrainConfig:
+        _require_each("eval_depths", "train.eval_depths", self.eval_depths, 1, MAX_LAYERS)
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] < self.profile[0] + MAX_TRACED:
             raise KeyConflictError(
                 "profile",

@@ -123,7 +123,7 @@ def eval_loader(
             yield BatchPlan(
                 indices,
                 valid,
-                _eval_geometry(manifest.sizes_of(indices), config.image_size, config.crop_pct),
+                _eval_geometry(manifest.sizes_of(indices), config),
             )
 
     build_pipeline = _pipeline_builder(_eval_graph, build_resize, manifest, config, device)
@@ -131,11 +131,11 @@ def eval_loader(
     return Loader(build_pipeline, plans, manifest, config.image_size, device, bad)
 
 
-def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple[np.ndarray, ...]:
+def _eval_geometry(sizes: np.ndarray, config: DataConfig) -> tuple[np.ndarray, ...]:
     """Compute the region of each file that torchvision's Resize and CenterCrop keep.
 
-    The shorter side becomes floor(image_size / crop_pct). The longer one keeps the aspect ratio and is rounded down.
-    The crop's offset is rounded as Python rounds, half to even.
+    The shorter side becomes floor(image_size / crop_pct). The longer one keeps the aspect ratio and is rounded down,
+    or with ``squash`` becomes as long as the shorter one. The crop's offset is rounded as Python rounds, half to even.
 
     Of an image that is long and thin only the surroundings of this region are decoded and resized: all of a file of 1 x
     60,000 pixels would become 256 x 15 million.
@@ -147,8 +147,11 @@ def _eval_geometry(sizes: np.ndarray, image_size: int, crop_pct: float) -> tuple
         [B, 2] int32 top and left, and height and width of the window to decode; [B, 2] float32 start and end of the
         region that is resized to ``image_size``, as shares of the window.
     """
-    short = int(np.floor(image_size / crop_pct))
-    resized = short * sizes.astype(np.int64) // sizes.min(axis=1, keepdims=True)
+    image_size, short = config.image_size, int(np.floor(config.image_size / config.crop_pct))
+    kept = sizes.astype(np.int64)
+    resized = (
+        np.full_like(kept, short) if config.crop_mode == "squash" else short * kept // kept.min(axis=1, keepdims=True)
+    )
     offset = np.round((resized - image_size) / 2)
     scale = sizes / resized
     first, last = offset * scale, (offset + image_size) * scale

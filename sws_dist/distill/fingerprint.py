@@ -27,7 +27,7 @@ _SAMPLED_FILES = 16
 _TEACHER_KEYS = ("weights of the teacher", "timm model of the teacher", "distill.teacher_ema")
 _LEFT_OUT = {
     *("data.val_share", "data.val_seed", "data.image_extensions", "data.label_key"),  # the list of images shows them
-    *("data.crop_pct", "augment.smoothing"),  # evaluation; labels
+    *("data.crop_pct", "data.crop_mode", "augment.smoothing"),  # evaluation; labels
 }
 
 Fingerprint = dict[str, Any]

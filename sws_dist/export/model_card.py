@@ -31,7 +31,8 @@ def write_card(
     rows = {
         "model": f"`{config['architecture']}` of timm{_geometry(config['model_args'])}, {millions:.2f} M parameters",
         "classes": _classes(config),
-        "images": f"{channels} x {height} x {width}: the centre {100 * about['crop_pct']:g} % of the shorter side "
+        "images": f"{channels} x {height} x {width}: the centre {100 * about['crop_pct']:g} % of "
+        f"{'both sides, made equal' if about['crop_mode'] == 'squash' else 'the shorter side'} "
         f"({about['interpolation']}); mean {_numbers(about['mean'])}, std {_numbers(about['std'])}",
         **describe_origin(source),
         **measured,

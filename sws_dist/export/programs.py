@@ -134,8 +134,9 @@ def _save(model: Any, config: dict[str, Any], path: Path) -> None:
     about = config["pretrained_cfg"]
     channels, height, width = about["input_size"]
     resized = int(height / about["crop_pct"])
+    side = "both sides" if about["crop_mode"] == "squash" else "the shorter side"
     model.doc_string = (
-        f"{INPUT}: float32 [batch, {channels}, {height}, {width}], RGB. Resize the shorter side to {resized} "
+        f"{INPUT}: float32 [batch, {channels}, {height}, {width}], RGB. Resize {side} to {resized} "
         f"({about['interpolation']}), crop {height} x {width} from the centre, divide by 255, subtract "
         f"{about['mean']}, divide by {about['std']}. {OUTPUT}: float32 [batch, {config['num_classes']}]; softmax gives "
         f"probabilities. The metadata entry {CONFIG} holds this and the names of the labels as JSON."

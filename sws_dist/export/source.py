@@ -203,7 +203,6 @@ def _timm_config(model: Any, architecture: str, arguments: dict[str, Any], info:
             "input_size": [getattr(model, "in_chans", None) or known["input_size"][0], size, size],
             "fixed_input_size": known["fixed_input_size"],
             **about,
-            "crop_mode": "center",
             "num_classes": model.num_classes,
             "first_conv": known["first_conv"],
             "classifier": known["classifier"],

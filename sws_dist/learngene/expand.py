@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sws_dist.checkpoint.load_model import set_input_description
 from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict, misfit
 from sws_dist.learngene.file import BLOCK, Learngene, describe_model, is_linear
-from sws_dist.learngene.plan import expansion_plan
+from sws_dist.learngene.plan import expansion_plan, is_whole
 from sws_dist.models import SWSVisionTransformer, branch_scale, geometry
 from sws_dist.models.tleg import linear_expansion
 
@@ -210,9 +210,16 @@ def untrained_depth(info: ModelInfo, depth: int) -> str | None:
 
 
 def log_depth(info: ModelInfo, layers: Sequence[int], dropped: Sequence[int]) -> None:
-    """Log what may be wrong with a depth: that it was not trained, and stages that it leaves out."""
+    """Log what may be wrong with a depth: that it or its plan was not trained, and stages that it leaves out."""
+    trained_plan = info.provenance.get("elastic_plan")  # files from before it was written do not say
     if (note := untrained_depth(info, len(layers))) is not None:
         log.info(note)
+    elif trained_plan and tuple(layers) != expansion_plan(info.kwargs["schedule"], len(layers), trained_plan):
+        log.warning(
+            "the learngene was trained with the %s plan, which has other layers at a depth of %d: this descendant "
+            "needs fine-tuning before it is used; the plan %s needs none",
+            *(trained_plan, len(layers), trained_plan),
+        )
     if dropped and info.kind == "learngene":
         log.warning("a depth of %d drops stages %s: their layers are not used", len(layers), dropped)
 
@@ -252,10 +259,20 @@ def expand_learngene(
         image_size: another size than the learngene's resamples the position embedding as timm does.
         branch_scaling: exponent of the branches' factors (``branch_scale``). Default: the auxiliary model's.
 
+    Raises:
+        ValueError: an argument out of its range, or what ``map_weights`` refuses.
+
     Returns:
         Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
     """
+    for what, value, least, most in (("num_classes", num_classes, 1, None), ("image_size", image_size, 8, 8192)):
+        if value is not None and not (is_whole(value) and least <= value <= (most or value)):
+            raise ValueError(
+                f"{what} {value!r}: expected a whole number from {least}" + (f" to {most}" if most else "")
+            )
     if branch_scaling is not None:
+        if not (isinstance(branch_scaling, (int, float)) and 0 <= branch_scaling <= 2):
+            raise ValueError(f"branch_scaling {branch_scaling!r}: expected a number from 0 to 2")
         info = replace(info, kwargs=info.kwargs | {"branch_scaling": branch_scaling})
     size = info.kwargs["img_size"] if image_size is None else [image_size, image_size]
     changed: dict[str, Any] = {"schedule": [1] * len(layers), "branch_scaling": 0.0, "img_size": size}

@@ -6,6 +6,10 @@ Source: SWS (IJCAI 2024), section 3.3 and the one published map (12 layers: 0,0,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+from sws_dist.config.schema import MAX_LAYERS
 
 NAMED_PLANS = ("even", "proportional", "spaced")
 
@@ -21,13 +25,14 @@ def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int
             they have to be left out or repeated. A sequence is an explicit plan.
 
     Raises:
-        ValueError: a depth below 1, or a plan of the wrong length, range or order.
+        ValueError: a depth that is no whole number from 1 to ``MAX_LAYERS``, or a plan of the wrong length, range or
+            order.
     """
     stages = len(schedule)
-    if depth < 1:
-        raise ValueError(f"depth {depth}: a descendant needs at least one layer")
+    if not is_whole(depth) or not 1 <= depth <= MAX_LAYERS:
+        raise ValueError(f"depth {depth!r}: a descendant has a whole number of layers, from 1 to {MAX_LAYERS}")
     if not isinstance(kind, str):
-        return _check(tuple(kind), depth, stages)
+        return _check(_stage_numbers(kind), depth, stages)
     if kind == "spaced":
         return tuple(layer * stages // depth for layer in range(depth))
     if kind == "even":
@@ -37,6 +42,18 @@ def expansion_plan(schedule: Sequence[int], depth: int, kind: str | Sequence[int
     else:
         raise ValueError(_unknown(kind))
     return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
+
+
+def is_whole(value: object) -> bool:
+    """Return True for an integer of Python's or NumPy's, which True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _stage_numbers(plan: Any) -> tuple[int, ...]:
+    stages = plan.tolist() if hasattr(plan, "tolist") else plan  # an array or a tensor
+    if not isinstance(stages, Sequence) or not all(map(is_whole, stages)):
+        raise ValueError(_unknown(plan))
+    return tuple(map(int, stages))
 
 
 def parse_plan(text: str) -> str | tuple[int, ...]:
@@ -49,8 +66,8 @@ def parse_plan(text: str) -> str | tuple[int, ...]:
         raise ValueError(_unknown(text)) from None
 
 
-def _unknown(plan: str) -> str:
-    return f"plan {plan!r}: expected {', '.join(NAMED_PLANS)}, or stage numbers such as 0,0,1,2,3,4"
+def _unknown(plan: object) -> str:
+    return f"plan {plan!r}: expected {', '.join(NAMED_PLANS)}, or stage numbers such as 0,0,1,2,3,4 (in Python a list)"
 
 
 def _even(stages: int, depth: int) -> list[int]:

@@ -18,5 +18,6 @@ def forward_flops(build: Callable[[], nn.Module], image_size: int) -> int:
         image_size: height and width in pixels.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build().eval()(torch.empty(1, 3, image_size, image_size))
+        # The counter's hooks fail on expanded parameters (a class token's) that want gradients; nothing here does.
+        build().eval().requires_grad_(False)(torch.empty(1, 3, image_size, image_size))
     return counter.get_total_flops()

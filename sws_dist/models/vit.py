@@ -149,7 +149,7 @@ class SWSVisionTransformer(UnrolledFeatures):
 
     Raises:
         ValueError: a schedule that is empty, has a number below 1, or contradicts ``depth``; an argument that is not
-            listed.
+            listed; images that are no whole number of patches.
     """
 
     stage_class: ClassVar[type[nn.Module]] = Stage
@@ -188,6 +188,12 @@ class SWSVisionTransformer(UnrolledFeatures):
         norm_layer = partial(LayerNorm, eps=norm_eps)
         blocks: dict[str, Any] = {"depth": len(schedule), "block_fn": self.stage_class}
         super().__init__(class_token=class_token, norm_layer=norm_layer, **blocks, **kwargs)
+        size, patch = self.patch_embed.img_size, self.patch_embed.patch_size
+        if any(side % length for side, length in zip(size, patch, strict=True)):
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels are no whole number of patches of {patch[0]} x {patch[1]}: "
+                "the last rows and columns would be left out without a word; choose another image size or patch_size"
+            )
         self.schedule = schedule
         self.norm_eps = norm_eps
         self.branch_scaling = branch_scaling

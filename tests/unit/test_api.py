@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -54,6 +55,50 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert sws_dist.train(config, "zero2", resume="auto") == {"top1": 0.5}
 
 
-def test_depths_do_not_write_over_each_others_predictions(learngene: Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="takes no predictions"):
-        sws_dist.evaluate_depths(learngene, tmp_path, [4, 5], predictions=tmp_path / "p.npz")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": "5"}, "depth '5': a descendant has a whole number of layers, from 1 to 1000"),
+        ({"depth": True}, "depth True"),
+        ({"depth": 10**5}, "depth 100000"),
+        ({"depth": 3, "plan": [0.0, 1.0, 2.0]}, r"plan \[0\.0, 1\.0, 2\.0\]: expected even"),
+        ({"depth": 3, "plan": "0,1,2"}, r"plan '0,1,2': .* \(in Python a list\)"),
+        ({"depth": 3, "plan": None}, "plan None: expected even"),
+        ({"depth": 3, "num_classes": 0}, "num_classes 0: expected a whole number from 1"),
+        ({"depth": 3, "image_size": (32, 48)}, r"image_size \(32, 48\): expected a whole number from 8 to 8192"),
+        ({"depth": 3, "image_size": 36}, "images of 36 x 36 pixels are no whole number of patches of 8 x 8"),
+        ({"depth": 3, "branch_scaling": -1}, "branch_scaling -1: expected a number from 0 to 2"),
+        ({"depth": 3, "branch_scaling": float("nan")}, "branch_scaling nan"),
+    ],
+)
+def test_an_expansion_that_cannot_be(learngene: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sws_dist.expand(learngene, **arguments)
+
+
+def test_a_plan_may_be_an_array(learngene: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = sws_dist.expand(learngene, 3, plan=torch.tensor([0, 1, 2])).state_dict()
+    expected = sws_dist.expand(learngene, 3, plan=[0, 1, 2]).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "drops stages" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("depths", "options", "message"),
+    [
+        (8, {}, r"depths 8: expected a list of numbers of layers, such as \[6, 9, 12\]"),
+        ([8, 0], {}, "depth 0"),
+        ([8], {"predictions": "p.npz"}, "evaluate_depths takes no predictions"),
+        ([8], {"use_ema": False}, "evaluate_depths takes no use_ema"),
+    ],
+)
+def test_depths_that_cannot_be_scored(learngene: Path, depths: Any, options: dict[str, Any], message: str) -> None:
+    """They are refused before anything is scored: there are no images here."""
+    with pytest.raises(ValueError, match=message):
+        sws_dist.evaluate_depths(sws_dist.load_learngene(learngene), "no_such_folder", depths, **options)
+
+
+@pytest.mark.parametrize("overrides", ["train.epochs=3", [("train.epochs", 3)]])
+def test_overrides_that_are_no_list_of_strings(overrides: Any) -> None:
+    with pytest.raises(ValueError, match=r"overrides .* expected a list of strings, such as \[.train.epochs=3.\]"):
+        sws_dist.load_config("auxiliary_small", overrides)

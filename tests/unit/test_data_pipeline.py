@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -56,10 +57,17 @@ def difference(ours: np.ndarray, theirs: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.875), (160, 0.95), (32, 1.0)])
-def test_evaluation_gives_torchvisions_pixels(listed: Manifest, size: int, crop_pct: float, interpolation: str) -> None:
-    data = config(listed, image_size=size, crop_pct=crop_pct, interpolation=interpolation)
-    theirs = Compose([Resize(int(size / crop_pct), InterpolationMode(interpolation)), CenterCrop(size)])
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "mode"),
+    [(224, 0.875, "center"), (160, 0.95, "center"), (32, 1.0, "center"), (160, 0.9, "squash")],
+)
+def test_evaluation_gives_torchvisions_pixels(
+    listed: Manifest, size: int, crop_pct: float, mode: Literal["center", "squash"], interpolation: str
+) -> None:
+    data = config(listed, image_size=size, crop_pct=crop_pct, crop_mode=mode, interpolation=interpolation)
+    short = int(size / crop_pct)
+    sides = (short, short) if mode == "squash" else short
+    theirs = Compose([Resize(sides, InterpolationMode(interpolation)), CenterCrop(size)])
     errors = {}
     for batch in eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 5), data, CPU):
         for index, ours in zip(batch.indices, pixels(batch, data), strict=True):
@@ -67,8 +75,10 @@ def test_evaluation_gives_torchvisions_pixels(listed: Manifest, size: int, crop_
     assert len(errors) == len(listed)
     means = {name: float(error.mean()) for name, error in errors.items()}
     print(size, interpolation, {name: f"{mean:.4f}" for name, mean in means.items()})  # shown by pytest -s
-    assert max(means.values()) <= 0.02, means
-    assert max(error.max() for error in errors.values()) <= 8
+    # Pillow 13 squashes tall images along the other side first, which files of noise show.
+    mean, most = (0.3, 20) if mode == "squash" else (0.02, 8)
+    assert max(means.values()) <= mean, means
+    assert max(error.max() for error in errors.values()) <= most
 
 
 def test_normalisation_is_torchvisions(listed: Manifest) -> None:

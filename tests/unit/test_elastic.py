@@ -163,3 +163,16 @@ def test_branch_scaling_has_one_place(tmp_path: Path) -> None:
     without = load_config("quickstart/auxiliary", [*others, "model.elastic=null"])
     with pytest.raises(ValueError, match=r"branch_scaling: 1\.0 in the file, 0\.0 in the config"):
         build_models(without, list("0123456789"), torch.device("cpu"), torch.float32, {}, 100)
+
+
+@pytest.mark.parametrize(("plan", "warned"), [("even", True), ("proportional", False)])
+def test_another_plan_than_the_trained_one_is_said(plan: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A learngene keeps the plan that it was trained with: descendants of another one were never trained."""
+    changes = ["data.root=unused", "distill.teacher=null", "model.schedule=[1, 3, 2]", "train.eval_depths=[]"]
+    changes.append("model.elastic={min_depth: 6, max_depth: 9, plan: proportional}")
+    config = load_config("quickstart/auxiliary", changes)
+    parts = build_models(config, [str(i) for i in range(10)], torch.device("cpu"), torch.float32, {}, 100)
+    learngene = Learngene(parts.info, parts.student.state_dict())
+    with caplog.at_level("WARNING", "sws_dist"):
+        sws_dist.expand(learngene, 8, plan=plan)
+    assert ("was trained with the proportional plan, which has other layers at a depth of 8" in caplog.text) is warned

@@ -66,7 +66,7 @@ def test_every_depth_has_a_fair_plan(schedule: tuple[int, ...], kind: str) -> No
 @pytest.mark.parametrize(
     ("depth", "kind", "said"),
     [
-        (0, "even", "at least one layer"),
+        (0, "even", "depth 0: a descendant has a whole number of layers"),
         (4, "odd", "expected even, proportional"),
         (3, (0, 1), "has 2 layers, but the depth is 3"),
         (3, (0, 1, 5), "layer 2 takes stage 5; stages are 0 to 4"),

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sws_dist.build_models import build_models
-from sws_dist.checkpoint.load_model import load_initial_weights, load_model
+from sws_dist.checkpoint.load_model import load_initial_weights, load_model, set_input_description
 from sws_dist.checkpoint.model_file import ModelInfo, save_model_file
 from sws_dist.checkpoint.weight_file import read_weight_file
 from sws_dist.checkpoint.weight_names import select_weights
 from sws_dist.config.schema import IMAGENET_MEAN, IMAGENET_STD, DataConfig, ModelConfig, RunConfig
+from sws_dist.inference import input_config
 from sws_dist.models import create_model
 
 VIT = "test_vit"  # timm's smallest, for 160 pixels
@@ -423,3 +424,17 @@ def test_without_a_model_the_largest_dictionary_is_taken(tmp_path: Path) -> None
         "optimizer": {str(i): torch.ones(1) for i in range(9)},
     }
     assert select_weights(read_weight_file(saved(tmp_path / "a.pth", content))).keys() == {"a", "b"}
+
+
+def test_a_model_says_how_its_images_are_cropped(tmp_path: Path) -> None:
+    """timm's own models squash some; a file of ours from before it said so was scored on the centre."""
+    model = create_model(VIT, num_classes=3)
+    model.pretrained_cfg["crop_mode"] = "squash"
+    assert input_config(model, "it", tmp_path).crop_mode == "squash"
+    preprocessing = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "image_size": 160, "crop_pct": 1.0}
+    for said, expected in (({}, "center"), ({"crop_mode": "squash"}, "squash")):
+        set_input_description(model, ModelInfo("model", VIT, {}, 3, preprocessing=preprocessing | said))
+        assert input_config(model, "it", tmp_path).crop_mode == expected
+    model.pretrained_cfg["crop_mode"] = "border"
+    with pytest.raises(ValueError, match=r"crop_mode 'border': input should be 'center' or 'squash'"):
+        input_config(model, "it", tmp_path)

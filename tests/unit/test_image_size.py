@@ -44,6 +44,26 @@ def test_a_student_that_takes_no_such_images() -> None:
         build_models(run("vit_tiny_patch16_224", 8), CLASSES, torch.device("cpu"), torch.float32, {}, 100)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_classes": 5}, "num_classes in model.kwargs: a model has a label for each class of the data, 3"),
+        ({"in_chans": 1}, r"takes images of 1 channel\(s\) \(in_chans\); all images are read as RGB"),
+        ({"global_pool": ""}, r"answers one image with an array of shape \[1, 37, 3\], and its num_classes is 3"),
+        ({"features_only": True}, "answers one image with a list, .* no classifier"),
+    ],
+)
+def test_a_student_that_does_not_tell_the_classes_of_the_images_apart(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_models(run("vit_tiny_patch16_224", 96, **kwargs), CLASSES, torch.device("cpu"), torch.float32, {}, 100)
+
+
+def test_the_operations_of_a_model_that_expands_its_parameters_are_counted() -> None:
+    """As PiT does with its class token: the counter ended in an AssertionError, and with it the run."""
+    parts = build_models(run("pit_ti_224", 96), CLASSES, torch.device("cpu"), torch.float32, {}, 100)
+    assert parts.flops.student > 1e6
+
+
 def test_the_check_leaves_a_model_as_it_was() -> None:
     model = create_model("test_resnet").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
