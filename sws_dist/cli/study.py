@@ -78,8 +78,8 @@ DATA_SETS = {
         "Characters in unseen fonts",
         "sws_dist.study.fonts",
         {
-            "tiny": Size(1_000, 2, 3, (6,), (0,), "4 minutes", scored=(5, 6, 15)),
-            "small": Size(30_000, 6, 6, (5, 12), (0,), "3 hours"),
+            "tiny": Size(1_000, 2, 3, (6,), (0,), "not timed", scored=(5, 6, 15)),
+            "small": Size(30_000, 6, 6, (5, 12), (0,), "3 hours, estimated"),
             "full": Size(60_000, 20, 12, TEN_DEPTHS, THREE_SEEDS, "not tried; take a GPU"),
         },
         ("augment.hflip=0",),
