@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sws_dist.checkpoint.load_model import set_input_description
 from sws_dist.checkpoint.model_file import ModelInfo, load_weights_strict, misfit
+from sws_dist.config.schema import IMAGE_SIZES
 from sws_dist.learngene.file import BLOCK, Learngene, describe_model, is_linear
 from sws_dist.learngene.plan import expansion_plan, is_whole
 from sws_dist.models import SWSVisionTransformer, branch_scale, geometry
@@ -265,11 +266,11 @@ def expand_learngene(
     Returns:
         Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
     """
-    for what, value, least, most in (("num_classes", num_classes, 1, None), ("image_size", image_size, 8, 8192)):
-        if value is not None and not (is_whole(value) and least <= value <= (most or value)):
-            raise ValueError(
-                f"{what} {value!r}: expected a whole number from {least}" + (f" to {most}" if most else "")
-            )
+    smallest, largest = IMAGE_SIZES
+    if num_classes is not None and not (is_whole(num_classes) and num_classes >= 1):
+        raise ValueError(f"num_classes {num_classes!r}: expected a whole number from 1")
+    if image_size is not None and not (is_whole(image_size) and smallest <= image_size <= largest):
+        raise ValueError(f"image_size {image_size!r}: expected a whole number from {smallest} to {largest}")
     if branch_scaling is not None:
         if not (isinstance(branch_scaling, (int, float)) and 0 <= branch_scaling <= 2):
             raise ValueError(f"branch_scaling {branch_scaling!r}: expected a number from 0 to 2")
