@@ -92,6 +92,7 @@ def test_a_plan_may_be_an_array(learngene: Path, caplog: pytest.LogCaptureFixtur
         ([8], {"use_ema": False}, "evaluate_depths takes no use_ema"),
     ],
 )
+@pytest.mark.usefixtures("temporary_group")
 def test_depths_that_cannot_be_scored(learngene: Path, depths: Any, options: dict[str, Any], message: str) -> None:
     """They are refused before anything is scored: there are no images here."""
     with pytest.raises(ValueError, match=message):
