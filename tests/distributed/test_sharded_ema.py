@@ -119,11 +119,13 @@ def test_it_is_the_average_of_the_whole_weights(stage: int, precision: str) -> N
         assert torch.equal(main["masters inside"][name], main["average"][name])
         assert torch.equal(main["average after"][name], main["average"][name])
     assert any(not torch.equal(main["average"][name], main["steps"][-1][name]) for name in expected)
-    assert torch.equal(main["applied"], plain_logits(main["average"], precision))
+    # Close, not equal: a CPU's bf16 products may depend on where in memory the weights lie.
+    torch.testing.assert_close(main["applied"], plain_logits(main["average"], precision))
     for each in found:
-        assert torch.equal(each["applied"], main["applied"])
-        assert not torch.equal(each["applied"], each["before"]), "equal logits would show nothing"
-        assert torch.equal(each["after"], each["before"])
+        torch.testing.assert_close(each["applied"], main["applied"])
+        with pytest.raises(AssertionError, match="not close"):  # or the lines above would show nothing
+            torch.testing.assert_close(each["applied"], each["before"])
+        torch.testing.assert_close(each["after"], each["before"])
         assert each["restored"]
 
 
@@ -148,4 +150,4 @@ def fail_inside(stage: int, precision: str) -> tuple[bool, Tensor, Tensor]:
 def test_an_error_inside_puts_the_trained_weights_back(stage: int, precision: str) -> None:
     for restored, before, after in ranks.run(fail_inside, stage, precision):
         assert restored
-        assert torch.equal(after, before)
+        torch.testing.assert_close(after, before)
