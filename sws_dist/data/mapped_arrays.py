@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from sws_dist.atomic import atomic_write
 
@@ -21,22 +22,9 @@ _TEXTS = "sws_dist"
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Path:
     """Write arrays, and texts that JSON can hold; the file appears whole or not at all."""
-    header: dict[str, Any] = {"__metadata__": {_TEXTS: json.dumps(texts)}}
-    end = 0
-    for name, array in arrays.items():
-        dtype = next(code for code, known in _DTYPES.items() if known == array.dtype)
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).data)
-
-    return atomic_write(path, write)
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {_TEXTS: json.dumps(texts)}
+    return atomic_write(path, lambda temporary: save_file(whole, temporary, metadata))
 
 
 class MappedFile(NamedTuple):

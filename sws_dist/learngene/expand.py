@@ -204,7 +204,7 @@ def untrained_depth(info: ModelInfo, depth: int) -> str | None:
     low, high = trained_depths
     trained = f"{low} layers alone" if low == high else f"{low} to {high} layers"
     if info.kwargs.get("branch_scaling"):
-        remedy = "has branches scaled for that depth, and should be scored before it is used untuned"
+        remedy = "has branches scaled for that depth; its score shows whether it needs fine-tuning"
     else:
         remedy = "needs fine-tuning before it is used"
     return f"the learngene was trained at {trained}: a descendant of {depth} {remedy}"

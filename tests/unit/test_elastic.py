@@ -139,7 +139,7 @@ def test_a_depth_that_was_not_trained_is_said() -> None:
     assert untrained_depth(describe_model(model, "learngene"), 8) is None
     assert "9 needs fine-tuning before it is used" in str(untrained_depth(info, 9))
     scaled = replace(info, kwargs=info.kwargs | {"branch_scaling": 1.0})
-    assert "9 has branches scaled for that depth, and should be scored" in str(untrained_depth(scaled, 9))
+    assert "9 has branches scaled for that depth; its score shows" in str(untrained_depth(scaled, 9))
 
 
 def test_counts_are_of_the_steps_taken() -> None:
