@@ -34,6 +34,7 @@ from sws_dist.logging.recorder import Recorder
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.losses import DistillationLoss
 from sws_dist.prepare import PreparedRun, prepare_run
+from sws_dist.run_dir import CHECKPOINTS, HEARTBEATS
 from sws_dist.zero.config import set_zero3_memory_defaults
 from sws_dist.zero.ema import ShardedEMA
 from sws_dist.zero.engine import build_engine
@@ -86,17 +87,20 @@ def build_run(
     world, output, dtype = run.world, run.output, run.dtype
     flight_recorder = FlightRecorder(output / "crash" / broadcast_from_rank0(time.strftime("%Y%m%d-%H%M%S")), world)
     with raise_on_all_ranks("prepare the heartbeats"):
-        heartbeat = Heartbeat(output / "heartbeats", world, config.train.timeout_s, flight_recorder)
+        heartbeat = Heartbeat(output / HEARTBEATS, world, config.train.timeout_s, flight_recorder)
     engine = build_student_engine(config, run.models.student, run.ds, run.expansion, world, dtype)
     # After all weights are in place, so that the average starts from them; before a checkpoint restores it.
     ema = ShardedEMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None
     resumed = None
     if run.checkpoint is not None:
-        resumed = restore_run(run.checkpoint, engine, ema, output, world, run.stream)
+        resumed = restore_run(run.checkpoint, engine, ema, world, run.stream)
     with raise_on_all_ranks("start the monitors"):
         monitors = open_monitors(run.ds, config.train.global_batch, output)
     paths = run.data.train.paths
     teacher = run.open_logits(resumed.state.step if resumed else 0)
+    if resumed is not None:  # at last, when nothing can keep the run from going on
+        for aside in set_aside_newer(output / CHECKPOINTS, resumed.state.step, world):
+            log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
     return RunParts(
         **(vars(run) | {"teacher": teacher}),
         heartbeat=heartbeat,
@@ -140,17 +144,15 @@ def build_student_engine(
 
 
 def restore_run(
-    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, output: Path, world: World, stream: dict[str, int]
+    checkpoint: Path, engine: ZeroEngine, ema: ShardedEMA | None, world: World, stream: dict[str, int]
 ) -> Resumed:
-    """Load a checkpoint, say what is different since, and set later checkpoints aside. A collective."""
+    """Load a checkpoint, and say what is different since. A collective."""
     state = load_checkpoint(checkpoint, engine, ema, world, stream)
     for key, value in describe_layout(engine, world).items():
         if getattr(state, key) != value:
             log.info("going on with %s %s; the checkpoint was written with %s", key, value, getattr(state, key))
             if key == "num_micros":
                 log.info("mixup and drop-path draw for each micro-batch: from here on their draws are others")
-    for aside in set_aside_newer(output / "checkpoints", state.step, world):
-        log.info("set aside as %s: it is later than the checkpoint that this run goes on from", aside)
     return Resumed(checkpoint, state)
 
 

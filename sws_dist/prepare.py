@@ -38,7 +38,7 @@ from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_
 from sws_dist.distributed.init import World, init_distributed
 from sws_dist.learngene.sharded_init import Expansion, prepare_expansion
 from sws_dist.provenance import collect_provenance
-from sws_dist.run_dir import prepare_output
+from sws_dist.run_dir import CHECKPOINTS, prepare_output, run_folder
 from sws_dist.seed import seed_everything
 from sws_dist.zero.config import config_source, precision_of, resolve_deepspeed_config
 from sws_dist.zero.engine import connect_deepspeed
@@ -155,7 +155,8 @@ def check_run(
     try:
         with raise_on_all_ranks("write into the output folder"):
             if world.is_rank_zero:
-                made = [folder for folder in (output, *output.parents) if not folder.exists()]
+                needed = (output / CHECKPOINTS, output, *output.parents)
+                made = [folder for folder in needed if not folder.exists()]
                 lists.mkdir(parents=True, exist_ok=True)
         run = prepare_run(config, deepspeed_config, resume, lists)
         step = 0
@@ -188,7 +189,7 @@ def find_checkpoint(output: Path, resume: str | None, world: World) -> Path | No
     if resume is None:
         return None
     if resume == "auto":
-        found, problems = latest_valid(output / "checkpoints", world)
+        found, problems = latest_valid(output / CHECKPOINTS, world)
         for each in problems:
             log.warning("%s; going on from %s", each, found and found.name)
         return found
@@ -197,11 +198,6 @@ def find_checkpoint(output: Path, resume: str | None, world: World) -> Path | No
         if problem is not None:
             raise ValueError(problem)
     return Path(resume)
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """Return the output folder of the run that wrote a checkpoint."""
-    return checkpoint.parent.parent
 
 
 def load_own_config(checkpoint: Path | None, config: RunConfig, ds: dict[str, Any]) -> RunConfig | None:

@@ -15,34 +15,56 @@ from sws_dist.checkpoint.checkpoint import list_checkpoints
 from sws_dist.config.loader import config_to_yaml
 from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks
+from sws_dist.distributed.heartbeat import find_live_rank
 from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
 
-_VISIBLE_WITHIN_S = 15.0
-"""Seconds in which a file of one node has to be seen by all others (NFS caches folders for some seconds)."""
+_VISIBLE_WITHIN_S = 75.0
+"""Seconds in which a file of one node has to be seen by all others (NFS remembers for up to 60 that one was absent)."""
+
+CHECKPOINTS, HEARTBEATS = "checkpoints", "heartbeats"
+"""Folders inside the run's."""
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Return the output folder of the run that wrote a checkpoint."""
+    return checkpoint.parent.parent
 
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
-    """Create the run's folder, which all nodes have to see, refusing to mix two runs in one. A collective."""
+    """Create the run's folder, which all nodes have to see, refusing to mix two runs in one. A collective.
+
+    Raises:
+        RunError: another run is at work there, or has left checkpoints that this one does not go on from; no permission
+            to write; or the nodes do not share it.
+    """
     output = Path(config.output)
+    checkpoints = output / CHECKPOINTS
     with raise_on_all_ranks("prepare the output folder"):
         if world.is_rank_zero:
             output.mkdir(parents=True, exist_ok=True)
             if not os.access(output, os.W_OK):
                 raise PermissionError(f"output {output}: no permission to write there")
-            if resume is None and list_checkpoints(output / "checkpoints"):
+            own = resume == "auto" or (resume is not None and run_folder(Path(resume)).resolve() == output.resolve())
+            if not own and list_checkpoints(checkpoints):
                 raise ConfigError(
                     f"output {output}: already holds a run; go on with --resume auto, or --set output=ANOTHER"
                 )
-    _require_shared(output, world)
+            if (live := find_live_rank(output / HEARTBEATS)) is not None:
+                raise ConfigError(
+                    f"output {output}: another run is at work there: rank {live['rank']} on {live['host']} (process "
+                    f"{live['pid']}); stop it first, or --set output=ANOTHER"
+                )
+            checkpoints.mkdir(exist_ok=True)
+    _require_shared(checkpoints, world)
     return output
 
 
-def _require_shared(output: Path, world: World) -> None:
-    """Stop all ranks if what rank 0 writes into the run's folder is not there for every one of them. A collective."""
+def _require_shared(folder: Path, world: World) -> None:
+    """Stop all ranks if what rank 0 writes into ``folder`` is not there for every one of them. A collective."""
     if world.nodes == 1:
         return
-    token = output / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
+    token = folder / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
     try:
         with raise_on_all_ranks("write into the output folder"):
             if world.is_rank_zero:
@@ -52,7 +74,7 @@ def _require_shared(output: Path, world: World) -> None:
             while not token.exists():
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"output {output}: on {socket.gethostname()} it is another folder than on rank 0's node; "
+                        f"{folder}: on {socket.gethostname()} it is another folder than on rank 0's node; "
                         "all nodes have to share its file system"
                     )
                 time.sleep(0.1)

@@ -39,7 +39,7 @@ from sws_dist.logging.throughput import SlowStepDetector
 from sws_dist.models.losses import LossParts
 from sws_dist.prepare import describe_stream
 from sws_dist.results import collect_results, log_summary
-from sws_dist.run_dir import write_configs
+from sws_dist.run_dir import CHECKPOINTS, write_configs
 from sws_dist.validation import OWN, score_run
 from sws_dist.watch import StepWatch
 from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
@@ -67,7 +67,7 @@ class Trainer:
         self._loader = self._build_loader()
         schedule = parts.lr_schedule
         self._checkpoints = CheckpointWriter(
-            parts.output / "checkpoints",
+            parts.output / CHECKPOINTS,
             parts.engine,
             parts.ema,
             parts.world,
@@ -92,13 +92,17 @@ class Trainer:
                 self._log_start()
                 self._checkpoints.prune()  # a kill after saving leaves one checkpoint too many
                 self._train(watch)
-                return self._finish() if self.step == self.parts.total_steps else None
-            except Exception as error:
+                result = self._finish() if self.step == self.parts.total_steps else None
+            except Exception as error:  # Stopped too
                 if isinstance(error, RunError) or self.parts.world.size == 1:  # all ranks are here
                     self._checkpoints.complete_after_failure()
+                try:
+                    self.parts.recorder.close()
+                except OSError as problem:  # what ended the run says more, and decides its exit code
+                    log.warning("the last lines of the log cannot be written: %s", problem)
                 raise
-            finally:
-                self.parts.recorder.close()
+            self.parts.recorder.close()
+            return result
 
     def _train(self, watch: StepWatch) -> None:
         heartbeat, batches = self.parts.heartbeat, iter(self._loader)

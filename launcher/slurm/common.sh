@@ -4,7 +4,8 @@
 #   CODE      whose launcher/ is run: a checkout or a snapshot of one (default: the folder where sbatch was called)
 #   PYTHON    what runs Python there, in the shell's words (default: python): "apptainer exec --nv sws-dist.sif python",
 #             or "'/my venv/bin/python'"
-#   RESTARTS  how often a job that lost a rank is started again (default: 3); one that was told to stop always is
+#   RESTARTS  how often a job that lost a rank is started again (default: 3); one that was told to stop always is.
+#             Its losses are counted in .lost-ranks-JOB, in the folder where sbatch was called
 
 CODE=$(realpath "${CODE:-.}")
 eval "PYTHON=(${PYTHON:-python})"
@@ -15,7 +16,7 @@ export PYTHONPATH=$CODE${PYTHONPATH:+:$PYTHONPATH}
 
 # SLURM sends USR1 to this shell before the time limit (--signal) and, where it is set up so, before a preemption; the
 # shell hands it to srun, and srun to every rank.
-step='' told='' woken=''
+step='' told='' woken='' losses=.lost-ranks-$SLURM_JOB_ID
 trap 'told=yes woken=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1
 trap 'woken=yes' TERM # srun and the ranks get their own; wait for what they do about it
 
@@ -32,19 +33,37 @@ on_every_rank() {
     # The first rank that leaves may have srun kill one that is about to, whose code is then the higher one.
     if [ "$code" = $AGAIN ] || { [ -n "$told" ] && [ "$code" -gt 128 ]; }; then
         start_again "told to stop (exit code $code)"
-    elif [ "$code" = $LOST ] || [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
-        start_again "a rank was lost (exit code $code)"
+    elif [ "$code" = $LOST ] || [ "$code" -gt 128 ]; then
+        echo "exit code $code, $(date)" >>"$losses"
+        if [ "$(wc -l <"$losses")" -le "$RESTARTS" ]; then
+            start_again "a rank was lost (exit code $code)"
+        else
+            echo "a rank was lost (exit code $code), and RESTARTS=$RESTARTS times before: the job ends"
+        fi
     fi
+    rm -f "$losses"
     exit "$code"
 }
 
 # start_again REASON: back into the queue, unless the job was cancelled or SLURM requeues it itself.
 start_again() {
     # An element of an array by its own name: one of them bears the whole array's number.
-    local job=$SLURM_JOB_ID
+    local job=$SLURM_JOB_ID state
     [ -z "${SLURM_ARRAY_JOB_ID-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    if [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+    state=$(patiently squeue --noheader --jobs="$job" --format=%T) || true
+    if [ "$state" = RUNNING ]; then
         echo "job $job: $1; it goes back into the queue"
-        scontrol requeue "$job" && exit 0
+        patiently scontrol requeue "$job" && exit 0
     fi
+    echo "job $job: $1; SLURM calls it ${state:-unknown}, and it does not go back into the queue by itself"
+}
+
+# patiently COMMAND...: SLURM's controller may be busy, so try for half a minute.
+patiently() {
+    local try
+    for try in 1 2 3 4 5 6; do
+        "$@" && return
+        sleep 5
+    done
+    return 1
 }

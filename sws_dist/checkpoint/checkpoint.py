@@ -160,7 +160,8 @@ def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
         RunError: there are checkpoints, and all are damaged.
     """
     problems: list[str] = []
-    for checkpoint in broadcast_from_rank0(list_checkpoints(folder)[::-1]):
+    # Rank 0 alone looks: another node's file system may remember that a folder was not there (NFS).
+    for checkpoint in broadcast_from_rank0(list_checkpoints(folder)[::-1] if world.is_rank_zero else []):
         found = broadcast_from_rank0(gather_on_rank0(verify(checkpoint, world.rank, world.size)))
         problem = next((each for each in found if each is not None), None)
         if problem is None:

@@ -105,8 +105,7 @@ class CheckpointWriter:
         """
         self.complete()
         final = self._folder / f"step-{state['step']:08d}"
-        # What a step leaves is always the same, but for scores that a stop put off.
-        if broadcast_from_rank0(is_checkpoint(final)):
+        if broadcast_from_rank0(self._world.is_rank_zero and self._is_newest(final)):
             self._add_scores(final, info, state)
             return
         described, shard = self._describe(info, state), collect_shard(self._engine, self._ema)
@@ -181,6 +180,14 @@ class CheckpointWriter:
             shapes=whole_shapes(self._engine),
             files={},
         )
+
+    def _is_newest(self, final: Path) -> bool:
+        """Return True for the checkpoint that the run has just gone on from: a stop had put its scores off.
+
+        Another one under this name is of another run, and in the way. Only rank 0 may look: a name that is not there
+        yet would be remembered as absent by the file system of another node (NFS).
+        """
+        return self.newest is not None and is_checkpoint(final) and final.resolve() == self.newest.resolve()
 
     def _add_scores(self, checkpoint: Path, info: ModelInfo, state: dict[str, Any]) -> None:
         """Add an evaluation's scores to a checkpoint that was saved without."""

@@ -224,7 +224,7 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError, RunError) as error:
         if _reports(error):
             log.error("%s", error, extra=ANY_RANK, exc_info=log.isEnabledFor(logging.DEBUG))
-        elif isinstance(error, ConfigError):
+        elif isinstance(error, (ConfigError, RunError)):
             time.sleep(_HEAD_START_S)  # launchers end all ranks when one leaves: let the one that reports be the first
         exit_now(1)
     except Exception as error:

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from sws_dist.distributed.flight_recorder import FlightRecorder
@@ -31,6 +33,7 @@ from sws_dist.errors import EXIT_PEER_LOST, Stopped, exit_now
 
 _STEP = "taking a step"
 _TICK_S = 0.5
+_LONGEST_INTERVAL_S = 5.0
 _MAX_NAMED = 8
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Heartbeat:
         self.step = 0
         self._recorder = recorder
         self._folder, self._world, self._timeout_s = folder, world, timeout_s
-        self._interval_s = min(5.0, max(1.0, timeout_s / 60))
+        self._interval_s = min(_LONGEST_INTERVAL_S, max(1.0, timeout_s / 60))
         self._patience_s = min(60.0, timeout_s / 4)
         self._phase, self._last_progress = _STEP, time.monotonic()
         self._timer = StepTimer()
@@ -101,12 +104,13 @@ class Heartbeat:
         except Stopped:
             self._close()
             raise
-        except RuntimeError as error:
-            if not _is_peer_lost(error):
-                raise
-            # gloo: [file:line] what happened. Advice
-            what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
-            self._exit(f"lost the connection to other ranks ({what})", error)
+        except BaseException as error:
+            if _is_peer_lost(error):
+                # gloo: [file:line] what happened. Advice
+                what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+                self._exit(f"lost the connection to other ranks ({what})", error)
+            self._stop.set()  # the process may have other things to do
+            raise
         self._close()
 
     def _close(self) -> None:
@@ -217,10 +221,38 @@ class Heartbeat:
         return self._folder / f"rank-{rank:05d}.json"
 
 
-def _is_peer_lost(error: RuntimeError) -> bool:
+def find_live_rank(folder: Path) -> dict[str, Any] | None:
+    """Return what the heartbeat of a rank says whose file in ``folder`` is still rewritten; None if no run is at work.
+
+    A run that was killed leaves its heartbeats behind. Those of a process that this host no longer has, and those
+    that are older than a minute, by the file system's own clock, are not watched; others are, for two intervals.
+    """
+    if not (files := sorted(folder.glob("rank-*.json"))):
+        return None
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
+    before: dict[Path, str] = {}
+    for file in files:
+        with suppress(OSError, ValueError):  # gone, or not ours
+            text = file.read_text()
+            last = json.loads(text)
+            is_here = last["host"] == socket.gethostname()
+            if now - file.stat().st_mtime < 60 and not (is_here and not psutil.pid_exists(last["pid"])):
+                before[file] = text
+    until = time.monotonic() + 2 * _LONGEST_INTERVAL_S
+    while before and time.monotonic() < until:
+        time.sleep(_TICK_S)
+        for file, text in before.items():
+            with suppress(OSError, ValueError):
+                if (found := file.read_text()) != text:
+                    return json.loads(found)
+    return None
+
+
+def _is_peer_lost(error: BaseException) -> bool:
     """Return True if a collective failed because another rank did not take part."""
     # gloo's errors have no type of their own, but they name the place in its sources that they come from.
-    return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "third_party/gloo" in str(error))
 
 
 def _describe(ranks: dict[int, dict[str, Any]], state: str) -> str:

@@ -70,17 +70,17 @@ def init_distributed(timeout_s: int) -> World:
     env = os.environ
     complete_environment(env)
     expected = list(expected_worlds())
-    local_rank, local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
+    local_rank = int(env["LOCAL_RANK"])
     device = _choose_device(local_rank)
-    if device.type == "cpu":
-        if (note := choose_gloo_interface(env)) and local_rank == 0:
-            log.warning(note, extra=ANY_RANK)
-        if "OMP_NUM_THREADS" not in env:  # ranks that share a node share its cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if device.type == "cpu" and (note := choose_gloo_interface(env)) and local_rank == 0:
+        log.warning(note, extra=ANY_RANK)
     if not dist.is_initialized():
         require_free_port(env)
         _join_process_group(device, timeout_s)
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, _count_nodes())
+    nodes, sharing = _count_nodes_and_sharing()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, nodes)
     with raise_on_all_ranks("count the ranks"):
         for each in expected:
             if each.mismatches(world.nodes, world.size):
@@ -136,7 +136,14 @@ def _choose_device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _count_nodes() -> int:
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, node_name())
-    return len(set(names))
+def _count_nodes_and_sharing() -> tuple[int, int]:
+    """Return the number of nodes, and of ranks that share cores with this one, itself included. A collective.
+
+    Some launchers bind each rank to cores of its own (srun, deepspeed --bind_cores_to_rank), others let the ranks of a
+    node share all of them.
+    """
+    own = (node_name(), os.sched_getaffinity(0))
+    ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    sharing = sum(node == own[0] and not cores.isdisjoint(own[1]) for node, cores in ranks)
+    return len({node for node, _ in ranks}), sharing

@@ -69,6 +69,8 @@ REFUSED_INSIDE = {  # what DeepSpeed accepts in a group, and what cannot be righ
     },
     "zero_optimization.offload_optimizer": {
         "super_offload": f"it keeps the masters in a process of its own; {_MASTERS}",
+        "ratio": "DeepSpeed's second optimizer, which steps what stays on the GPU, keeps a learning rate of its own; "
+        "offload all of it",
     },
     "bf16": {"bf16_master_weights_and_grads": _MASTERS, "bf16_optimizer_states": _MASTERS},
     "fp16": {"fp16_master_weights_and_grads": _MASTERS},

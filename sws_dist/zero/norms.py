@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sws_dist.distributed.collectives import sum_over_ranks
-from sws_dist.zero.partition import fragments, inner_optimizers, master_keys
+from sws_dist.zero.partition import fragments, inner_optimizer, master_keys
 from sws_dist.zero.protocol import ZeroEngine
 
 _PART = re.compile(r"[^.]+(\.\d+)?")
@@ -45,8 +45,7 @@ class NormMeter:
         self._is_armed = False
         self._squares: Tensor | None = None
         self._counted: set[int] = set()
-        for optimizer in inner_optimizers(engine):
-            optimizer.register_step_pre_hook(lambda optimizer, *_: self._add_gradients(optimizer))
+        inner_optimizer(engine).register_step_pre_hook(lambda optimizer, *_: self._add_gradients(optimizer))
 
     def arm(self) -> None:
         """Measure the gradient of the step that follows."""

@@ -116,7 +116,7 @@ def optimizer_moments(engine: ZeroEngine) -> dict[str, dict[int, Tensor]]:
 
     Adam has two for each master, Muon one for those of matrices; before the first step there are none.
     """
-    inner = _inner_optimizer(engine)
+    inner = inner_optimizer(engine)
     found: dict[str, dict[int, Tensor]] = {}
     for number, flat in enumerate(master_keys(engine)):
         for name in _moment_names(inner, flat) if flat in inner.state else ():
@@ -126,13 +126,14 @@ def optimizer_moments(engine: ZeroEngine) -> dict[str, dict[int, Tensor]]:
 
 def optimizer_steps(engine: ZeroEngine) -> int:
     """Return the number of the optimizer's steps: fewer than the run's where fp16 skipped some."""
-    state, first = _inner_optimizer(engine).state, master_keys(engine)[0]
-    return int(state[first]["step"]) if first in state else 0
+    state = inner_optimizer(engine).state
+    # DeepSpeed's FusedAdam counts at the last parameter of a group alone.
+    return max((int(state[flat]["step"]) for flat in master_keys(engine) if flat in state), default=0)
 
 
 def init_optimizer_state(engine: ZeroEngine, steps: int) -> None:
     """Give the optimizer moments of zero and a count of ``steps``, as if it had taken them."""
-    inner = _inner_optimizer(engine)
+    inner = inner_optimizer(engine)
     for flat in master_keys(engine):
         # torch's fused AdamW counts on the device, the others count in Python.
         names, is_torchs = _moment_names(inner, flat), isinstance(inner, torch.optim.AdamW)
@@ -144,12 +145,6 @@ def _moment_names(optimizer: torch.optim.Optimizer, flat: Tensor) -> tuple[str, 
     return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.has_matrices(flat) else ADAM_MOMENTS
 
 
-def inner_optimizers(engine: ZeroEngine) -> list[torch.optim.Optimizer]:
-    """Return what takes the steps: the optimizer proper, and the one of what a partial offload leaves on the GPU."""
-    second = getattr(engine.optimizer, "backup_optimizer", None)
-    return [_inner_optimizer(engine), *([] if second is None else [second])]
-
-
-def _inner_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:
+def inner_optimizer(engine: ZeroEngine) -> torch.optim.Optimizer:
     """Return the optimizer proper, inside DeepSpeed's wrapper where there is one."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

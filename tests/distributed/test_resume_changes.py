@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sws_dist.atomic import atomic_write_json
 from sws_dist.checkpoint.checkpoint import list_checkpoints
 from tests import runs
 from tests.launching import Job, losses
@@ -173,3 +176,34 @@ def test_intervals_hold_for_a_batch_larger_than_an_epoch(job: Job) -> None:
     assert [(point["epoch"], point["step"]) for point in metrics["history"]] == [(5, 2), (7, 3), (10, 4)]
     saved = [path.name for path in list_checkpoints(anew.output / "checkpoints")]
     assert saved == ["step-00000002", "step-00000004"]
+
+
+def test_a_checkpoint_of_another_run_does_not_go_on_among_this_ones(job: Job, stopped: Job) -> None:
+    checkpoint = list_checkpoints(stopped.output / "checkpoints")[0]
+    before = sorted(job.output.glob("checkpoints/*"))
+    assert f"output {job.output}: already holds a run" in refused(replace(job, resume=str(checkpoint)))
+    assert sorted(job.output.glob("checkpoints/*")) == before
+
+
+def test_a_second_run_is_refused_while_the_first_one_works(job: Job) -> None:
+    """The first one's ranks are on another host: only that their heartbeats go on says that they are alive."""
+    (job.output / "heartbeats").mkdir(exist_ok=True)
+    file, begun, done = job.output / "heartbeats" / "rank-00003.json", threading.Event(), threading.Event()
+
+    def beat() -> None:
+        for number in itertools.count():
+            last = {"rank": 3, "host": "node7", "pid": 1234, "step": 5, "doing": "saving", "beat": number, "time": ""}
+            atomic_write_json(file, last)
+            begun.set()
+            if done.wait(0.5):
+                break
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    begun.wait()
+    try:
+        assert "another run is at work there: rank 3 on node7 (process 1234)" in refused(job)
+    finally:
+        done.set()
+        thread.join()
+    assert "from step 6" in go_on(job)  # its heartbeats have stopped

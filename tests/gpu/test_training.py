@@ -138,3 +138,23 @@ def test_the_kernels_train_with(tmp_path: Path, digits_root: Path, stage: int, o
     assert done.returncode == 0, done.stdout[-6000:]
     curve = losses(tmp_path / "run")
     assert curve[-1] < curve[0]
+
+
+@pytest.mark.skipif(CUDA_HOME is None, reason="DeepSpeed compiles its FusedAdam, and there is no nvcc")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_fused_adam_goes_on_with_its_moments(tmp_path: Path, digits_root: Path, stage: int) -> None:
+    """At stage 0 in fp32 each parameter is a master, and only the last one of a group counts steps."""
+    (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(digits_root)))
+
+    def job(name: str, **sets: Any) -> Job:
+        ds = {"zero_optimization": {"stage": stage}}
+        sets |= {"optim.name": "fused_adam", "train.log_every": 1}
+        return Job(tmp_path / "run.yaml", tmp_path / name, ds, sets, resume="auto")
+
+    for run in (job("whole"), job("parts", **{"train.max_steps": 30}), job("parts")):
+        done = train(run, ranks=1)
+        assert done.returncode == 0, done.stdout[-6000:]
+    newest = list_checkpoints(tmp_path / "parts" / "checkpoints")[-1]
+    assert read_state(newest).optimizer_steps == read_state(newest).step
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=2e-2, atol=2e-2)

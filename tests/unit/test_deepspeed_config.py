@@ -81,6 +81,7 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: RunConfig) -
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "use zero_optimization.offload_param"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "behind the optimizer's back"),
         ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "offload_optimizer.super_offload"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, "offload_optimizer.ratio"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme is not supported"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "do nothing at stage 2"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "do nothing at stage 2"),
