@@ -50,7 +50,7 @@ def name_labels(
     found, num_labels = find_source(data.parent, data.name, keys=keys)[0].classes, model.num_classes
     # Numbers in a list or in shards are labels; a folder's name may be any number.
     numbers_are_labels = all(name.isdecimal() for name in found) and not (data / found[0]).is_dir()
-    known = _known_names(model, found)
+    known = known_names(model, found)
     if classes is not None:
         names = tuple(read_classes(classes) if isinstance(classes, (str, Path)) else classes)
         if len(names) != num_labels:
@@ -73,7 +73,7 @@ def name_labels(
 
 def describe_labels(model: Any) -> tuple[str, ...]:
     """Return what to call each of a model's labels: as the model does, by ImageNet's descriptions, or by number."""
-    if known := _own_names(model):
+    if known := own_names(model):
         return known
     subset = infer_imagenet_subset({"num_classes": model.num_classes})
     if not subset:
@@ -84,14 +84,15 @@ def describe_labels(model: Any) -> tuple[str, ...]:
     return tuple(info.index_to_description(label) for label in range(model.num_classes))
 
 
-def _own_names(model: Any) -> tuple[str, ...] | None:
+def own_names(model: Any) -> tuple[str, ...] | None:
+    """Return what the model's labels are called, as its file says; None if it does not."""
     names = model.pretrained_cfg.get("label_names") or ()
     return tuple(names) if len(names) == model.num_classes else None
 
 
-def _known_names(model: Any, found: Sequence[str]) -> tuple[str, ...] | None:
+def known_names(model: Any, found: Sequence[str]) -> tuple[str, ...] | None:
     """Return the labels' names as the model knows them, or ImageNet's if the data has some of those."""
-    if known := _own_names(model):
+    if known := own_names(model):
         return known
     subset = infer_imagenet_subset({"num_classes": model.num_classes})
     synsets = tuple(ImageNetInfo(subset).label_names()) if subset else ()

@@ -10,11 +10,14 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sws_dist import source_tree
+from sws_dist.config.loader import load_config
 from sws_dist.config.paths import escape_path
+from sws_dist.config.resume import require_own
 from sws_dist.distributed.launch_env import free_port
 from sws_dist.errors import RunError
 
@@ -34,6 +37,8 @@ class Command:
     """None: the command runs again each time."""
     log_file: Path | None = None
     """The file that takes the command's output; None for the terminal."""
+    check_done: Callable[[], object] | None = None
+    """Raises ConfigError if what is done is something else than this command would do."""
 
 
 def prepare_devices() -> int:
@@ -89,11 +94,14 @@ def train_command(
     else:
         config_file, deepspeed_config = config, "zero2"
     command += ["--config", config_file, "--deepspeed_config", deepspeed_config]
-    for override in (f"output={escape_path(output)}", f"train.seed={seed}", *sets):
+    overrides = [f"output={escape_path(output)}", f"train.seed={seed}", *sets]
+    for override in overrides:
         command += ["--set", override]
     command += ["--resume", "auto", *options]
     log_file = output.with_suffix(".log") if beside_others else None
-    return Command(title, tuple(command), output / "metrics.json", log_file)
+    return Command(
+        title, tuple(command), output / "metrics.json", log_file, lambda: require_own(load_config(config, overrides))
+    )
 
 
 def perform(command: Command) -> None:
@@ -101,10 +109,13 @@ def perform(command: Command) -> None:
 
     Raises:
         RunError: the command failed.
+        ConfigError: what is there was made by another one.
     """
     if command.title:
         log.info(f"\n# {command.title}")
     if command.done is not None and command.done.exists():
+        if command.check_done is not None:
+            command.check_done()
         log.info(f"# {command.done} is there")
         return
     words = [str(free_port()) if word == FREE_PORT else word for word in command.words]

@@ -38,6 +38,7 @@ from sws_dist.cli.common import (
     print_result,
     whole_number,
 )
+from sws_dist.cli.scan import holds_split
 from sws_dist.config.loader import load_config, marked_keys
 from sws_dist.config.paths import escape_path
 from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, DataConfig
@@ -203,14 +204,17 @@ def split_settings(data: Path, val_share: float) -> dict[str, Any]:
     if not 0 < val_share < 1:
         raise ValueError(f"--val-share {val_share}: expected a share between 0 and 1, such as 0.1")
     inside = {entry.name for entry in data.iterdir() if entry.is_dir()} if data.is_dir() else set()
-    if "train" not in inside:
-        if splits := sorted(inside & {*VAL_FOLDERS, *OTHER_SPLITS}):
+    splits = inside & {"train", *VAL_FOLDERS, *OTHER_SPLITS}
+    if splits < inside:  # a class may be called train, beside bus and car: its folder holds images
+        splits = {name for name in splits if holds_split(data / name)}
+    if "train" not in splits:
+        if splits:
             raise ValueError(
-                f"--data {data}: holds {', '.join(splits)}, but no train; name the training images' folder train, or "
-                "give the folder of the class folders itself"
+                f"--data {data}: holds {', '.join(sorted(splits))}, but no train; name the training images' folder "
+                "train, or give the folder of the class folders itself"
             )
         return {"data.root": str(data.parent), "data.train_split": data.name, "data.val_share": val_share}
-    val = next((name for name in VAL_FOLDERS if name in inside), None)
+    val = next((name for name in VAL_FOLDERS if name in splits), None)
     if unused := sorted(inside - {"train", val}):
         log.info(f"{data}: not used: {', '.join(unused)}")
     return {"data.root": str(data)} | ({"data.val_split": val} if val else {"data.val_share": val_share})

@@ -73,8 +73,12 @@ def push(folder: Path, repo: str, private: bool, message: str) -> str:
     api = HfApi(library_name="sws-dist")
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        is_public = private and not api.repo_info(repo).private  # it was there before
+        if not is_public:
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # of the network, of the Hub, and its own, which have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"{repo}: could not be pushed to {api.endpoint} ({reason})") from error
+    if is_public:
+        raise ValueError(f"--private: {repo} is there already, and public; nothing was uploaded")
     return str(address)

@@ -65,8 +65,9 @@ def _scaled(kind: str, families: list[FamilyMetrics]) -> dict[int, list[float]]:
 
 
 def _epochs(kind: str, run: Metrics) -> list[int]:
-    """Return the epochs to report: the first and the last of fine-tuning, the last of the others."""
-    return sorted({1, run["epochs"]}) if kind == "tuned" else [run["epochs"]]
+    """Return the epochs to report: the last, and of fine-tuning the first too, if it was scored."""
+    first = {1} & {point["epoch"] for point in run["history"]} if kind == "tuned" else set()
+    return sorted({*first, run["epochs"]})
 
 
 def _epochs_of(kind: str, family: FamilyMetrics) -> int:

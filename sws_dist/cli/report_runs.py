@@ -19,7 +19,7 @@ OTHER_MODELS = {
 """Kind of a model that is expanded beside the auxiliary model -> its name in the report, and its descendants'."""
 KINDS = {
     "tuned": "fine-tuned",
-    "scratch": "random weights, with the teacher",
+    "scratch": "random weights, fine-tuned the same way",
     "scratch_full": "random weights",
     "scratch_taught": "random weights, with the teacher",
 }
@@ -106,6 +106,8 @@ def read_family(folder: Path, first: Path) -> FamilyMetrics:
         found = read_json(path)
         if not isinstance(found, dict) or "history" not in found:
             raise ValueError(f"{path}: not what a finished run wrote")
+        if found["flops"] is None:
+            raise ValueError(f"{path}: torch could not count the operations of the teacher, and the report needs them")
         return found
 
     places = [place for place in folder.glob("depth*") if place.name.removeprefix("depth").isdecimal()]

@@ -102,18 +102,23 @@ def finished_metrics(config: RunConfig) -> dict[str, Any] | None:
     Raises:
         ConfigError: it is done, and ``config`` is that of another run.
     """
-    output = Path(config.output)
-    finished = output / "metrics.json"
+    finished = Path(config.output) / "metrics.json"
     if not finished.is_file():
         return None
+    require_own(config)
+    log.info("%s exists: this run is done", finished)
+    return read_json(finished)
+
+
+def require_own(config: RunConfig) -> None:
+    """Raise ConfigError if the finished run in ``config.output`` is another one than that of ``config``."""
+    output = Path(config.output)
     files = (output / f"{name}.safetensors" for name in ("learngene", "model"))
     weights = next((file for file in files if file.is_file()), _NO_WEIGHTS)
     try:
         compare_with_own_config(output, config, weights=weights)
     except ConfigError as error:
-        raise ConfigError(f"{finished} exists: this run is done. {error}") from None
-    log.info("%s exists: this run is done", finished)
-    return read_json(finished)
+        raise ConfigError(f"{output / 'metrics.json'} exists: this run is done. {error}") from None
 
 
 def flatten_config(config: RunConfig) -> dict[str, Any]:

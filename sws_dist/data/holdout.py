@@ -26,18 +26,21 @@ def hold_out(images: Manifest, share: float, seed: int) -> tuple[Manifest, Manif
         ValueError: no class has two images.
     """
     draws = np.array([_draw(seed, path) for path in images.paths], dtype=np.uint64)
-    counts = np.bincount(images.labels, minlength=len(images.classes))
+    # What a list repeats is one image: it must not stand on both sides.
+    drawn, first = np.unique(draws, return_index=True)
+    labels = images.labels[first]
+    counts = np.bincount(labels, minlength=len(images.classes))
     held = np.where(counts > 1, np.clip(np.rint(share * counts), 1, counts - 1), 0).astype(np.int64)
     if not held.any():
         raise ValueError(
             f"data.val_share {share:g}: no class of {images.folder} has two images, one of them to hold out"
         )
-    order = np.lexsort((draws, images.labels))  # by class, and by draw within it
-    place = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_held = np.zeros(len(images), dtype=bool)
-    is_held[order] = place < np.repeat(held, counts)
-    is_held = np.isin(draws, draws[is_held])  # what a list repeats must not stand on both sides
-    note = f"{held.sum()} of {len(images)} images are held out for validation (data.val_share {share:g} of each class)"
+    order = np.argsort(labels, kind="stable")  # by class, and by draw within it
+    place = np.arange(len(drawn)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_held = np.isin(draws, drawn[order[place < np.repeat(held, counts)]])
+    note = (
+        f"{is_held.sum()} of {len(images)} images are held out for validation (data.val_share {share:g} of each class)"
+    )
     if single := [images.classes[label] for label in np.flatnonzero(counts == 1)]:
         note += f"; none of the {len(single)} class(es) with a single image: {', '.join(single[:5])}"
     train, val = (

@@ -42,7 +42,8 @@ def number_labels(
         ValueError: a label that ``classes`` does not have, or numbers that are negative or fractions.
     """
     written = set(labels)
-    if all(label.isdecimal() for label in written) and not written & set(classes or ()):
+    are_names = bool(written & set(classes or ())) and not are_numbers(classes or ())
+    if all(label.isdecimal() for label in written) and not are_names:
         largest = max(written, key=int)
         if int(largest) > MAX_LABEL:
             raise ValueError(f"{origin}: has label {largest}; labels go up to {MAX_LABEL}")
@@ -51,13 +52,18 @@ def number_labels(
         if numbers.max() >= len(names):
             raise ValueError(f"{origin}: has label {numbers.max()}, but there are {len(names)} classes")
         return names, numbers
-    if all(_NUMBER.fullmatch(label) for label in written) and not written & set(classes or ()):
+    if all(_NUMBER.fullmatch(label) for label in written) and not are_names:
         wrong = sorted(label for label in written if not label.isdecimal())
         raise ValueError(f"{origin}: labels are whole numbers from 0, or names; found {join_names(wrong)}")
     check_classes(written, classes, origin)
     names = tuple(classes) if classes is not None else tuple(sorted(written))
     number = {name: i for i, name in enumerate(names)}
     return names, np.array([number[label] for label in labels], dtype=np.int64)
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Return True for the names that numbered labels get: 0, 1, 2, ..., however their data writes them (007)."""
+    return all(name == str(label) for label, name in enumerate(classes))
 
 
 def check_classes(found: Collection[str], classes: Sequence[str] | None, origin: Path) -> None:

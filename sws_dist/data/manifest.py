@@ -26,7 +26,7 @@ import numpy as np
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
-from sws_dist.data.labels import check_classes
+from sws_dist.data.labels import are_numbers, check_classes
 from sws_dist.data.mapped_arrays import MappedFile, map_arrays, save_arrays
 from sws_dist.data.packed_names import PackedNames
 from sws_dist.data.sources import Source
@@ -146,6 +146,9 @@ def load_scanned(
     found = dataclasses.replace(found, folder=sources.folder_of(Path(root) / split), notes=(note,))
     if classes is None or tuple(classes) == found.classes:
         return found
+    is_numbered = are_numbers(found.classes) and not (found.folder / found.classes[0]).is_dir()
+    if is_numbered and len(found.classes) <= len(classes) and not set(found.classes) & set(classes):
+        return dataclasses.replace(found, classes=tuple(classes))
     check_classes(found.classes, classes, file)
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number[name] for name in found.classes])[found.labels]

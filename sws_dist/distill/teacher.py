@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from sws_dist.checkpoint.load_model import load_model
 from sws_dist.checkpoint.model_file import read_model_info
+from sws_dist.class_names import known_names, own_names
 from sws_dist.config.schema import DataConfig, DistillConfig
 from sws_dist.data.loader import Batch
 from sws_dist.models import create_model
 from sws_dist.models.flops import forward_flops
 from sws_dist.models.image_size import image_size_arguments, require_image_size
+
+log = logging.getLogger(__name__)
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel."""
@@ -85,13 +89,8 @@ def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig
         return None
     num_classes, size = len(classes), data.image_size
     if is_model_file(config.teacher):
-        info = read_model_info(config.teacher)
-        if info.num_classes == num_classes and info.classes and list(classes) != info.classes:
-            raise ValueError(
-                f"distill.teacher {config.teacher}: its {num_classes} classes are named otherwise than the data's"
-            )
         model = load_model(config.teacher, image_size=size)
-        own = info.preprocessing or {"mean": data.mean, "std": data.std}
+        own = read_model_info(config.teacher).preprocessing or {"mean": data.mean, "std": data.std}
     else:
         model = load_model(weights_file(config), config.teacher, image_size=size, use_ema=config.teacher_ema)
         own = model.pretrained_cfg
@@ -100,8 +99,31 @@ def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig
             f"distill.teacher {config.teacher} knows {model.num_classes} labels, the data has {num_classes}; "
             "fit a teacher to these data first (sws finetune does it)"
         )
+    _compare_labels(model, config.teacher, classes)
     require_image_size(model, f"distill.teacher {config.teacher}", size)
     return OnlineTeacher(model, (data.mean, data.std), (own["mean"], own["std"]))
+
+
+def _compare_labels(model: nn.Module, teacher: str, classes: Sequence[str]) -> None:
+    """Check that the labels which a teacher knows are the data's, in their order, as far as their names are known."""
+    names = known_names(model, classes)
+    if names == tuple(classes):
+        return
+    if own_names(model) is not None:
+        raise ValueError(
+            f"distill.teacher {teacher}: its {len(classes)} classes are named otherwise than the data's, or in another "
+            "order"
+        )
+    if names is not None and set(names) == set(classes):
+        log.warning(
+            f"distill.teacher {teacher}: the data's classes are ImageNet's in another order than timm's models have "
+            "them; its labels are taken for the data's all the same, in their order"
+        )
+    else:
+        log.info(
+            f"distill.teacher {teacher} does not say what its labels are called: they are taken for the data's, in "
+            "their order"
+        )
 
 
 def count_teacher_flops(config: DistillConfig, image_size: int) -> int | None:

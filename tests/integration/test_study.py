@@ -29,11 +29,17 @@ def test_a_tiny_study(tmp_path: Path, few_digits: Path) -> None:
         *("| top-1 at depth | 5 | 6 | 10 | 15 |", "| untuned |", "| untuned, from an auxiliary model of one depth |"),
         "| untuned, from an auxiliary model of one depth, branches scaled |",
         "| untuned, from an auxiliary model without the teacher |",
-        *("| fine-tuned, 5 epochs |", "| random weights, with the teacher, 5 epochs |"),
+        *("| fine-tuned, 5 epochs |", "| random weights, fine-tuned the same way, 5 epochs |"),
         *("| random weights, 2 epochs |", "| random weights, with the teacher, 2 epochs |"),
     ):
         assert row in report, row
     assert (tmp_path / "out" / "study.png").is_file()
+
+    other = [sys.executable, "launcher/study.py", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    (tmp_path / "data" / "fashion-mnist-6000" / "train").mkdir(parents=True)
+    refused = subprocess.run(other, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert "seed0/teacher/metrics.json exists: this run is done" in refused.stderr
+    assert "train.epochs 12 (it was 3)" in refused.stderr
 
     # One run is lost: it alone is made again, and the table is the same.
     shutil.rmtree(tmp_path / "out" / "seed0" / "depth6" / "scratch_full")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.cli.finetune import as_overrides, choose_settings
+from sws_dist.cli.finetune import as_overrides, choose_settings, split_settings
 from sws_dist.config.loader import load_config
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer
@@ -58,3 +58,16 @@ def test_images_in_shards_are_counted_by_the_keys_that_are_set(tmp_path: Path, w
         choose_settings(args)
     args.overrides = sets
     assert choose_settings(args)["train.epochs"] == 100
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "car", "train", "test"):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        (tmp_path / "vehicles" / name / "1.jpg").write_bytes(jpeg())
+    held_out = {"data.root": str(tmp_path), "data.train_split": "vehicles", "data.val_share": 0.1}
+    assert split_settings(tmp_path / "vehicles", 0.1) == held_out
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        (tmp_path / "flat" / split / "1.jpg").write_bytes(jpeg())
+    flat = {"data.root": str(tmp_path / "flat"), "data.val_split": "val"}
+    assert split_settings(tmp_path / "flat", 0.1) == flat  # whose images lie in no class folder, as the run will say

@@ -59,3 +59,14 @@ def test_classes_of_one_image_stay_in_training(few_digits: Path, tmp_path: Path)
         shutil.rmtree(tmp_path / "train" / name)
     with pytest.raises(ValueError, match=r"data\.val_share 0\.1: no class of .* has two images"):
         list_images(DataConfig(root=str(tmp_path), val_share=0.1))
+
+
+def test_what_a_list_repeats_counts_once(few_digits: Path, tmp_path: Path) -> None:
+    """A rare class is repeated to be seen more often: its one image must not end in validation, with all its copies."""
+    files = [few_digits / "train" / "4" / file.name for file in sorted((few_digits / "train" / "4").iterdir())[:6]]
+    lines = [f"{file} often" for file in files[:5]] + [f"{files[5]} rare"] * 5
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    train, val = list_images(DataConfig(root=str(tmp_path), train_split="train.txt", val_share=0.2))
+    assert np.bincount(train.labels, minlength=2).tolist() == [4, 5]
+    assert np.bincount(val.labels, minlength=2).tolist() == [1, 0]
+    assert train.notes[-1].startswith("1 of 10 images are held out")

@@ -127,6 +127,19 @@ def test_a_scanned_list_is_taken_without_a_look_at_the_files(few_digits: Path, t
     assert [train.classes[label] for label in train.labels] == [path[0] for path in train.paths]
 
 
+def test_a_scanned_list_of_numbers_takes_the_classes_names(few_digits: Path, tmp_path: Path) -> None:
+    files = sorted((few_digits / "train").glob("?/*.jpg"))
+    for split in ("train.txt", "val.txt"):
+        (tmp_path / split).write_text("".join(f"{file} {file.parent.name}\n" for file in files))
+    (tmp_path / "names.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
+    run_scan("--data", tmp_path, "--splits", "train.txt", "val.txt")
+    keys = {"root": str(tmp_path), "train_split": "train.txt", "val_split": "val.txt"}
+    for trust in (False, True):
+        train, val = list_images(DataConfig(**keys, classes=str(tmp_path / "names.txt"), trust_manifest=trust))
+        assert train.classes == val.classes == tuple(f"digit {label}" for label in range(10))
+        assert train.labels.tolist() == [int(file.parent.name) for file in files]
+
+
 def test_shards_are_scanned_by_the_keys_that_a_run_uses(tmp_path: Path) -> None:
     for split in ("train", "val"):
         members = {"1.webp": b"no image", "1.jpg": jpeg(), "1.json": b'{"species": "ant"}'}

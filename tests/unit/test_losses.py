@@ -124,6 +124,9 @@ def test_refusals(tmp_path: Path) -> None:
 
     refused("knows 7 labels, the data has 10", teacher=described(tmp_path / "a.safetensors", 7))
     refused("named otherwise", teacher=described(tmp_path / "b.safetensors", 10, list("abcdefghij")))
+    turned = described(tmp_path / "e.safetensors", 10, list(DIGITS[::-1]))
+    refused("or in another order", teacher=turned)
+    refused("or in another order", teacher="resnet10t", teacher_weights=turned)
     refused("set distill.teacher_weights", teacher="levit_384")
     refused("no model 'resnot50'", teacher="resnot50", teacher_weights=described(tmp_path / "c.safetensors"))
     refused("does not fit the model", teacher="resnet18", teacher_weights=described(tmp_path / "d.safetensors"))

@@ -262,3 +262,11 @@ def test_a_classes_file_gives_the_order(root: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("1\n2\n1\n")
     with pytest.raises(ValueError, match="named twice: 1"):
         labels.read_classes(tmp_path / "classes.txt")
+
+
+def test_zero_padded_numbers_are_numbers_in_both_splits(root: Path) -> None:
+    """From 100 labels on, some look like the names that the training split's have."""
+    path = manifest.scan(root, "train").paths[0]
+    (root / "some.txt").write_text("".join(f"train/{path} {label:03d}\n" for label in range(121)))
+    train = manifest.scan(root, "some.txt")
+    assert manifest.scan(root, "some.txt", train.classes).labels.tolist() == train.labels.tolist() == list(range(121))

@@ -37,7 +37,7 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(answer)
 
     def do_GET(self) -> None:
-        self._answer({"id": "me/pets", "sha": "0", "siblings": []})
+        self._answer({"id": "me/pets", "sha": "0", "siblings": [], "private": False})
 
     def _answer(self, value: Any) -> None:
         text = json.dumps(value).encode()
@@ -72,8 +72,8 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def push(folder: Path, repo: str = "me/pets", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launcher/push.py", str(folder), "--repo", repo]
+def push(folder: Path, repo: str = "me/pets", *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launcher/push.py", str(folder), "--repo", repo, *options]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     found = clean | {"HF_HOME": str(folder.with_name("hf")), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     return subprocess.run(command, cwd=REPOSITORY, env=found, capture_output=True, text=True, timeout=120)
@@ -87,6 +87,12 @@ def test_the_folder_is_one_commit(hub: str, folder: Path) -> None:
     assert (path, token, others) == ("/api/models/me/pets/commit/main", "Bearer hf_secret", [])
     sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
     assert {name: base64.b64decode(content).decode() for name, content in sent.items()} == FILES
+
+
+def test_a_public_repository_does_not_become_private(hub: str, folder: Path) -> None:
+    done = push(folder, "me/pets", "--private", HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
+    assert done.stderr == "error: --private: me/pets is there already, and public; nothing was uploaded\n"
+    assert not [path for path, *_ in Hub.asked if "/commit/" in path]
 
 
 def test_what_cannot_be_pushed_is_refused(folder: Path) -> None:
