@@ -7,7 +7,7 @@ examples:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -15,6 +15,9 @@ from sws_dist.atomic import atomic_write_text
 from sws_dist.cli.common import make_parser, parse_args, print_result
 from sws_dist.cli.report_chart import Row, draw
 from sws_dist.cli.report_runs import KINDS, OTHER_MODELS, FamilyMetrics, Metrics, read_family, top1, untuned
+
+FULL_BUDGET = ("scratch_full", "scratch_taught")
+"""The kinds of random weights that are trained as long as the auxiliary model."""
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     out = args.out or args.runs[0] / "report.md"
     picture = out.with_suffix(".png")
     teacher = mean(top1(family.teacher) for family in families)
-    draw(rows_of(families), bills(families), teacher, picture)
+    draw(rows_of(families), {bill.name: bill.total for bill in bills(families)}, teacher, picture)
     text = write_report(args.title, families, picture.name)
     atomic_write_text(out, text)
     print_result(text)
@@ -84,24 +87,43 @@ def spread(values: list[float]) -> str:
     return text if max(values) - min(values) < 0.05 else f"{text} ({min(values):.1f}-{max(values):.1f})"
 
 
-def bills(families: list[FamilyMetrics]) -> dict[str, float]:
-    """Return what the family of all scored depths costs each way, in PFLOP; the mean over the seeds."""
+@dataclass(frozen=True)
+class Bill:
+    """What one way to get the family of all scored depths costs, in PFLOP: the mean over the seeds.
 
-    def of(family: FamilyMetrics) -> Iterator[tuple[str, float]]:
-        shared = family.teacher["flops"] + family.auxiliary["flops"]
-        yield "learngene, untuned", shared
-        if "untaught" in family.others:
-            yield "learngene without the teacher, untuned", family.others["untaught"]["flops"]
-        for kind in family.kinds:
-            total = sum(family.flops(kind, depth) for depth in family.scored)
-            if kind == "tuned":
-                yield "learngene, each fine-tuned", shared + total
-            elif kind != "scratch":
-                teacher = family.teacher["flops"] if kind == "scratch_taught" else 0
-                yield _name(kind, _epochs_of(kind, family)), total + teacher
+    Args:
+        kind: ``untuned``, ``untaught``, or one of ``KINDS``.
+        training: of the family's own runs.
+        teacher: of the teacher that taught them; 0 without one.
+    """
 
-    every = [dict(of(family)) for family in families]
-    return {name: mean(bill[name] for bill in every) / 1e15 for name in every[0]}
+    kind: str
+    name: str
+    training: float
+    teacher: float
+
+    @property
+    def total(self) -> float:
+        return self.training + self.teacher
+
+
+def bills(families: list[FamilyMetrics]) -> list[Bill]:
+    """Return what each way to get the family costs, the learngene's first."""
+    first = families[0]
+    teacher = mean(family.teacher["flops"] for family in families)
+    learngene = mean(family.auxiliary["flops"] for family in families)
+    found = [("untuned", "learngene, untuned", learngene, teacher)]
+    if "untaught" in first.others:
+        cost = mean(family.others["untaught"]["flops"] for family in families)
+        found.append(("untaught", "learngene without the teacher, untuned", cost, 0.0))
+    for kind in first.kinds:
+        cost = mean(sum(family.flops(kind, depth) for depth in family.scored) for family in families)
+        if kind == "tuned":
+            found.append((kind, "learngene, each fine-tuned", learngene + cost, teacher))
+        elif kind in FULL_BUDGET:
+            taught = teacher if kind == "scratch_taught" else 0.0
+            found.append((kind, _name(kind, _epochs_of(kind, first)), cost, taught))
+    return [Bill(kind, name, training / 1e15, taught / 1e15) for kind, name, training, taught in found]
 
 
 def write_report(title: str, families: list[FamilyMetrics], picture: str) -> str:
@@ -142,7 +164,7 @@ def write_report(title: str, families: list[FamilyMetrics], picture: str) -> str
 def _comparison(families: list[FamilyMetrics]) -> list[str]:
     """Compare untuned descendants with models of random weights that had the full budget, where both are known."""
     parts = []
-    for kind in _full_budget(families[0]):
+    for kind in (kind for kind in FULL_BUDGET if kind in families[0].kinds):
         pairs = [
             (value, top1(runs[kind]))
             for family in families
@@ -160,10 +182,9 @@ def _comparison(families: list[FamilyMetrics]) -> list[str]:
 
 def _costs(families: list[FamilyMetrics]) -> list[str]:
     """Return the table of the bill, and that of the single runs."""
-    first = families[0]
     lines = [
-        *(_bill(families) if _full_budget(first) else []),
-        *_storage(first),
+        *_bills_table(families[0].scored, bills(families)),
+        *_storage(families[0]),
         "| run | epochs | images | PFLOP | rank-seconds |",
         "|---|--:|--:|--:|--:|",
     ]
@@ -179,25 +200,23 @@ def _costs(families: list[FamilyMetrics]) -> list[str]:
     ]
 
 
-def _full_budget(family: FamilyMetrics) -> list[str]:
-    """Return the kinds of random weights, trained with the full budget, that the family has."""
-    return [kind for kind in ("scratch_full", "scratch_taught") if kind in family.kinds]
-
-
-def _bill(families: list[FamilyMetrics]) -> list[str]:
-    """Return the table of what the family costs each way, beside random weights."""
-    first, bill = families[0], bills(families)
-    kind = _full_budget(first)[0]
-    scratch = bill[_name(kind, _epochs_of(kind, first))]
+def _bills_table(depths: list[int], found: list[Bill]) -> list[str]:
+    """Return the table of what the family costs each way, beside random weights; nothing where there are none."""
+    rivals = [bill for bill in found if bill.kind in FULL_BUDGET]
+    if not rivals:
+        return []
+    scratch, learngene = rivals[0].total, found[0].training
+    parts = (f"{bill.name} {bill.training / learngene:.1f} x as much" for bill in rivals)
     return [
-        f"All {len(first.scored)} depths. Each layer adds the same number of operations, so depths that were not "
-        "trained are counted from those that were.",
+        f"All {len(depths)} depths. Each layer adds the same number of operations, so depths that were not trained are "
+        "counted from those that were.",
         "",
         "| family | PFLOP | random weights cost |",
         "|---|--:|--:|",
-        *(f"| {name} | {cost:.3g} | {scratch / cost:.1f} x |" for name, cost in bill.items()),
+        *(f"| {bill.name} | {bill.total:.3g} | {scratch / bill.total:.1f} x |" for bill in found),
         "",
-        *_without_teacher(families, bill),
+        f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
+        "",
     ]
 
 
@@ -210,20 +229,6 @@ def _named_runs(families: list[FamilyMetrics]) -> dict[str, list[Metrics]]:
         for kind, run in kinds.items():
             runs[f"depth {depth}: {_name(kind, run['epochs'])}"] = [f.depths[depth][kind] for f in families]
     return runs
-
-
-def _without_teacher(families: list[FamilyMetrics], bill: dict[str, float]) -> list[str]:
-    """Compare the costs where the teacher was there before, so that its training is not paid for."""
-    learngene = mean(family.auxiliary["flops"] for family in families) / 1e15
-    parts = []
-    for kind in _full_budget(families[0]):
-        name = _name(kind, _epochs_of(kind, families[0]))
-        teacher = mean(family.teacher["flops"] for family in families) / 1e15 if kind == "scratch_taught" else 0.0
-        parts.append(f"{name} {(bill[name] - teacher) / learngene:.1f} x as much")
-    return [
-        f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
-        "",
-    ]
 
 
 def _storage(family: FamilyMetrics) -> list[str]:
