@@ -16,7 +16,7 @@ import pytest
 from sws_dist.config.paths import escape_path, expand_path
 from tests.cluster.hosts import require, tail, wait_until
 from tests.cluster.slurm import PROGRAMS, Slurm
-from tests.launching import BIN, Job, log
+from tests.launching import BIN, REPOSITORY, Job, log
 
 Report = Callable[[str, float], None]
 
@@ -160,6 +160,34 @@ def test_a_node_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
     report("a node killed: resumed, counted from the node's return", time.monotonic() - begun)
     wait_for_state(slurm, number, "COMPLETED", job)
     check_resumed(job, lost)
+
+
+def test_only_lost_ranks_count_as_such(slurm: Slurm, tmp_path: Path) -> None:
+    """A job that is told to stop at first, and then loses a rank each time, is started again once for RESTARTS=1."""
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "lose.py").write_text(
+        "import os, sys\nsys.exit(69 if int(os.environ.get('SLURM_RESTART_COUNT', '0')) else 75)\n"
+    )
+    script = tmp_path / "job.sbatch"
+    lines = [
+        "#!/bin/bash",
+        "set -euo pipefail",
+        f"source {REPOSITORY}/launcher/slurm/common.sh",
+        "on_every_rank lose.py",
+    ]
+    script.write_text("\n".join(lines) + "\n")
+    options = ["--requeue", "--open-mode=append", f"--output={tmp_path}/job.out", f"--chdir={tmp_path}", "--time=5"]
+    given = f"--export=ALL,CODE={tmp_path},PYTHON={sys.executable},RESTARTS=1"
+    number = slurm.run("sbatch", "--parsable", given, *options, script).strip()
+    wait_until(
+        lambda: slurm.state(number) == "FAILED", 300, lambda: f"{slurm.show(number)}\n{tail(tmp_path / 'job.out')}"
+    )
+    said = (tmp_path / "job.out").read_text()
+    assert slurm.show(number)["Restarts"] == "2", said
+    assert said.count("told to stop (exit code 75); it goes back into the queue") == 1
+    assert said.count("a rank was lost (exit code 69); it goes back into the queue") == 1
+    assert "a rank was lost (exit code 69), and RESTARTS=1 times before: the job ends" in said
+    assert not list(tmp_path.glob(".lost-ranks-*"))
 
 
 def check_resumed(job: Job, lost: int) -> None:
