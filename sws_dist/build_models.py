@@ -20,7 +20,7 @@ from sws_dist.checkpoint.model_file import (
     describe_preprocessing,
     find_model_info,
 )
-from sws_dist.config.schema import ElasticConfig, ModelConfig, RunConfig
+from sws_dist.config.schema import ModelConfig, RunConfig
 from sws_dist.distill.teacher import count_teacher_flops
 from sws_dist.learngene.elastic import ElasticDepth, stage_repeats
 from sws_dist.learngene.file import describe_model
@@ -96,14 +96,16 @@ def build_models(
             f"optim.ema_decay: {config.model.name} has running statistics, which are not averaged; "
             "set optim.ema_decay to null"
         )
-    kernels = _configure_execution(config.model, student, elastic, device, dtype)
+    eval_repeats = _eval_repeats(config, student)
+    num_depths = len({*(elastic.depths if elastic else ()), *config.train.eval_depths, None})
+    kernels = _configure_execution(config.model, student, elastic, num_depths, device, dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     return ModelParts(
         student=student,
         kernels=kernels,
         flops=count_flops(config, len(classes)),
         elastic=elastic,
-        eval_repeats=_eval_repeats(config, student),
+        eval_repeats=eval_repeats,
         num_parameters=num_parameters,
         info=_describe_student(config, student, classes, provenance),
     )
@@ -149,9 +151,18 @@ def _eval_repeats(config: RunConfig, student: Any) -> dict[str, tuple[int, ...] 
 
 
 def _configure_execution(
-    config: ModelConfig, student: Any, elastic: ElasticDepth | None, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    student: Any,
+    elastic: ElasticDepth | None,
+    num_depths: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str:
-    """Choose kernels, CUDA graphs, recomputation and compilation. Returns a log message about the kernels."""
+    """Choose kernels, CUDA graphs, recomputation and compilation. Returns a log message about the kernels.
+
+    Args:
+        num_depths: number of depths that the run trains or scores, the model's own among them.
+    """
     kernels = select_kernels(config.kernels, student, device, dtype, config.operators)
     if config.cuda_graphs:
         repeats = [elastic.repeats(depth) for depth in elastic.depths] if elastic else []
@@ -166,20 +177,20 @@ def _configure_execution(
             student.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):  # timm asserts, or the model has no such method
             raise ValueError(f"model.grad_checkpointing: {config.name} cannot recompute its activations") from None
-    if config.compile and config.elastic is not None:
-        _compile_stages(student, config.elastic)
+    if config.compile and num_depths > 1:
+        _compile_stages(student, num_depths)
     elif config.compile:
         student.compile()
     return kernels
 
 
-def _compile_stages(student: Any, elastic: ElasticConfig) -> None:
+def _compile_stages(student: Any, num_depths: int) -> None:
     """Compile the stages one by one, so that not each depth of the whole model is another graph.
 
     The stages share a graph for each repeat count. With drop-path, the rates of a stage's positions, which are other
     ones at each depth, are part of the graph.
     """
-    limit = 2 * len(student.blocks) * (elastic.max_depth - elastic.min_depth + 2)  # in training and in evaluation
+    limit = 2 * len(student.blocks) * num_depths  # in training and in evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for stage in student.blocks:
         stage.compile()
@@ -194,9 +205,6 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
     if "num_classes" in config.model.kwargs:
         raise ValueError(f"num_classes in model.kwargs: a model has a label for each class of the data, {num_classes}")
     kwargs: dict[str, Any] = {"num_classes": num_classes, **_model_arguments(config)}
-    for key, value in (("depth", config.model.depth), ("schedule", config.model.schedule)):
-        if value is not None:
-            kwargs[key] = value
     if config.model.drop_path:
         kwargs["drop_path_rate"] = config.model.drop_path
     if config.model.elastic is not None:
@@ -208,7 +216,9 @@ def build_student(config: RunConfig, num_classes: int) -> Any:
 
 def _model_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the arguments that say what the model computes: the config's, and the size of its images."""
-    return image_size_arguments(config.model.name, config.data.image_size) | config.model.kwargs
+    layers = {"depth": config.model.depth, "schedule": config.model.schedule}
+    given = {key: value for key, value in layers.items() if value is not None}
+    return image_size_arguments(config.model.name, config.data.image_size) | config.model.kwargs | given
 
 
 def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Sequence[str]) -> None:

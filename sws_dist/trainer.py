@@ -110,7 +110,7 @@ class Trainer:
         sync = StepSync([*checks, SlowStepDetector().check])
         self._run_pending_evaluation()
         heartbeat.finish_step()
-        watch.reset()
+        watch.leave_out()
         while self.step < self._last_step:
             with watch.step(self.step + 1):
                 losses = self._train_step(batches, watch.timer)
@@ -125,7 +125,7 @@ class Trainer:
             if stop or self._ends_epoch() or self.step == self._last_step:
                 stop = sync.collect() or stop
                 self._evaluate_and_save(stop)
-                watch.reset()
+                watch.leave_out()
                 heartbeat.finish_step()
         if self.step < self.parts.total_steps:
             log.info(
@@ -290,6 +290,11 @@ class Trainer:
         if parts.world.is_rank_zero:
             for name, text in write_configs(parts.config, parts.ds, parts.provenance, parts.output).items():
                 parts.recorder.text(name, text)
+        if parts.lr_schedule.warmup_steps >= parts.total_steps:
+            log.warning(
+                f"the learning rate only rises: optim.warmup_epochs {parts.config.optim.warmup_epochs:g} is not less "
+                f"than train.epochs {parts.config.train.epochs}"
+            )
         layout = describe_layout(parts.engine, parts.world)
         header = RunHeader(
             output=parts.output,

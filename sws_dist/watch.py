@@ -50,9 +50,9 @@ class StepWatch:
         """Take the progress bar away."""
         self._bar.close()
 
-    def reset(self) -> None:
-        """Leave out what has happened since the last step, such as an evaluation."""
-        self._window.reset()
+    def leave_out(self) -> None:
+        """Leave out the time since the last step, such as that of an evaluation."""
+        self._window.leave_out()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:

@@ -144,7 +144,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any], sources: dict[str, str], s
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         here = new.sources[key] if isinstance(new, Mapping) else source
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:  # an empty one replaces what was there
             if not isinstance(into.get(key), dict):
                 into[key] = {}
             _merge(into[key], value, sources, source, dotted + ".")

@@ -37,23 +37,27 @@ class LRSchedule:
     Args:
         config: rates, lengths and form; ``lr`` scales with ``global_batch / lr_batch``.
         steps_per_epoch: may be a fraction; epochs do not have to end with a step.
-        total_steps: number of steps of the whole run.
+        epochs, total_steps: length of the whole run.
     """
 
-    def __init__(self, config: OptimConfig, global_batch: int, steps_per_epoch: float, total_steps: int) -> None:
+    def __init__(
+        self, config: OptimConfig, global_batch: int, steps_per_epoch: float, epochs: int, total_steps: int
+    ) -> None:
         self.peak = config.lr * (global_batch / config.lr_batch if config.lr_batch else 1.0)
         self.warmup_lr, self.min_lr = config.warmup_lr, min(config.min_lr, self.peak)
         self.is_wsd = config.schedule == "wsd"
         self.total_steps = total_steps
         self.warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), total_steps)
-        decay_steps = round(config.decay_epochs * steps_per_epoch) if self.is_wsd else total_steps
-        self.decay_start = max(self.warmup_steps, total_steps - decay_steps)
+        # A decay begins where an epoch has ended, so that the checkpoint of that epoch may go on to another length.
+        before_decay = math.ceil((epochs - config.decay_epochs) * steps_per_epoch - 1e-6) if self.is_wsd else 0
+        self.decay_start = min(max(self.warmup_steps, before_decay), total_steps)
 
     @classmethod
     def of_run(cls, config: RunConfig, epoch_size: int) -> LRSchedule:
         """Build the schedule of a run whose epochs have ``epoch_size`` images."""
         global_batch = config.train.global_batch
-        return cls(config.optim, global_batch, epoch_size / global_batch, count_steps(config.train, epoch_size))
+        total_steps = count_steps(config.train, epoch_size)
+        return cls(config.optim, global_batch, epoch_size / global_batch, config.train.epochs, total_steps)
 
     def __call__(self, step: int) -> float:
         """Return the rate of the update that takes the weights from ``step`` to ``step + 1``."""

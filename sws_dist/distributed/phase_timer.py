@@ -36,10 +36,14 @@ class PhaseTimer:
 
     def reset(self) -> None:
         """Forget the step under way and all times, and begin a step."""
-        self._phase = OTHER
         self._finished.clear()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_steps = 0
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the step under way, and begin one."""
+        self._phase = OTHER
         self._stamps: list[tuple[str, Stamp]] = [(OTHER, self._now())]
 
     def begin(self, phase: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +83,12 @@ def prepare_expansion(config: ModelConfig, model: Any, classes: Sequence[str] | 
     with raise_on_all_ranks("plan the expansion"):
         if not isinstance(model, SWSVisionTransformer):
             raise ValueError(f"model.initial_learngene: {config.name} is not one of our models (sws_...)")
+        info = header.info
+        if "branch_scaling" in config.kwargs:  # as in sws expand --branch-scaling
+            info = replace(info, kwargs=info.kwargs | {"branch_scaling": config.kwargs["branch_scaling"]})
         try:
-            layers = plan_layers(header.info, len(model.blocks), config.plan)
-            mapping = map_weights(header.info, header.shapes, model, layers, classes)
+            layers = plan_layers(info, len(model.blocks), config.plan)
+            mapping = map_weights(info, header.shapes, model, layers, classes)
         except ValueError as error:
             raise ValueError(f"model.initial_learngene {path}: {error}") from None
     return Expansion(path, header, mode, mapping)

@@ -87,9 +87,16 @@ class LogWindow:
         """Forget what was added, and start the timer anew."""
         self._sums: Tensor | None = None
         self._by_depth: dict[int, Tensor] = {}
-        self._num_steps, self._waited_s, self._start = 0, 0.0, time.perf_counter()
+        self._num_steps, self._waited_s = 0, 0.0
+        self._start = self._last = time.perf_counter()
         self._flops: int | None = 0
         self._timer.reset()
+
+    def leave_out(self) -> None:
+        """Leave out the time since the last step, such as that of an evaluation."""
+        now = time.perf_counter()
+        self._start, self._last = self._start + now - self._last, now
+        self._timer.begin_step()
 
     def add(self, losses: LossParts, waited_s: float, flops: int | None, depth: int | None) -> None:
         """Add one step of this rank.
@@ -100,6 +107,7 @@ class LogWindow:
             depth: the layers that the step has drawn, the same on all ranks; None: it does not draw.
         """
         self._timer.finish_step()
+        self._last = time.perf_counter()
         values = torch.stack(losses)
         self._sums = values if self._sums is None else self._sums + values
         if depth is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
         "in_chans": model.in_chans,
         "embed_dim": model.embed_dim,
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": _mlp_ratio(block.mlp.fc1.out_features, model.embed_dim),
         "qkv_bias": block.attn.qkv.bias is not None,
         "class_token": model.has_class_token,
         "global_pool": model.global_pool,
@@ -34,6 +35,12 @@ def geometry(model: SWSVisionTransformer) -> dict[str, Any]:
         "branch_scaling": model.branch_scaling,
         "num_classes": model.num_classes,
     }
+
+
+def _mlp_ratio(hidden: int, width: int) -> float:
+    """Return the ratio from which timm's ``int(width * ratio)`` makes ``hidden`` again, which may need a last bit."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def timm_arguments(geometry: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -183,7 +183,8 @@ def fused_stage_forward(stage: Any, x: Tensor, drop_rates: tuple[float, ...]) ->
     )
     scales = None
     if stage.scales_branches and (stage.training or stage.branch_scale != 1):
-        scales = drop_path_scales(x, drop_rates if stage.training else (0.0,) * len(drop_rates)) * stage.branch_scale
+        kept = drop_path_scales(x, drop_rates if stage.training else (0.0,) * len(drop_rates))
+        scales = kept.float() * stage.branch_scale  # 4/3 would lose 0.2 % in bf16
     arguments = x, weights, len(drop_rates), attn.num_heads, stage.norm1.eps, scales
     options = {"recompute": stage.recompute, "providers": stage.providers or Providers()}
     if stage.training and stage.graphed is not None:

@@ -22,7 +22,7 @@ from sws_dist.build_models import (
 from sws_dist.config.lr_schedule import count_steps
 from sws_dist.config.schema import MAX_BATCH, RunConfig
 from sws_dist.data.sampler import TrainOrder
-from sws_dist.distill.teacher import build_teacher
+from sws_dist.distill.teacher import build_teacher, count_teacher_flops
 from sws_dist.learngene.elastic import ElasticDepth
 from sws_dist.models import SWSVisionTransformer
 from sws_dist.models.flops import TRAIN_FACTOR
@@ -255,13 +255,17 @@ def plan_bill(
     own = num_layers(student)
     assert own is not None
     assert flops.teacher is not None
+    # A teacher whose logits are stored has given them once for each image that is shown: as much as beside the run.
+    teacher = count_teacher_flops(config.distill, config.data.image_size) if config.distill.logits else flops.teacher
+    if teacher is None:
+        raise ValueError(f"--depths: torch cannot count the operations of {config.distill.teacher}: no bill")
     shown = total_steps * config.train.global_batch
     costs = Costs(
         auxiliary=(total_flops / shown - flops.teacher) / TRAIN_FACTOR,
         own=flops.student,
         own_depth=own,
         layer=count_layer(config, request.num_classes),
-        teacher=flops.teacher,
+        teacher=teacher,
         parameters=size.parameters,
         stages=size.stages,
         layer_parameters=size.stage,

@@ -96,6 +96,17 @@ def run(
     }
 
 
+def scales(path: Path) -> tuple[float, ...]:
+    """Return the factors of a descendant's branches whose config asks for them."""
+    init_distributed(120)
+    with torch.device("meta"):
+        model = create_model("sws_vit", depth=10, num_classes=7, img_size=32, **GEOMETRY)
+    config = ModelConfig(name="sws_vit", initial_learngene=str(path), kwargs={"branch_scaling": 1.0})
+    expansion = prepare_expansion(config, model)
+    assert expansion is not None
+    return expansion.mapping.scales
+
+
 def wrong_parts(built: Any, expected: dict[str, Tensor], dtype: torch.dtype, world: World) -> list[str]:
     """Name the parameters of which this rank's master, or its part of the model, is not the offline expansion's."""
     wrong = []

@@ -91,7 +91,7 @@ def plain(folder: Path) -> dict[str, Any]:
     assert teacher is not None
     groups = parameter_groups(model, run.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=run.optim.betas, eps=run.optim.eps)
-    schedule = LRSchedule(run.optim, batch, len(train_set) / batch, STEPS)
+    schedule = LRSchedule(run.optim, batch, len(train_set) / batch, run.train.epochs, STEPS)
     assert run.model.elastic is not None
     elastic = ElasticDepth(run.model.elastic, (2, 1, 2), seed, len(train_set) / batch)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -172,3 +172,9 @@ def test_a_run_from_a_learngene_is_the_run_from_its_expanded_file(tmp_path: Path
         ours = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(ours[key], offline[key]) for key in offline)
     assert losses(tmp_path / "zero1") == pytest.approx(losses(tmp_path / "offline"), abs=1e-5)
+
+
+def test_a_config_asks_for_scaled_branches_as_sws_expand_does(tmp_path: Path) -> None:
+    """The learngene was trained at its own depth alone, 16 layers: 3, 3, 4, 3, 3 become 2 each."""
+    (found,) = ranks.run(sharded_init_bodies.scales, save_learngene(tmp_path / "learngene.safetensors"), world=1)
+    assert found == (1.5, 1.5, 1.5, 1.5, 2.0, 2.0, 1.5, 1.5, 1.5, 1.5)

@@ -96,6 +96,14 @@ def test_overrides_win_and_keep_yaml_types(file: Path) -> None:
     assert (run.train.epochs, run.optim.lr, run.model.schedule, run.optim.lr_batch) == (3, 1e-3, (2, 2), None)
 
 
+def test_an_empty_mapping_takes_what_was_there_away(file: Path) -> None:
+    assert load_config(file, ["model.kwargs={embed_dim: 64}", "model.kwargs={num_heads: 2}"]).model.kwargs == {
+        "embed_dim": 64,
+        "num_heads": 2,
+    }
+    assert load_config(file, ["model.kwargs={embed_dim: 64}", "model.kwargs={}"]).model.kwargs == {}
+
+
 def test_base_gives_keys_and_the_file_wins(file: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("base: run.yaml\ntrain: {epochs: 7}\nmodel: {depth: 4}\n")

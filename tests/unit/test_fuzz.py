@@ -181,7 +181,7 @@ def use(config: RunConfig) -> None:
         assert part is None or np.isfinite(part).all()
     if mixing.changes_images:
         assert 0 <= mixing.draw(0)[1] <= 1
-    schedule = LRSchedule(config.optim, config.train.global_batch, 10.5, 100)
+    schedule = LRSchedule(config.optim, config.train.global_batch, 10.5, 10, 100)
     assert all(np.isfinite(schedule(step)) for step in (0, 1, 50, 99))
     if config.model != BASE.model:
         with torch.device("meta"):

@@ -83,3 +83,20 @@ def test_nothing_that_an_evaluation_has_computed_outlives_it() -> None:
         caches = [module for module in model.modules() if getattr(module, "attention_bias_cache", None)]
         assert caches  # of the attention's biases, which training changes
     assert not any(module.attention_bias_cache for module in caches)
+
+
+def test_the_number_of_layers_stands_in_the_files_of_any_model() -> None:
+    config = run("vit_tiny_patch16_224", 32)
+    config = replace(config, model=replace(config.model, depth=2))
+    parts = build_models(config, CLASSES, torch.device("cpu"), torch.float32, {}, 100)
+    assert len(parts.info.build().blocks) == len(parts.student.blocks) == 2
+
+
+def test_a_model_that_is_scored_at_many_depths_is_compiled_by_stages() -> None:
+    """Compiled as a whole, it would have a graph for each depth, and at some number of them none any more."""
+    config = run("sws_vit", 32, patch_size=16, embed_dim=16, num_heads=2)
+    model = replace(config.model, schedule=(2, 2), compile=True)
+    config = replace(config, model=model, train=replace(config.train, eval_depths=(3, 6)))
+    student = build_models(config, CLASSES, torch.device("cpu"), torch.float32, {}, 100).student
+    assert student._compiled_call_impl is None
+    assert all(stage._compiled_call_impl is not None for stage in student.blocks)

@@ -80,6 +80,13 @@ def test_geometry_rebuilds_the_model() -> None:
     assert torch.equal(model.eval()(images), again.eval()(images))
 
 
+def test_a_ratio_that_floats_do_not_hold_gives_the_same_width_again() -> None:
+    model = shared(embed_dim=352, num_heads=11, mlp_ratio=2.6667)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    assert int(352 * (hidden / 352)) == hidden - 1
+    assert create_model("sws_vit", **geometry(model)).blocks[0].mlp.fc1.out_features == hidden
+
+
 def test_the_line_for_timm_builds_the_plain_model() -> None:
     from functools import partial
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
+import pytest
+import torch
+
+from sws_dist.distributed.phase_timer import PhaseTimer
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.distributed.step_timer import StepTimes
-from sws_dist.logging.throughput import SlowStepDetector
+from sws_dist.logging.throughput import LogWindow, SlowStepDetector
+from sws_dist.models.losses import LossParts
 
 
 def reported(caplog: pytest.LogCaptureFixture, *steps: list[StepTimes]) -> list[str]:
@@ -39,3 +44,18 @@ def test_the_report_says_where_the_time_went(caplog: pytest.LogCaptureFixture) -
     assert reported(caplog, data) == [f"{slow} rank 1 waited 28.0 s for data"]
     assert reported(caplog, disk) == [f"{slow} rank 0 wrote the log for 29.0 s"]
     assert reported(caplog, rest) == [f"{slow} computing, and exchanging gradients"]
+
+
+def test_an_evaluation_between_two_lines_takes_no_step_and_no_time_from_the_means() -> None:
+    window = LogWindow(16, 1, PhaseTimer(torch.device("cpu")))
+    window.leave_out()
+    for loss, depth in ((1.0, 5), (3.0, 10)):
+        time.sleep(0.01)
+        window.add(LossParts(*torch.full((3,), loss)), 0.001, 10, depth)
+        time.sleep(2.0)  # the end of an epoch
+        window.leave_out()
+    means = window.means()
+    assert means.loss == 2.0
+    assert means.loss_by_depth == {5: 1.0, 10: 3.0}
+    assert means.images_per_s > 32 / 2
+    assert sum(means.phases_ms.values()) < 1000
