@@ -123,10 +123,15 @@ EXPERIMENTS = {
                 "trained at 10 layers alone, branches scaled", {"model.elastic": None, "model.kwargs.branch_scaling": 1}
             ),
             "auxiliary": Variant("trained at 5 to 10 layers", {}),
-            "late": Variant("at 10 layers for four epochs, then at 5 to 10", {"model.elastic.start_epoch": 4}),
+            "late": Variant("at 10 layers for seven epochs, then at 5 to 10", {"model.elastic.start_epoch": 7}),
+            "fixed_6": Variant("six epochs, trained at 10 layers alone", {"model.elastic": None, "train.epochs": 6}),
+            "auxiliary_6": Variant("six epochs, trained at 5 to 10 layers", {"train.epochs": 6}),
+            "late_6": Variant(
+                "six epochs, four at 10 layers, then at 5 to 10", {"train.epochs": 6, "model.elastic.start_epoch": 4}
+            ),
         },
         depths=(5, 8, 10, 12, 16),
-        sets={"model.elastic": OWN, "train.epochs": 6, "augment.hflip": 0},
+        sets={"model.elastic": OWN, "train.epochs": 10, "augment.hflip": 0},
     ),
     "optimizers": clothes(
         {
@@ -165,7 +170,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="some of the experiment's (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one core each")
-    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--out", type=Path, help="write the results here as JSON, beside other variants that it holds")
     parser.add_argument("--chart", type=Path, help="draw three variants of the digits here")
     args = parser.parse_args()
     experiment = EXPERIMENTS[args.experiment]
@@ -193,8 +198,9 @@ def main() -> None:
     print(table(results, experiment.depths))
     if args.out:
         first = next(iter(runs.values()))[0]
-        origin = {key: first[key] for key in ("versions", "hardware")}
-        atomic_write_json(args.out, origin | {"depths": experiment.depths, "seeds": args.seeds, "variants": results})
+        written = {key: first[key] for key in ("versions", "hardware")} | {"depths": experiment.depths}
+        before = json.loads(args.out.read_text())["variants"] if args.out.is_file() else {}
+        atomic_write_json(args.out, written | {"variants": before | results})
     if args.chart:
         draw(results, args.chart)
 
@@ -228,6 +234,7 @@ def summarise(experiment: Experiment, name: str, runs: list[dict[str, Any]]) -> 
     top1 = [[round(100 * point[f"val{'_ema' * averaged}{key}/top1"], 2) for key in keys] for point in last]
     return {
         "label": experiment.variants[name].label,
+        "seeds": [run["seed"] for run in runs],
         "top1": top1,
         "pflop": round(mean(run["flops"] for run in runs) / 1e15, 5),
         "commits": sorted({run["commit"] for run in runs}),

@@ -28,7 +28,7 @@ CHECKPOINTS, HEARTBEATS = "checkpoints", "heartbeats"
 
 def run_folder(checkpoint: Path) -> Path:
     """Return the output folder of the run that wrote a checkpoint."""
-    return checkpoint.parent.parent
+    return Path(os.path.abspath(checkpoint)).parent.parent  # a checkpoint may be named from inside its folder
 
 
 def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
@@ -56,15 +56,15 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
                     f"{live['pid']}); stop it first, or --set output=ANOTHER"
                 )
             checkpoints.mkdir(exist_ok=True)
-    _require_shared(checkpoints, world)
+    _require_shared(output, world)
     return output
 
 
-def _require_shared(folder: Path, world: World) -> None:
-    """Stop all ranks if what rank 0 writes into ``folder`` is not there for every one of them. A collective."""
+def _require_shared(output: Path, world: World) -> None:
+    """Stop all ranks if what rank 0 writes into the run's folder is not there for every one of them. A collective."""
     if world.nodes == 1:
         return
-    token = folder / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
+    token = output / CHECKPOINTS / broadcast_from_rank0(f".seen-by-all-{uuid.uuid4().hex}")
     try:
         with raise_on_all_ranks("write into the output folder"):
             if world.is_rank_zero:
@@ -74,7 +74,7 @@ def _require_shared(folder: Path, world: World) -> None:
             while not token.exists():
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"{folder}: on {socket.gethostname()} it is another folder than on rank 0's node; "
+                        f"output {output}: on {socket.gethostname()} it is another folder than on rank 0's node; "
                         "all nodes have to share its file system"
                     )
                 time.sleep(0.1)
