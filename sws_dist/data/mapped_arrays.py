@@ -1,6 +1,7 @@
 """Keep arrays and a few texts in one file, and map the arrays: the processes of a node then share them.
 
-The file is a safetensors file; the texts are one JSON document in its metadata.
+The file is a safetensors file; the texts are one JSON document in its metadata. The format's own library writes files
+that only their owner may read (0.8), whatever the umask is, and these lie in folders that many users share.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from sws_dist.atomic import atomic_write
 
@@ -22,9 +22,22 @@ _TEXTS = "sws_dist"
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> Path:
     """Write arrays, and texts that JSON can hold; the file appears whole or not at all."""
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    metadata = {_TEXTS: json.dumps(texts)}
-    return atomic_write(path, lambda temporary: save_file(whole, temporary, metadata))
+    header: dict[str, Any] = {"__metadata__": {_TEXTS: json.dumps(texts)}}
+    end = 0
+    for name, array in arrays.items():
+        dtype = next(code for code, known in _DTYPES.items() if known == array.dtype)
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).data)
+
+    return atomic_write(path, write)
 
 
 class MappedFile(NamedTuple):
