@@ -20,7 +20,8 @@ from sws_dist.distributed.init import World
 from sws_dist.errors import ConfigError
 
 _VISIBLE_WITHIN_S = 75.0
-"""Seconds in which a file of one node has to be seen by all others (NFS remembers for up to 60 that one was absent)."""
+"""Seconds in which a file of one node has to be seen by all others (NFS remembers for up to 60 that one was absent), if
+``train.timeout_s`` lets the ranks wait for as long."""
 
 CHECKPOINTS, HEARTBEATS = "checkpoints", "heartbeats"
 """Folders inside the run's."""
@@ -56,11 +57,11 @@ def prepare_output(config: RunConfig, resume: str | None, world: World) -> Path:
                     f"{live['pid']}); stop it first, or --set output=ANOTHER"
                 )
             checkpoints.mkdir(exist_ok=True)
-    _require_shared(output, world)
+    _require_shared(output, world, min(_VISIBLE_WITHIN_S, config.train.timeout_s))
     return output
 
 
-def _require_shared(output: Path, world: World) -> None:
+def _require_shared(output: Path, world: World, within_s: float) -> None:
     """Stop all ranks if what rank 0 writes into the run's folder is not there for every one of them. A collective."""
     if world.nodes == 1:
         return
@@ -70,7 +71,7 @@ def _require_shared(output: Path, world: World) -> None:
             if world.is_rank_zero:
                 token.touch()
         with raise_on_all_ranks("find there what rank 0 wrote"):
-            deadline = time.monotonic() + _VISIBLE_WITHIN_S
+            deadline = time.monotonic() + within_s
             while not token.exists():
                 if time.monotonic() > deadline:
                     raise ConfigError(
