@@ -156,7 +156,7 @@ class Trainer:
             if result is not None:  # the last micro-batch of the step
                 self._result = result
         if parts.ema is not None and self._result.applied:
-            parts.ema.update()
+            parts.ema.update(self.step)
         timer.begin(phase_timer.OTHER)
         parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms

@@ -49,7 +49,9 @@ def prepare_devices() -> int:
     """
     import torch  # takes seconds: not before the command line is known to be right
 
-    num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    from sws_dist.distributed.init import has_gpu
+
+    num_gpus = torch.cuda.device_count() if has_gpu() else 0
     if not num_gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or each process warns that it finds no other
     return min(2, num_gpus) or 2

@@ -2,7 +2,7 @@
 
 examples:
   sws report --runs runs/quickstart                               # report.md and report.png in that folder
-  sws report --runs runs/study/seed0 runs/study/seed1 runs/study/seed2 --out docs/study.md
+  sws report --runs runs/study/seed0 runs/study/seed1 runs/study/seed2 --out runs/study/report.md
 """
 
 from __future__ import annotations

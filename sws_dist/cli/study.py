@@ -73,7 +73,7 @@ DATA_SETS = {
             "full": Size(60_000, 20, 12, TEN_DEPTHS, THREE_SEEDS, "not tried; take a GPU"),
         },
     ),
-    # 82 classes need more images: from 6,000 no vision transformer learned more than 11 % in ten epochs, and from
+    # 78 classes need more images: from 6,000 no vision transformer learned more than 11 % in ten epochs, and from
     # 30,000 most of what is learned in ten is learned after the sixth
     "characters": DataSet(
         "Characters in unseen fonts",

@@ -111,9 +111,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="evaluate: a folder of class folders")
     parser.add_argument("--nodes", type=whole_number(1, 100_000), default=1, help="of one run (default 1)")
     parser.add_argument(
-        "--gpus-per-node", type=whole_number(0, 1024), default=0, help="each gets a rank; 0 (default): train on CPUs"
+        "--gpus-per-node", type=whole_number(0, 1024), required=True, help="each gets a rank; 0 trains on CPUs"
     )
-    parser.add_argument("--ranks-per-node", type=whole_number(1, 1024), help="only without GPUs (default 1)")
+    parser.add_argument("--ranks-per-node", type=whole_number(1, 1024), help="only with --gpus-per-node 0 (default 1)")
     parser.add_argument(
         "--cpus-per-task",
         type=whole_number(1, 4096),
@@ -207,6 +207,7 @@ def fill_template(job: Job, args: argparse.Namespace) -> str:
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"CODE={shlex.quote(str((job.folder / 'code').absolute()))}",
         f"PYTHON={shlex.quote(quote_program(args.python))}",
+        *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),
         f"set -- {shlex.join(job.arguments)}",
     ]
     # The comment of the template is for those who submit it by hand.

@@ -402,7 +402,7 @@ class OptimConfig:
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Muon's averaging factor of the gradient."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Exponential moving average of the weights, per step; null keeps none."""
+    """Factor of the moving average of the weights in each step; less in a run's first steps. null keeps none."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> OptimConfig:

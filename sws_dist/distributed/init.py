@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def init_distributed(timeout_s: int) -> World:
         ConfigError: on every rank; the hostfile that DeepSpeed was given is not there.
         RunError: on every rank; they are fewer than hostfile or SLURM asked for, or on another number of nodes.
         OSError: the port where the ranks are to meet is in use, or they did not find each other there.
-        ValueError: this rank has no GPU.
+        ValueError: this rank has no GPU, or PyTorch cannot use those that its machine has.
     """
     env = os.environ
     complete_environment(env)
@@ -118,11 +119,39 @@ def close_distributed() -> None:
 
 
 def has_gpu() -> bool:
-    """Return whether to compute on a GPU: there is one, and DeepSpeed's switch DS_ACCELERATOR does not say cpu."""
+    """Return whether to compute on a GPU: there is one, and DeepSpeed's switch DS_ACCELERATOR does not say cpu.
+
+    A warning says where PyTorch cannot use the GPUs that are there.
+    """
+    if (problem := describe_unusable_gpus()) is not None:
+        log.warning(problem, extra=ANY_RANK)
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def describe_unusable_gpus() -> str | None:
+    """Return why PyTorch cannot use the NVIDIA GPUs of this machine; None where it can, or nobody wants it to."""
+    env = os.environ
+    if env.get("DS_ACCELERATOR") == "cpu" or env.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or torch.cuda.is_available():
+        return None
+    # SLURM counts what it gave to the job; a driver makes a file for each GPU.
+    count = env.get("SLURM_GPUS_ON_NODE") or str(len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    if count == "0":
+        return None
+    try:
+        torch.cuda.init()
+        reason = "the job has asked for none"  # its control group hides them
+    except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, or a PyTorch without CUDA
+        reason = str(error).strip().splitlines()[0]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return (
+        f"{node_name()} has {count} NVIDIA GPU(s), but PyTorch {torch.__version__} (built with {built}) cannot use "
+        f"them: {reason}. DS_ACCELERATOR=cpu computes on the CPU"
+    )
+
+
 def _choose_device(local_rank: int) -> torch.device:
+    if (problem := describe_unusable_gpus()) is not None:  # or a run would take weeks on CPUs
+        raise ValueError(problem)
     if not has_gpu():
         return torch.device("cpu")
     # A launcher that shows each rank its own GPU only (srun --gpus-per-task=1) calls every one of them 0.

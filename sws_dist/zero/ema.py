@@ -19,6 +19,11 @@ class ShardedEMA:
 
     Built after every weight is in place (learngene, initial checkpoint), it starts from them. ``average`` is laid out
     like the masters.
+
+    Args:
+        decay: the largest factor of the average in a step. In step t, from 0, it is (1 + t) / (10 + t) where that is
+            less, or a run of few steps would end with an average of mostly its initial weights (source: TensorFlow's
+            ``ExponentialMovingAverage`` with ``num_updates``).
     """
 
     def __init__(self, engine: ZeroEngine, decay: float) -> None:
@@ -26,9 +31,10 @@ class ShardedEMA:
         self.average = [master.clone() for master in master_weights(engine)]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the masters by one step."""
-        torch._foreach_lerp_(self.average, master_weights(self.engine), 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Move the average towards the masters, which step number ``step``, from 0, has updated."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, master_weights(self.engine), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

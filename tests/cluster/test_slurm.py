@@ -41,6 +41,7 @@ def submit(slurm: Slurm, kind: str, job: Job, *options: str) -> str:
     """The job's number."""
     command = [sys.executable, "launcher/submit.py", kind, "--config", job.config, "--time", "20", "--parsable"]
     command += ["--deepspeed_config", job.ds_file(), "--cpus-per-task", "1", *options]
+    command += [] if "--gpus-per-node" in options else ["--gpus-per-node", "0"]
     command += [part for override in job.overrides() for part in ("--set", override)]
     return slurm.run(*command).strip()
 
@@ -94,7 +95,8 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     (snapshot,) = job.output.glob("jobs/*-auxiliary/code")
     assert results["commit"] == (snapshot / "COMMIT").read_text().strip()
 
-    options = ["--data", few_digits / "val", "--nodes", "2", "--cpus-per-task", "1", "--time", "5"]
+    options = ["--data", few_digits / "val", "--nodes", "2", "--time", "5"]
+    options += ["--gpus-per-node", "0", "--cpus-per-task", "1"]
     learngene = job.output / "learngene.safetensors"
     command = [sys.executable, "launcher/submit.py", "evaluate", "--checkpoint", learngene, *options]
     submitted = re.match(r"job (\d+): evaluate, 2 node\(s\) x 1 rank\(s\)\n", slurm.run(*command))
@@ -273,6 +275,8 @@ def test_strange_paths_survive(slurm: Slurm, tmp_path: Path) -> None:
         "--checkpoint",
         escape_path(checkpoint),
         "--parsable",
+        "--gpus-per-node",
+        "0",
         *options,
     ]
     number = slurm.run(*command).strip()

@@ -122,7 +122,7 @@ def plain(folder: Path) -> dict[str, Any]:
         found["norms"].append(norms)
         optimizer.zero_grad()
         for name, p in model.named_parameters():
-            average[name].lerp_(p.detach(), 1 - 0.7)
+            average[name].lerp_(p.detach(), 1 - min(0.7, (1 + index // 2) / (10 + index // 2)))
     assert len({elastic.draw(step) for step in range(STEPS)}) > 2, "too few depths for this comparison to mean anything"
     found["weights"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     found["average"] = average

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sws_dist.distributed import launch_env
+from sws_dist.distributed.init import describe_unusable_gpus, has_gpu, init_distributed
 from sws_dist.distributed.launch_env import (
     ExpectedWorld,
     choose_gloo_interface,
@@ -178,3 +180,21 @@ def test_gloo_needs_no_help_on_one_node_nor_where_it_is_told() -> None:
     env = {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     assert choose_gloo_interface(env) is None
     assert choose_gloo_interface(env | {"WORLD_SIZE": "4", "GLOO_SOCKET_IFNAME": "x"}) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPUs can be used")
+def test_gpus_that_pytorch_cannot_use_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run would otherwise train on CPUs until its time is over."""
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(ValueError, match=r"has 8 NVIDIA GPU\(s\), but PyTorch .* cannot use them: .*NVIDIA driver"):
+        init_distributed(timeout_s=60)
+    assert not has_gpu()
+    assert "DS_ACCELERATOR=cpu computes on the CPU" in caplog.text
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("SLURM_GPUS_ON_NODE", "0")):
+        with monkeypatch.context() as other:
+            other.setenv(name, value)
+            assert describe_unusable_gpus() is None

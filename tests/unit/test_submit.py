@@ -15,7 +15,8 @@ TRAIN = ["--config", "configs/runs/auxiliary_small.yaml", "--deepspeed_config", 
 
 
 def submit(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "launcher/submit.py", *arguments, "--time", "60"]
+    gpus = [] if "--gpus-per-node" in arguments else ["--gpus-per-node", "8"]
+    command = [sys.executable, "launcher/submit.py", *arguments, *gpus, "--time", "60"]
     env = os.environ | {"PATH": "/nowhere"}  # no SLURM here
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stdout + done.stderr
@@ -95,6 +96,15 @@ def test_what_could_not_run_is_not_queued(tmp_path: Path) -> None:
     score = ["evaluate", "--checkpoint", "model.safetensors", "--data", "val", "--after", "1"]
     assert "--set means nothing to evaluate" in submit(*score, "--set", "data.crop_pct=1", code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_for_cpus_says_so(tmp_path: Path) -> None:
+    options = ["--ranks-per-node", "2", "--set", f"output={tmp_path}/run", "--dry-run"]
+    text = submit("auxiliary", *TRAIN, *options, "--gpus-per-node", "0")
+    assert "#SBATCH --ntasks-per-node=2\n" in text
+    assert text.index("\nexport DS_ACCELERATOR=cpu\n") < text.index("\nsource ")
+    assert "DS_ACCELERATOR" not in submit("auxiliary", *TRAIN, *options[2:])
+    assert "--ranks-per-node is for CPUs" in submit("auxiliary", *TRAIN, *options, code=2)
 
 
 def test_a_machine_without_slurm(tmp_path: Path) -> None:
