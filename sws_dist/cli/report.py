@@ -211,9 +211,9 @@ def _bills_table(depths: list[int], found: list[Bill]) -> list[str]:
         f"All {len(depths)} depths. Each layer adds the same number of operations, so depths that were not trained are "
         "counted from those that were.",
         "",
-        "| family | PFLOP | random weights cost |",
+        "| family | PFLOP | random weights take |",
         "|---|--:|--:|",
-        *(f"| {bill.name} | {bill.total:.3g} | {scratch / bill.total:.1f} x |" for bill in found),
+        *(f"| {bill.name} | {bill.total:.3g} | {scratch / bill.total:.1f} x as much |" for bill in found),
         "",
         f"Where the teacher is there already, the untuned learngene costs {learngene:.3g} PFLOP; {', '.join(parts)}.",
         "",
@@ -257,9 +257,9 @@ def _origin(families: list[FamilyMetrics]) -> list[str]:
     if len(places) == 1:
         return [f"All runs: {place}" for place in places]
     most = max(places, key=lambda place: len(places[place]))
-    lines = [f"- All others: {most}"]
+    lines = []
     for place, names in places.items():
         if place != most:
             told = (f"{name} (seed {', '.join(dict.fromkeys(seeds))})" for name, seeds in names.items())
             lines.append(f"- {'; '.join(told)}: {place}")
-    return lines
+    return [*lines, f"- All others: {most}"]
