@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -27,6 +27,11 @@ from sws_dist.data.labels import join_names
 
 _MIN_FOR_CAPTIONS = 100
 """Number of samples from which on ``.txt`` files are taken for captions, if more than half of the texts differ."""
+_LONGEST_END = 1 << 24
+"""Most zero bytes at the end of a tar file. Tar pads to records of 10 KiB, or with ``-b 2048`` of 1 MiB; more are the
+rest of a file that was given its full length and never filled."""
+_INDEX_VERSION = 2
+"""Version 1 took shards whose end was missing."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
@@ -108,7 +113,7 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
 def _stamp(path: Path, keys: SampleKeys) -> list[Any]:
     """Return what the list of a shard depends on: a shard with the same is not indexed again."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, *keys.plain]
+    return [_INDEX_VERSION, status.st_size, status.st_mtime_ns, *keys.plain]
 
 
 def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
@@ -120,13 +125,14 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
     members: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> extension -> member
     samples, left_out = [], []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             by_name: dict[str, tarfile.TarInfo] = {}
             for member in tar:
                 key, extension = _split_key(member.name)
                 if key is not None and not member.isdir():
                     members.setdefault(key, {})[extension] = member
                 by_name[member.name] = member
+            _require_end(file, tar.offset)
             for key, parts in members.items():
                 files = {ext: _follow(member, by_name) for ext, member in parts.items()}
                 present = {ext: member for ext, member in files.items() if member is not None}
@@ -143,6 +149,24 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a whole tar file ({error}); write it again or remove it") from None
     return {"samples": samples, "left_out": left_out}
+
+
+def _require_end(file: BinaryIO, offset: int) -> None:
+    """Check that a tar file ends where its last member does: ``tarfile`` stops without a word where it is damaged.
+
+    Raises:
+        tarfile.ReadError: ``offset``, behind the last member, is not followed by zeros alone, one block or more.
+    """
+    file.seek(offset)
+    end = file.read(_LONGEST_END + 1)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it breaks off at byte {offset}, without the zeros that end a tar file")
+    if end[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {offset}, where the header of a file or the end should be")
+    if end.strip(b"\0"):
+        raise tarfile.ReadError(f"more files, or others' data, behind the zeros at byte {offset} that end a tar file")
+    if len(end) > _LONGEST_END:
+        raise tarfile.ReadError(f"nothing but zeros from byte {offset} on, more than a tar file ends with")
 
 
 def _follow(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

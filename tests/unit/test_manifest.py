@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -221,12 +222,39 @@ def test_bad_images_in_shards(root: Path) -> None:
     assert all(reason in file.reason for file, reason in zip(shards.bad, reasons.values(), strict=True))
 
 
-def test_a_cut_shard_is_refused(root: Path) -> None:
+CUTS: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
+    "in an image": (lambda tar, _: tar[:5000], r"unexpected end of data"),
+    "at a header": (lambda tar, at: tar[:at], r"it breaks off at byte \d+, without the zeros that end a tar file"),
+    "in a header": (lambda tar, at: tar[: at + 100], r"it breaks off at byte \d+, without the zeros"),
+    "without its last blocks": (lambda tar, _: tar.rstrip(b"\0") + bytes(-len(tar.rstrip(b"\0")) % 512), "breaks off"),
+    "header of garbage": (lambda tar, at: tar[:at] + b"7" * 512 + tar[at + 512 :], r"damaged at byte \d+, where the"),
+    "header of zeros": (lambda tar, at: tar[:at] + bytes(512) + tar[at + 512 :], r"behind the zeros at byte \d+"),
+    "two in one file": (lambda tar, _: tar + tar, r"more files, or others' data, behind the zeros at byte \d+"),
+    "given its full length, not filled": (lambda tar, at: tar[:at] + bytes(1 << 25), "nothing but zeros from byte"),
+}
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_damaged_shard_is_refused(root: Path, kind: str) -> None:
     write_shards(root, manifest.scan(root, "train"), "shards", names=False)
     shard = root / "shards" / "shard-001.tar"
-    shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"shard-001.tar: not a whole tar file"):
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[10].offset
+    damage, message = CUTS[kind]
+    shard.write_bytes(damage(shard.read_bytes(), header))
+    with pytest.raises(ValueError, match=rf"shard-001.tar: not a whole tar file \(.*{message}"):
         manifest.scan(root, "shards")
+
+
+def test_the_end_of_a_shard_may_be_short_or_long(root: Path) -> None:
+    write_shards(root, manifest.scan(root, "train"), "shards", names=False)
+    for number, end in enumerate((512, 1024, 1 << 20)):
+        shard = root / "shards" / f"shard-{number:03d}.tar"
+        with tarfile.open(shard) as tar:
+            tar.getmembers()
+            whole = tar.offset
+        shard.write_bytes(shard.read_bytes()[:whole] + bytes(end))
+    assert len(manifest.scan(root, "shards")) == 80
 
 
 @pytest.mark.parametrize("names", [True, False])
