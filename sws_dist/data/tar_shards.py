@@ -130,7 +130,9 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
             for member in tar:
                 key, extension = _split_key(member.name)
                 if key is not None and not member.isdir():
-                    members.setdefault(key, {})[extension] = member
+                    other = members.setdefault(key, {}).setdefault(extension, member)
+                    if other is not member:
+                        raise ValueError(_explain_repeated(path, key, other, member))
                 by_name[member.name] = member
             _require_end(file, tar.offset)
             for key, parts in members.items():
@@ -167,6 +169,14 @@ def _require_end(file: BinaryIO, offset: int) -> None:
         raise tarfile.ReadError(f"more files, or others' data, behind the zeros at byte {offset} that end a tar file")
     if len(end) > _LONGEST_END:
         raise tarfile.ReadError(f"nothing but zeros from byte {offset} on, more than a tar file ends with")
+
+
+def _explain_repeated(path: Path, key: str, first: tarfile.TarInfo, second: tarfile.TarInfo) -> str:
+    """Return why two files of one key and extension are no samples, for a message."""
+    return (
+        f"{path}: the key {key} is that of two samples: {first.name} (at byte {first.offset}) and {second.name} (at byte "
+        f"{second.offset}); one of them would be lost. Write the shard again with a key of its own for each sample"
+    )
 
 
 def _follow(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

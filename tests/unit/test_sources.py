@@ -217,6 +217,20 @@ def test_incomplete_samples_are_counted(tmp_path: Path) -> None:
     assert dotted.paths == ("a.tar/1.jpg", "a.tar/4.v2.jpg")
 
 
+def test_samples_of_one_key_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for first, second in (("x/1.jpg", "x/1.jpg"), ("x/1.jpg", "./x/1.JPG")):
+        with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
+            for number, name in enumerate((first, second)):
+                add(tar, name, jpeg(number))
+                add(tar, f"x/{number}0.cls", b"0")
+        names = rf"two samples: {first} \(at byte 0\) and {second} \(at byte \d+\)"
+        with pytest.raises(ValueError, match=rf"a.tar: the key x/1 is that of {names}; one of them would be lost"):
+            find_source(tmp_path, "train")
+    write_tar(tmp_path / "train" / "a.tar", {"x/1.jpg": jpeg(), "x/1.cls": b"0", "y/1.jpg": jpeg(), "y/1.cls": b"0"})
+    assert len(find_source(tmp_path, "train")[0]) == 2, "a key includes the folder"
+
+
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "a.tar", {"./._1.jpg": b"junk", "./1.jpg": jpeg(), "./1.cls": b"0"})
     (tmp_path / "train" / "._a.tar").write_bytes(b"Mac OS X")
