@@ -174,8 +174,8 @@ def _require_end(file: BinaryIO, offset: int) -> None:
 def _explain_repeated(path: Path, key: str, first: tarfile.TarInfo, second: tarfile.TarInfo) -> str:
     """Return why two files of one key and extension are no samples, for a message."""
     return (
-        f"{path}: the key {key} is that of two samples: {first.name} (at byte {first.offset}) and {second.name} (at byte "
-        f"{second.offset}); one of them would be lost. Write the shard again with a key of its own for each sample"
+        f"{path}: the key {key} is that of two samples: {first.name} (at byte {first.offset}) and {second.name} "
+        f"(at byte {second.offset}); one of them would be lost. Write the shard again with a key for each sample"
     )
 
 
