@@ -67,6 +67,7 @@ def find_splits(data: Path, names: list[str] | None) -> list[tuple[Path, str, st
         ValueError: one of ``names`` is not there.
     """
     data = Path(os.path.abspath(data))  # a split needs a name: --data . is the folder one stands in
+    names = names and [os.path.normpath(name) for name in names]  # train/
     found = [name for name in names or DEFAULT_SPLITS if holds_split(data / name)]
     if missing := [name for name in names or () if name not in found]:
         raise ValueError(f"--splits {' '.join(missing)}: {data} holds no such split")

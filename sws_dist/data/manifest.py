@@ -26,6 +26,7 @@ import numpy as np
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
+from sws_dist.data.kept_files import kept_file
 from sws_dist.data.labels import are_numbers, check_classes
 from sws_dist.data.mapped_arrays import MappedFile, map_arrays, save_arrays
 from sws_dist.data.packed_names import PackedNames
@@ -224,12 +225,12 @@ def scan_and_decode(
 
 def manifest_path(root: str | Path, split: str) -> Path:
     """Return the path of a split's manifest file."""
-    return Path(root) / f"{split}.manifest.jsonl"
+    return kept_file(Path(root) / split, "manifest.jsonl")
 
 
 def list_path(root: str | Path, split: str) -> Path:
     """Return the path of the list of a split's good images, which ``data.trust_manifest`` takes."""
-    return Path(root) / f"{split}.images.safetensors"
+    return kept_file(Path(root) / split, "images.safetensors")
 
 
 def check_bad_share(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:

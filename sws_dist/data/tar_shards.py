@@ -23,6 +23,7 @@ import numpy as np
 from sws_dist.config.schema import DEFAULT_IMAGE_EXTENSIONS
 from sws_dist.data.image_names import is_hidden
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
+from sws_dist.data.kept_files import kept_file
 from sws_dist.data.labels import join_names
 
 _MIN_FOR_CAPTIONS = 100
@@ -79,7 +80,7 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
     Raises:
         ValueError: a shard that cannot be read by offset, or no sample with an image and a label.
     """
-    file = folder.with_name(f"{folder.name}.index.jsonl")
+    file = kept_file(folder, "index.jsonl")
     known = {entry["shard"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     stamps = {shard: _stamp(folder / shard, keys) for shard in shards}
     missing = [shard for shard in shards if known.get(shard, {}).get("stamp") != stamps[shard]]

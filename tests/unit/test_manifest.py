@@ -132,6 +132,20 @@ def test_scan_writes_a_manifest_file(root: Path) -> None:
     np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
 
 
+@pytest.mark.parametrize("split", ["train/", "./train", "train/../train"])
+def test_a_split_finds_its_files_however_it_is_written(root: Path, split: str) -> None:
+    manifest.scan_and_decode(root, "train", 2)
+    kept = root / "train.manifest.jsonl"
+    kept.write_text(kept.read_text().replace('"height": 32', '"height": 33'))
+    for listed in (manifest.scan(root, split), manifest.scan(root / "train", ".")):
+        assert (listed.sizes[:, 0] == 33).all(), "the sizes are the kept ones"
+    assert len(manifest.load_scanned(root, split)) == len(manifest.load_scanned(root / "train", ".")) == 80
+    write_shards(root, manifest.scan(root, "train"), "shards", names=False)
+    manifest.scan(root / "shards", ".")
+    assert (root / "shards.index.jsonl").is_file()
+    assert scan.find_splits(root, [split]) == [(root, "train", "train/")]
+
+
 def test_with_a_manifest_file_no_header_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_scan("--data", root)
     monkeypatch.setattr(manifest, "check_image_header", lambda *_: pytest.fail("a header was read"))
