@@ -90,7 +90,11 @@ def scan_split(
     from sws_dist.data import manifest  # needs DALI
 
     found, kept = manifest.scan_and_decode(root, split, num_threads, keys)
-    print_result(f"{split}: {len(found)} images in {len(found.classes)} classes, {len(found.bad)} bad files")
+    unread = sum(file.is_unread for file in found.bad)
+    counts = f"{len(found)} images in {len(found.classes)} classes, {len(found.bad) - unread} bad files"
+    print_result(f"{split}: {counts}" + (f", {unread} that could not be read" if unread else ""))
+    if unread:
+        log.warning("what could not be read is tried again by each run without data.trust_manifest, and by each scan")
     for note in found.notes:
         log.warning(note)
     for file in found.bad:

@@ -37,6 +37,8 @@ from sws_dist.progress import track
 
 _CHUNK = 4096
 """Number of files that are handed to the threads at once."""
+_UNREADABLE = "unreadable: "
+"""Beginning of the reason where reading failed: too many open files, a network file system that was away, ..."""
 
 ReadSize = Callable[[Source, int, int], tuple[int, int]]
 """A function of a source, an image's index and its number of bytes. It returns height and width, or raises
@@ -49,6 +51,11 @@ class BadFile:
 
     path: str
     reason: str
+
+    @property
+    def is_unread(self) -> bool:
+        """Return True if reading it failed, which says nothing about what it holds: it may succeed next time."""
+        return self.reason.startswith(_UNREADABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +150,8 @@ def load_scanned(
     check_bad_share(len(found.bad), len(found) + len(found.bad), max_bad_share, f"{file}: ", found.bad)
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     note = f"{file}: {len(found)} images as they were on {written}; what has changed since is not noticed"
+    if unread := sum(bad.is_unread for bad in found.bad):
+        note += f"; {unread} file(s) that could not be read then are left out until sws scan is run again"
     # The data may have moved as a whole since it was scanned.
     found = dataclasses.replace(found, folder=sources.folder_of(Path(root) / split), notes=(note,))
     if classes is None or tuple(classes) == found.classes:
@@ -259,18 +268,19 @@ def _size_by_decoding(source: Source, index: int, num_bytes: int) -> tuple[int, 
 
 
 def _examine(source: Source, known: dict[str, Any], read_size: ReadSize, index: int) -> dict[str, Any]:
-    """Return the manifest's entry of one file: the known one if the file still has as many bytes, else a new one."""
+    """Return the manifest's entry of one file: the known one if the file was read and has as many bytes, else a new."""
     path = source.paths[index]
     entry: dict[str, Any] = {"path": path, "label": int(source.labels[index])}
     try:
         entry["bytes"] = source.num_bytes(index)
-        if known.get(path, {}).get("bytes") == entry["bytes"]:
-            return known[path]
+        before = known.get(path, {})
+        if before.get("bytes") == entry["bytes"] and not before.get("reason", "").startswith(_UNREADABLE):
+            return before
         entry["height"], entry["width"] = read_size(source, index, entry["bytes"])
     except BadImageError as error:
         entry["reason"] = str(error)
     except OSError as error:
-        entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+        entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"{_UNREADABLE}{error.strerror}"
     return entry
 
 

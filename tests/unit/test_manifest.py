@@ -23,6 +23,7 @@ from sws_dist.data import labels, manifest, sampler, sources, tar_shards
 from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
+from sws_dist.data.tar_shards import SampleKeys
 from sws_dist.data.validate import BadImageError, check_image, check_image_header
 from tests.launching import REPOSITORY
 from tests.unit import bad_files, images
@@ -130,6 +131,27 @@ def test_scan_writes_a_manifest_file(root: Path) -> None:
     assert not listed.notes
     assert [file.path for file in listed.bad] == ["0/" + victim.name], "the scan knows it to be bad"
     np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
+
+
+def test_what_could_not_be_read_is_tried_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = manifest.scan(root, "train").paths
+    (root / "some.txt").write_text("".join(f"train/{path} {path[0]}\n" for path in paths))
+    file = root / "train" / paths[3]
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()  # has a size, and cannot be read
+    assert scan.scan_split(root, "some.txt", "", 2, SampleKeys())[0] == 79
+    assert "some.txt: 79 images in 10 classes, 0 bad files, 1 that could not be read" in capsys.readouterr().out
+    (note,) = manifest.load_scanned(root, "some.txt").notes
+    assert "1 file(s) that could not be read then are left out until sws scan is run again" in note
+    file.rmdir()
+    file.write_bytes(content)
+    kept = root / "some.txt.manifest.jsonl"
+    entries = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert entries[3]["reason"] == "unreadable: Is a directory"
+    entries[3]["bytes"] = len(content)  # as if the image itself could not be read when it was scanned
+    kept.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    assert len(manifest.scan(root, "some.txt")) == 80
 
 
 @pytest.mark.parametrize("split", ["train/", "./train", "train/../train"])
