@@ -38,9 +38,7 @@ def hold_out(images: Manifest, share: float, seed: int) -> tuple[Manifest, Manif
         )
     is_held = _rank_within_class(labels, counts) < held_of_class[labels]
     train = _select(images, np.flatnonzero(~np.isin(draws, drawn[is_held])))
-    val = _select(
-        images, np.sort(first[is_held])
-    )  # each once: a score is over images, however often they are trained on
+    val = _select(images, np.sort(first[is_held]))  # each once: copies would weigh an image in the score
     note = f"{len(val)} of {len(drawn)} images are held out for validation (data.val_share {share:g} of each class)"
     if repeated := len(images) - len(drawn):
         note += f"; validation has each once, though {repeated} lines of the list repeat an image"

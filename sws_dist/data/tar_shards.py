@@ -74,13 +74,18 @@ def find_shards(folder: Path) -> tuple[list[str], list[str]]:
     return [n for n in names if n.endswith(".tar")], [n for n in names if n.lower().endswith(_COMPRESSED)]
 
 
-def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_threads: int) -> Samples:
-    """List the samples of tar shards. ``<split>.index.jsonl`` beside the folder keeps the list for the next time.
+def list_samples(
+    folder: Path, shards: Sequence[str], keys: SampleKeys, num_threads: int, lists: Path | None = None
+) -> Samples:
+    """List the samples of tar shards. ``<split>.index.jsonl`` keeps the list for the next time.
+
+    Args:
+        num_threads, keys, lists: see ``find_source``.
 
     Raises:
         ValueError: a shard that cannot be read by offset, or no sample with an image and a label.
     """
-    file = kept_file(folder, "index.jsonl")
+    file = kept_file(folder, "index.jsonl", lists)
     known = {entry["shard"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     stamps = {shard: _stamp(folder / shard, keys) for shard in shards}
     missing = [shard for shard in shards if known.get(shard, {}).get("stamp") != stamps[shard]]
@@ -93,7 +98,10 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
         try:
             write_json_lines(file, (known[shard] for shard in shards))
         except OSError as error:
-            notes.append(f"{file}: cannot be written ({error.strerror}); the shards will be indexed again next time")
+            notes.append(
+                f"{file}: cannot be written ({error.strerror}); the shards will be indexed again next time, unless "
+                "data.lists names a folder for it"
+            )
     samples = [(number, shard, *s) for number, shard in enumerate(shards) for s in known[shard]["samples"]]
     left_out = [(shard, *entry) for shard in shards for entry in known[shard]["left_out"]]
     notes += _describe_left_out(folder, left_out)

@@ -20,6 +20,7 @@ from PIL import Image
 from sws_dist.cli import scan
 from sws_dist.config.schema import AugmentConfig, DataConfig
 from sws_dist.data import labels, manifest, sampler, sources, tar_shards
+from sws_dist.data.build import list_images
 from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
@@ -131,6 +132,42 @@ def test_scan_writes_a_manifest_file(root: Path) -> None:
     assert not listed.notes
     assert [file.path for file in listed.bad] == ["0/" + victim.name], "the scan knows it to be bad"
     np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
+
+
+def test_lists_are_kept_in_another_folder(root: Path, tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    listed = manifest.scan(root, "train")
+    for folder in (root / "a", root / "b"):  # two splits of one name
+        write_shards(folder, listed, "train", names=False)
+    shutil.copytree(root / "train", root / "b" / "val")
+    before = sorted(root.rglob("*"))
+    for folder in (root / "a", root / "b"):
+        run_scan("--data", folder, "--lists", lists)
+    assert sorted(root.rglob("*")) == before, "nothing is written beside the data"
+    kept = {str(file.relative_to(lists / root.relative_to("/"))) for file in lists.rglob("*") if file.is_file()}
+    endings = ("index.jsonl", "manifest.jsonl", "images.safetensors")
+    splits = [f"{folder}/train.{ending}" for folder in "ab" for ending in endings]
+    assert kept == {*splits, "b/val.manifest.jsonl", "b/val.images.safetensors"}
+    for trust in (True, False):
+        config = DataConfig(root=str(root / "b"), lists=str(lists), trust_manifest=trust)
+        assert [len(images) for images in list_images(config)] == [80, 80]
+    assert sorted(root.rglob("*")) == before
+    with pytest.raises(ValueError, match=rf"there is no .*none.*; sws scan --data {root}/b --lists {lists} writes"):
+        manifest.load_scanned(root / "b", "none", lists=lists)
+
+
+def test_a_scan_finds_out_at_once_that_its_lists_cannot_be_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "check_image", lambda *_: pytest.fail("an image was decoded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"train.manifest.jsonl: cannot be written \(Not a directory\); --lists"):
+        manifest.scan_and_decode(root, "train", 2, lists=tmp_path / "file")
+    root.chmod(0o555)
+    if os.access(root, os.W_OK):
+        pytest.skip("root may write into every folder")
+    with pytest.raises(ValueError, match=r"train.manifest.jsonl: cannot be written \(Permission denied\)"):
+        manifest.scan_and_decode(root, "train", 2)
 
 
 def test_what_could_not_be_read_is_tried_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
