@@ -10,6 +10,7 @@ A list of class names gives the labels another order, in each of them.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,7 +95,16 @@ class Source:
         return fields | {"spans": None if self.spans is None else self.spans[rows]}
 
 
-@lru_cache(maxsize=64)
+def _most_open_shards() -> int | None:
+    """Return half of the files that this process may have open, at least 64; None if any number.
+
+    A full shuffle reads every shard in turn: an image of a shard that is not open costs an open and a close.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else max(64, limit // 2)
+
+
+@lru_cache(maxsize=_most_open_shards())
 def _open_shard(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -258,6 +260,28 @@ def test_links_in_shards(tmp_path: Path) -> None:
     assert source.paths == ("a.tar/x/1.jpg", "a.tar/x/2.jpg", "a.tar/y/3.jpg")
     assert [source.read(i) for i in range(3)] == [jpeg(7)] * 3
     assert "1 sample(s) without an image are left out, for example y/4" in notes[0]
+
+
+OPEN_SHARDS = """
+import os, sys
+from sws_dist.data.sources import find_source
+
+source, _ = find_source(sys.argv[1], "train")
+before = len(os.listdir("/proc/self/fd"))
+for index in range(len(source)):
+    source.read(index)
+print(len(os.listdir("/proc/self/fd")) - before)
+"""
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1024, 100), (160, 80), (110, 64)])
+def test_shards_stay_open_as_far_as_the_limit_allows(tmp_path: Path, limit: int, kept: int) -> None:
+    for number in range(100):
+        write_tar(tmp_path / "train" / f"{number:03d}.tar", {"1.jpg": jpeg(), "1.cls": b"0"})
+    script = f'ulimit -n {limit} && exec "$@"'
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", OPEN_SHARDS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (0, str(kept)), done.stderr
 
 
 def test_compressed_shards(tmp_path: Path) -> None:
