@@ -142,7 +142,7 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
                     other = members.setdefault(key, {}).setdefault(extension, member)
                     if other is not member:
                         raise ValueError(_explain_repeated(path, key, other, member))
-                by_name[member.name] = member
+                by_name[posixpath.normpath(member.name)] = member
             _require_end(file, tar.offset)
             for key, parts in members.items():
                 files = {ext: _follow(member, by_name) for ext, member in parts.items()}
@@ -189,15 +189,19 @@ def _explain_repeated(path: Path, key: str, first: tarfile.TarInfo, second: tarf
 
 
 def _follow(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """Return the file that a member is, or that it is a hard or symbolic link to; None if there is none."""
+    """Return the file that a member is, or that it is a hard or symbolic link to; None if there is none.
+
+    Args:
+        by_name: the members by their normalised names.
+    """
     seen = set()
     while member.islnk() or member.issym():
         if member.name in seen:
             return None
         seen.add(member.name)
-        target = member.linkname
-        if member.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
+        # ``tar cf x.tar .`` writes ./ before names, but not into symbolic links.
+        target = posixpath.join(posixpath.dirname(member.name), member.linkname) if member.issym() else member.linkname
+        target = posixpath.normpath(target)
         if target not in by_name:
             return None
         member = by_name[target]

@@ -242,22 +242,23 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     assert not notes
 
 
-def test_links_in_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("here", ["", "./"])  # "./": as ``tar cf a.tar .`` names its members
+def test_links_in_shards(tmp_path: Path, here: str) -> None:
     (tmp_path / "train").mkdir()
     with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
-        add(tar, "x/1.jpg", jpeg(7))
-        add(tar, "x/1.cls", b"0")
+        add(tar, f"{here}x/1.jpg", jpeg(7))
+        add(tar, f"{here}x/1.cls", b"0")
         for name, kind, target in (
-            ("x/2.jpg", tarfile.LNKTYPE, "x/1.jpg"),
+            ("x/2.jpg", tarfile.LNKTYPE, f"{here}x/1.jpg"),
             ("y/3.jpg", tarfile.SYMTYPE, "../x/1.jpg"),
             ("y/4.jpg", tarfile.SYMTYPE, "../x/gone.jpg"),
         ):
-            link = tarfile.TarInfo(name)
+            link = tarfile.TarInfo(here + name)
             link.type, link.linkname = kind, target
             tar.addfile(link)
-            add(tar, name.replace("jpg", "cls"), b"1")
+            add(tar, here + name.replace("jpg", "cls"), b"1")
     source, notes = find_source(tmp_path, "train")
-    assert source.paths == ("a.tar/x/1.jpg", "a.tar/x/2.jpg", "a.tar/y/3.jpg")
+    assert source.paths == tuple(f"a.tar/{here}{name}" for name in ("x/1.jpg", "x/2.jpg", "y/3.jpg"))
     assert [source.read(i) for i in range(3)] == [jpeg(7)] * 3
     assert "1 sample(s) without an image are left out, for example y/4" in notes[0]
 
