@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ def load_image_lists(
         RunError: no images; or a resumed run finds others where ``config`` leads than it began with.
     """
     files, notes = _list_files(output), None
-    with raise_on_all_ranks("list the images"):
+    with raise_on_all_ranks("list the images"), _warn_if_long(config.train.timeout_s, world):
         if world.is_rank_zero:
             kept = _load_kept_lists(run_folder(checkpoint)) if checkpoint is not None else None
             if kept is None:
@@ -262,6 +263,25 @@ def load_image_lists(
     with raise_on_all_ranks("map the lists of images"):
         train, val = (replace(Manifest.load(file), notes=said) for file, said in zip(files, notes, strict=True))
     return train, val
+
+
+@contextmanager
+def _warn_if_long(timeout_s: int, world: World) -> Iterator[None]:
+    """Say what the ranks wait for before they give up: their own error names a collective and no cause."""
+    waited_s = timeout_s / 10
+    message = (
+        f"rank 0 has been listing the images for {waited_s:g} s; the other ranks wait {timeout_s} s at most "
+        "(train.timeout_s). If that is too short, raise it, or let sws scan list the images once, and set "
+        "data.trust_manifest"
+    )
+    timer = Timer(waited_s, log.warning, [message])
+    timer.daemon = True
+    if world.is_rank_zero and world.size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _list_files(folder: Path, suffix: str = "safetensors") -> list[Path]:

@@ -59,8 +59,9 @@ def find_images(places: Sequence[Path]) -> Iterator[str]:
 
     Raises:
         ValueError: a place that is not there, or a folder without images.
+        OSError: a folder cannot be read.
     """
-    from sws_dist.data.image_names import is_hidden, is_image_name
+    from sws_dist.data.class_folders import list_below
 
     for place in places:
         if not place.exists():
@@ -68,10 +69,7 @@ def find_images(places: Sequence[Path]) -> Iterator[str]:
         if not place.is_dir():
             yield str(place)
             continue
-        images = []
-        for folder, folders, names in os.walk(place, followlinks=True):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            images += [os.path.join(folder, name) for name in names if is_image_name(name)]
+        images = list_below(place, os.path.join(place, ""))
         if not images:
             raise ValueError(f"{place}: holds no images")
         yield from sorted(images)

@@ -230,7 +230,8 @@ def count_images(config: DataConfig) -> int:
     from sws_dist.data.tar_shards import SampleKeys
 
     keys = SampleKeys(config.image_extensions, config.label_key)
-    source, _ = find_source(config.root, config.train_split, keys=keys)
+    lists = Path(config.lists) if config.lists else None
+    source, _ = find_source(config.root, config.train_split, keys=keys, lists=lists)
     if len(source.classes) < 2:
         raise ValueError(f"{source.folder}: holds one class ({source.classes[0]}); at least two are needed")
     return max(1, int(len(source) * (1 - (config.val_share or 0))))

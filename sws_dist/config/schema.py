@@ -233,6 +233,9 @@ class DataConfig:
     trust_manifest: MayChange[bool] = False
     """Take the list that ``sws scan`` has kept as it is. With many millions of files, listing them and asking for the
     size of each takes minutes; files that were added, changed or removed since the scan are then not noticed."""
+    lists: MayChange[PathStr | None] = None
+    """A folder for what is kept about each split: the lists of ``sws scan --lists``, the index of tar shards. It serves
+    data sets in folders that cannot be written; null keeps these files beside the splits."""
     max_bad_share: MayChange[float] = Field(default=MAX_BAD_SHARE, ge=0, le=1)
     """Unreadable images are left out or replaced by others; the run stops where they exceed this share of an epoch."""
     image_size: int = Field(default=224, ge=IMAGE_SIZES[0], le=IMAGE_SIZES[1])

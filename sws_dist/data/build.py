@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -48,6 +49,7 @@ def list_images(config: DataConfig) -> tuple[Manifest, Manifest]:
         config.root,
         max_bad_share=config.max_bad_share,
         keys=keys,
+        lists=Path(config.lists) if config.lists else None,
     )
     train = scan(config.train_split, classes)
     if config.val_share is not None:

@@ -36,7 +36,7 @@ def list_class_folders(folder: Path, num_threads: int) -> ClassFolders:
         visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     names = [entry.name for entry in visible if _is_folder(entry)]
     with ThreadPoolExecutor(num_threads) as pool:
-        walks = pool.map(lambda name: sorted(_walk(folder / name, f"{name}/", frozenset())), names)
+        walks = pool.map(lambda name: sorted(list_below(folder / name, f"{name}/")), names)
         found = list(track(walks, f"listing {folder.name}", len(names), "folders"))
     images = {name: paths for name, paths in zip(names, found, strict=True) if paths}
     notes = []
@@ -90,8 +90,16 @@ def explain_no_images(folder: Path) -> str:
     return f"no images in its {folders} folder(s) ({', '.join(sorted(EXTENSIONS))})"
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> list[str]:
-    """Return the images below a folder. ``above`` identifies the folders around it, where a link may lead back."""
+def list_below(folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> list[str]:
+    """Return the images of a folder and of those inside it.
+
+    Args:
+        prefix: what the names begin with.
+        above: identify the folders around this one, where a link may lead back.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -102,7 +110,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> list[
             if is_hidden(entry.name):
                 continue
             if _is_folder(entry):
-                paths += _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+                paths += list_below(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
             elif is_image_name(entry.name) and (entry.is_symlink() or entry.is_file()):  # a pipe would never end
                 paths.append(prefix + entry.name)
     return paths

@@ -26,6 +26,7 @@ import numpy as np
 from sws_dist.config.schema import MAX_BAD_SHARE
 from sws_dist.data import sources
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
+from sws_dist.data.kept_files import kept_file, require_writable
 from sws_dist.data.labels import are_numbers, check_classes
 from sws_dist.data.mapped_arrays import MappedFile, map_arrays, save_arrays
 from sws_dist.data.packed_names import PackedNames
@@ -36,6 +37,8 @@ from sws_dist.progress import track
 
 _CHUNK = 4096
 """Number of files that are handed to the threads at once."""
+_UNREADABLE = "unreadable: "
+"""Beginning of the reason where reading failed: too many open files, a network file system that was away, ..."""
 
 ReadSize = Callable[[Source, int, int], tuple[int, int]]
 """A function of a source, an image's index and its number of bytes. It returns height and width, or raises
@@ -48,6 +51,11 @@ class BadFile:
 
     path: str
     reason: str
+
+    @property
+    def is_unread(self) -> bool:
+        """Return True if reading it failed, which says nothing about what it holds: it may succeed next time."""
+        return self.reason.startswith(_UNREADABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +127,21 @@ def load_scanned(
     classes: Sequence[str] | None = None,
     max_bad_share: float = MAX_BAD_SHARE,
     keys: SampleKeys = DEFAULT_KEYS,
+    lists: Path | None = None,
 ) -> Manifest:
     """Map the list that ``sws scan`` has kept of ``<root>/<split>``, without a look at the files themselves.
 
     Args:
-        classes, max_bad_share, keys: see ``scan``.
+        classes, max_bad_share, keys, lists: see ``scan``.
 
     Raises:
         ValueError: there is none, it has a class that ``classes`` does not have, shards were scanned with other
             ``keys``, or the scan found too many bad files.
     """
-    file = list_path(root, split)
+    file = list_path(root, split, lists)
     if not file.is_file():
-        raise ValueError(f"data.trust_manifest: there is no {file}; sws scan --data {root} writes it")
+        command = f"sws scan --data {root}" + (f" --lists {lists}" if lists else "")
+        raise ValueError(f"data.trust_manifest: there is no {file}; {command} writes it")
     found = Manifest.load(file)
     scanned = map_arrays(file).texts.get("keys", keys.plain)
     if found.spans is not None and scanned != keys.plain:
@@ -142,6 +152,8 @@ def load_scanned(
     check_bad_share(len(found.bad), len(found) + len(found.bad), max_bad_share, f"{file}: ", found.bad)
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
     note = f"{file}: {len(found)} images as they were on {written}; what has changed since is not noticed"
+    if unread := sum(bad.is_unread for bad in found.bad):
+        note += f"; {unread} file(s) that could not be read then are left out until sws scan is run again"
     # The data may have moved as a whole since it was scanned.
     found = dataclasses.replace(found, folder=sources.folder_of(Path(root) / split), notes=(note,))
     if classes is None or tuple(classes) == found.classes:
@@ -162,6 +174,7 @@ def scan(
     num_threads: int = 16,
     max_bad_share: float = MAX_BAD_SHARE,
     keys: SampleKeys = DEFAULT_KEYS,
+    lists: Path | None = None,
 ) -> Manifest:
     """List the images of ``<root>/<split>`` (see ``sources.py``), without those that are bad.
 
@@ -173,12 +186,13 @@ def scan(
         num_threads: number of files that are read at once.
         max_bad_share: largest share of bad files.
         keys: where a sample of a tar shard has its image and its label.
+        lists: the folder of the kept files (``data.lists``); None: they lie beside the split.
 
     Raises:
         ValueError: no images, a class that ``classes`` does not have, or more than ``max_bad_share`` bad files.
     """
-    source, notes = sources.find_source(root, split, classes, num_threads, keys)
-    file = manifest_path(root, split)
+    source, notes = sources.find_source(root, split, classes, num_threads, keys, lists)
+    file = manifest_path(root, split, lists)
     known = {entry["path"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     examined = _map_in_threads(partial(_examine, source, known, _size_from_header), len(source), num_threads)
     entries = list(track(examined, f"reading headers, {split}", len(source), "files"))
@@ -195,41 +209,42 @@ def list_files(files: Sequence[str], num_threads: int = 16) -> Manifest:
 
 
 def scan_and_decode(
-    root: str | Path, split: str, num_threads: int, keys: SampleKeys = DEFAULT_KEYS
+    root: str | Path, split: str, num_threads: int, keys: SampleKeys = DEFAULT_KEYS, lists: Path | None = None
 ) -> tuple[Manifest, Path | None]:
     """Decode every file of ``<root>/<split>``, and write the manifest's file.
 
     Args:
-        num_threads, keys: see ``scan``.
+        num_threads, keys, lists: see ``scan``.
 
     Returns:
-        The manifest and the path of its file, or None if the file cannot be written.
+        The manifest and the path of its file, or None if writing it failed after all.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, or nowhere to keep their list.
     """
-    source, notes = sources.find_source(root, split, None, num_threads, keys)
+    source, notes = sources.find_source(root, split, None, num_threads, keys, lists)
+    file = manifest_path(root, split, lists)
+    require_writable(file)
     examined = _map_in_threads(partial(_examine, source, {}, _size_by_decoding), len(source), num_threads)
     entries = list(track(examined, f"scanning {split}", len(source), "files"))
-    file: Path | None = manifest_path(root, split)
     found = _build_manifest(source, entries, notes)
     try:
-        write_json_lines(manifest_path(root, split), entries)
-        found.save(list_path(root, split), keys=keys.plain)
+        write_json_lines(file, entries)
+        found.save(list_path(root, split, lists), keys=keys.plain)
     except OSError as error:
         note = f"{file}: cannot be written ({error.strerror})"
-        found, file = dataclasses.replace(found, notes=(*found.notes, note)), None
+        return dataclasses.replace(found, notes=(*found.notes, note)), None
     return found, file
 
 
-def manifest_path(root: str | Path, split: str) -> Path:
+def manifest_path(root: str | Path, split: str, lists: Path | None = None) -> Path:
     """Return the path of a split's manifest file."""
-    return Path(root) / f"{split}.manifest.jsonl"
+    return kept_file(Path(root) / split, "manifest.jsonl", lists)
 
 
-def list_path(root: str | Path, split: str) -> Path:
+def list_path(root: str | Path, split: str, lists: Path | None = None) -> Path:
     """Return the path of the list of a split's good images, which ``data.trust_manifest`` takes."""
-    return Path(root) / f"{split}.images.safetensors"
+    return kept_file(Path(root) / split, "images.safetensors", lists)
 
 
 def check_bad_share(count: int, total: int, max_share: float, where: str, bad: Sequence[BadFile]) -> None:
@@ -258,18 +273,19 @@ def _size_by_decoding(source: Source, index: int, num_bytes: int) -> tuple[int, 
 
 
 def _examine(source: Source, known: dict[str, Any], read_size: ReadSize, index: int) -> dict[str, Any]:
-    """Return the manifest's entry of one file: the known one if the file still has as many bytes, else a new one."""
+    """Return the manifest's entry of one file: the known one if the file was read and has as many bytes, else a new."""
     path = source.paths[index]
     entry: dict[str, Any] = {"path": path, "label": int(source.labels[index])}
     try:
         entry["bytes"] = source.num_bytes(index)
-        if known.get(path, {}).get("bytes") == entry["bytes"]:
-            return known[path]
+        before = known.get(path, {})
+        if before.get("bytes") == entry["bytes"] and not before.get("reason", "").startswith(_UNREADABLE):
+            return before
         entry["height"], entry["width"] = read_size(source, index, entry["bytes"])
     except BadImageError as error:
         entry["reason"] = str(error)
     except OSError as error:
-        entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+        entry["reason"] = "missing" if isinstance(error, FileNotFoundError) else f"{_UNREADABLE}{error.strerror}"
     return entry
 
 

@@ -211,7 +211,7 @@ def _train_graph(
     num_layers = recipe.policy.num_layers if recipe.policy else 0
     of_crop = 3 + (affine is not None) + 3 * num_layers  # feeds
     encoded, start, shape, *feeds = fn.external_source(source=source, num_outputs=3 + num_crops * of_crop, batch=True)
-    encoded = fn.io.file.read(encoded) if from_files else encoded
+    encoded = _read_files(encoded) if from_files else encoded
     decoded = decode_window(encoded, decoder, start, shape)
     crops = resize(decoded, feeds[::of_crop], feeds[1::of_crop])
     augmented = [
@@ -221,6 +221,11 @@ def _train_graph(
     if num_crops == 1:
         return _normalise(augmented[0], config)
     return _normalise(fn.stack(*augmented, axis_name="F"), config, "FCHW")
+
+
+def _read_files(paths: Any) -> Any:
+    """Read files. By default DALI maps them, and one that is cut meanwhile ends the process with SIGBUS."""
+    return fn.io.file.read(paths, dont_use_mmap=True)
 
 
 def _augment(images: Any, feeds: Sequence[Any], config: DataConfig, affine: AffineConfig | None) -> Any:
@@ -241,7 +246,7 @@ def _augment(images: Any, feeds: Sequence[Any], config: DataConfig, affine: Affi
 def _eval_graph(source: Any, config: DataConfig, decoder: dict[str, Any], resize: Resize, from_files: bool) -> Any:
     """Decode a window of each image, and resize the region of it that is evaluated."""
     encoded, start, shape, *region = fn.external_source(source=source, num_outputs=5, batch=True)
-    encoded = fn.io.file.read(encoded) if from_files else encoded
+    encoded = _read_files(encoded) if from_files else encoded
     images = decode_window(encoded, decoder, start, shape)
     images = resize(images, *region)
     return _normalise(images, config)

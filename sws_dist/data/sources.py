@@ -10,6 +10,7 @@ A list of class names gives the labels another order, in each of them.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,7 +95,16 @@ class Source:
         return fields | {"spans": None if self.spans is None else self.spans[rows]}
 
 
-@lru_cache(maxsize=64)
+def _most_open_shards() -> int | None:
+    """Return half of the files that this process may have open, at least 64; None if any number.
+
+    A full shuffle reads every shard in turn: an image of a shard that is not open costs an open and a close.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else max(64, limit // 2)
+
+
+@lru_cache(maxsize=_most_open_shards())
 def _open_shard(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
 
@@ -110,6 +120,7 @@ def find_source(
     classes: Sequence[str] | None = None,
     num_threads: int = 16,
     keys: SampleKeys = DEFAULT_KEYS,
+    lists: Path | None = None,
 ) -> tuple[Source, list[str]]:
     """List the images of ``<root>/<split>``, usable or not.
 
@@ -118,6 +129,7 @@ def find_source(
             own.
         num_threads: number of folders or shards that are read at once.
         keys: where a sample of a tar shard has its image and its label.
+        lists: the folder that keeps the index of tar shards (``data.lists``); None: it lies beside the split.
 
     Returns:
         The images, and log messages for the user, for example about what is left out.
@@ -130,7 +142,7 @@ def find_source(
     if place.is_file():
         source, notes = _source_from_list(place, classes)
     elif place.is_dir():
-        source, notes = _source_from_folder(place, classes, num_threads, keys)
+        source, notes = _source_from_folder(place, classes, num_threads, keys, lists)
     else:
         raise ValueError(f"data.root {root}: there is no folder {place}; expected {split}/<class>/<image>")
     return source, notes + describe_empty_classes(source.classes, source.labels, place)
@@ -143,7 +155,7 @@ def _source_from_list(file: Path, classes: Sequence[str] | None) -> tuple[Source
 
 
 def _source_from_folder(
-    folder: Path, classes: Sequence[str] | None, num_threads: int, keys: SampleKeys
+    folder: Path, classes: Sequence[str] | None, num_threads: int, keys: SampleKeys, lists: Path | None
 ) -> tuple[Source, list[str]]:
     """List class folders or shards; where both are there, the class folders."""
     shards, compressed = find_shards(folder)
@@ -164,7 +176,7 @@ def _source_from_folder(
         )
     if not shards:
         raise ValueError(f"{folder}: {explain_no_images(folder)}")
-    samples = list_samples(folder, shards, keys, num_threads)
+    samples = list_samples(folder, shards, keys, num_threads, lists)
     names, numbers = number_labels(samples.labels, classes, folder)
     notes = list(samples.notes)
     if unused:

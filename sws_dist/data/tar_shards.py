@@ -16,17 +16,23 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sws_dist.config.schema import DEFAULT_IMAGE_EXTENSIONS
 from sws_dist.data.image_names import is_hidden
 from sws_dist.data.json_lines import read_json_lines, write_json_lines
+from sws_dist.data.kept_files import kept_file
 from sws_dist.data.labels import join_names
 
 _MIN_FOR_CAPTIONS = 100
 """Number of samples from which on ``.txt`` files are taken for captions, if more than half of the texts differ."""
+_LONGEST_END = 1 << 24
+"""Most zero bytes at the end of a tar file. Tar pads to records of 10 KiB, or with ``-b 2048`` of 1 MiB; more are the
+rest of a file that was given its full length and never filled."""
+_INDEX_VERSION = 2
+"""Version 1 took shards whose end was missing."""
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
@@ -68,13 +74,18 @@ def find_shards(folder: Path) -> tuple[list[str], list[str]]:
     return [n for n in names if n.endswith(".tar")], [n for n in names if n.lower().endswith(_COMPRESSED)]
 
 
-def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_threads: int) -> Samples:
-    """List the samples of tar shards. ``<split>.index.jsonl`` beside the folder keeps the list for the next time.
+def list_samples(
+    folder: Path, shards: Sequence[str], keys: SampleKeys, num_threads: int, lists: Path | None = None
+) -> Samples:
+    """List the samples of tar shards. ``<split>.index.jsonl`` keeps the list for the next time.
+
+    Args:
+        num_threads, keys, lists: see ``find_source``.
 
     Raises:
         ValueError: a shard that cannot be read by offset, or no sample with an image and a label.
     """
-    file = folder.with_name(f"{folder.name}.index.jsonl")
+    file = kept_file(folder, "index.jsonl", lists)
     known = {entry["shard"]: entry for entry in read_json_lines(file)} if file.is_file() else {}
     stamps = {shard: _stamp(folder / shard, keys) for shard in shards}
     missing = [shard for shard in shards if known.get(shard, {}).get("stamp") != stamps[shard]]
@@ -87,7 +98,10 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
         try:
             write_json_lines(file, (known[shard] for shard in shards))
         except OSError as error:
-            notes.append(f"{file}: cannot be written ({error.strerror}); the shards will be indexed again next time")
+            notes.append(
+                f"{file}: cannot be written ({error.strerror}); the shards will be indexed again next time, unless "
+                "data.lists names a folder for it"
+            )
     samples = [(number, shard, *s) for number, shard in enumerate(shards) for s in known[shard]["samples"]]
     left_out = [(shard, *entry) for shard in shards for entry in known[shard]["left_out"]]
     notes += _describe_left_out(folder, left_out)
@@ -108,7 +122,7 @@ def list_samples(folder: Path, shards: Sequence[str], keys: SampleKeys, num_thre
 def _stamp(path: Path, keys: SampleKeys) -> list[Any]:
     """Return what the list of a shard depends on: a shard with the same is not indexed again."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, *keys.plain]
+    return [_INDEX_VERSION, status.st_size, status.st_mtime_ns, *keys.plain]
 
 
 def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
@@ -120,13 +134,16 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
     members: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> extension -> member
     samples, left_out = [], []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             by_name: dict[str, tarfile.TarInfo] = {}
             for member in tar:
                 key, extension = _split_key(member.name)
                 if key is not None and not member.isdir():
-                    members.setdefault(key, {})[extension] = member
-                by_name[member.name] = member
+                    other = members.setdefault(key, {}).setdefault(extension, member)
+                    if other is not member:
+                        raise ValueError(_explain_repeated(path, key, other, member))
+                by_name[posixpath.normpath(member.name)] = member
+            _require_end(file, tar.offset)
             for key, parts in members.items():
                 files = {ext: _follow(member, by_name) for ext, member in parts.items()}
                 present = {ext: member for ext, member in files.items() if member is not None}
@@ -145,16 +162,46 @@ def _index_shard(path: Path, keys: SampleKeys) -> dict[str, Any]:
     return {"samples": samples, "left_out": left_out}
 
 
+def _require_end(file: BinaryIO, offset: int) -> None:
+    """Check that a tar file ends where its last member does: ``tarfile`` stops without a word where it is damaged.
+
+    Raises:
+        tarfile.ReadError: ``offset``, behind the last member, is not followed by zeros alone, one block or more.
+    """
+    file.seek(offset)
+    end = file.read(_LONGEST_END + 1)
+    if len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it breaks off at byte {offset}, without the zeros that end a tar file")
+    if end[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {offset}, where the header of a file or the end should be")
+    if end.strip(b"\0"):
+        raise tarfile.ReadError(f"more files, or others' data, behind the zeros at byte {offset} that end a tar file")
+    if len(end) > _LONGEST_END:
+        raise tarfile.ReadError(f"nothing but zeros from byte {offset} on, more than a tar file ends with")
+
+
+def _explain_repeated(path: Path, key: str, first: tarfile.TarInfo, second: tarfile.TarInfo) -> str:
+    """Return why two files of one key and extension are no samples, for a message."""
+    return (
+        f"{path}: the key {key} is that of two samples: {first.name} (at byte {first.offset}) and {second.name} "
+        f"(at byte {second.offset}); one of them would be lost. Write the shard again with a key for each sample"
+    )
+
+
 def _follow(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """Return the file that a member is, or that it is a hard or symbolic link to; None if there is none."""
+    """Return the file that a member is, or that it is a hard or symbolic link to; None if there is none.
+
+    Args:
+        by_name: the members by their normalised names.
+    """
     seen = set()
     while member.islnk() or member.issym():
         if member.name in seen:
             return None
         seen.add(member.name)
-        target = member.linkname
-        if member.issym():
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), target))
+        # ``tar cf x.tar .`` writes ./ before names, but not into symbolic links.
+        target = posixpath.join(posixpath.dirname(member.name), member.linkname) if member.issym() else member.linkname
+        target = posixpath.normpath(target)
         if target not in by_name:
             return None
         member = by_name[target]

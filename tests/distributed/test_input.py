@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,10 +12,15 @@ import numpy as np
 import psutil
 import torch
 
+from sws_dist.config.loader import load_config
 from sws_dist.config.schema import AugmentConfig, DataConfig
+from sws_dist.config.shipped import find_run_config
 from sws_dist.data import manifest, pipeline, sampler
 from sws_dist.data.draws import Recipe
 from sws_dist.data.mixup import Mixing, erase
+from sws_dist.distributed.init import init_distributed
+from sws_dist.logging.console import setup_console
+from sws_dist.prepare import load_image_lists
 from tests import ranks
 from tests.distributed import input_worker
 
@@ -92,3 +99,29 @@ def test_memory_is_flat_over_fifty_epochs(few_digits: Path) -> None:
     growth = max(kib[40:]) - max(kib[10:20])
     # An epoch's images are 80 x 64 x 64 x 3 floats, 4 MiB: keeping them, or a pipeline an epoch, would show at once.
     assert growth < 15 * 1024, kib
+
+
+def list_images_on_two_ranks(root: Path, classes: Path) -> list[int]:
+    setup_console()
+    sets = [f"data.root={root}", f"data.classes={classes}", f"output={root}", "train.timeout_s=20"]
+    config = load_config(find_run_config("quickstart/teacher"), sets)
+    world = init_distributed(config.train.timeout_s)
+    return [len(images) for images in load_image_lists(config, root, None, None, world)]
+
+
+def test_a_long_listing_is_said_before_the_other_ranks_give_up(few_digits: Path, tmp_path: Path) -> None:
+    root, classes = tmp_path / "data", tmp_path / "classes"
+    shutil.copytree(few_digits, root)
+    os.mkfifo(classes)  # holds rank 0 up until somebody writes
+    with ranks.start(list_images_on_two_ranks, root, classes) as group:
+        deadline = time.monotonic() + ranks.LIMIT_S
+        while "rank 0 has been listing the images for 2 s" not in group.printed():
+            assert group.exitcodes() == [None] * 2, group.printed()
+            assert time.monotonic() < deadline, group.printed()
+            time.sleep(0.01)
+        classes.write_text("".join(f"{digit}\n" for digit in range(10)))
+        assert group.wait() == [0, 0], group.printed()
+        printed = group.printed()
+    assert printed.count("rank 0 has been listing") == 1, "the other rank waits in silence"
+    assert "the other ranks wait 20 s at most (train.timeout_s)" in printed
+    assert "data.trust_manifest" in printed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -149,3 +151,46 @@ def test_a_pass_may_be_left_in_the_middle(listed: Manifest) -> None:
     loader = eval_loader(listed, sampler.eval_batches(len(listed), 0, 1, 16), CONFIG, CPU)
     next(iter(loader))
     assert np.concatenate([batch.indices for batch in loader]).tolist() == list(range(80))
+
+
+CUT_WHILE_READ = """
+import os, sys, threading
+import numpy as np
+from nvidia.dali import fn, pipeline_def
+from sws_dist.data.pipeline import _read_files
+
+path = sys.argv[1]
+
+def is_open():
+    targets = (os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd"))
+    with open("/proc/self/maps") as maps:
+        return path in maps.read() or any(os.path.lexists(each) and os.readlink(each) == path for each in targets)
+
+def cut():
+    while not is_open():
+        pass
+    os.truncate(path, 0)
+
+@pipeline_def(batch_size=1, num_threads=1, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
+def graph():
+    return _read_files(fn.external_source(name="path"))
+
+read = graph()
+read.build()
+read.feed_input("path", [np.frombuffer(os.fsencode(path), dtype=np.uint8)])
+threading.Thread(target=cut, daemon=True).start()
+try:
+    read.run()
+except RuntimeError:
+    pass  # as of any bad file: the loader replaces it
+os._exit(0)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 28)  # reading it takes long enough to be cut meanwhile
+    command = [sys.executable, "-c", CUT_WHILE_READ, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import yaml
 
 import sws_dist
 from sws_dist.cli import main as cli
+from sws_dist.cli.classify import find_images
 from sws_dist.cli.commands import in_checkout, train_command
 from sws_dist.config.loader import load_config
 from sws_dist.config.shipped import find_deepspeed_config, find_run_config
@@ -255,3 +256,12 @@ def test_a_command_that_reads_images_says_that_dali_is_missing(tmp_path: Path) -
     assert done.returncode == 1
     assert "DALI, which reads images, is missing: pip install 'sws-dist[dali]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_classify_lists_each_image_once_where_links_lead_back(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("b.jpg", "in/a.jpg", "._b.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"1")
+    for name in ("again", "more", "in/up"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert list(find_images([tmp_path])) == [f"{tmp_path}/b.jpg", f"{tmp_path}/in/a.jpg"]

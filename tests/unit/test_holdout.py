@@ -69,4 +69,11 @@ def test_what_a_list_repeats_counts_once(few_digits: Path, tmp_path: Path) -> No
     train, val = list_images(DataConfig(root=str(tmp_path), train_split="train.txt", val_share=0.2))
     assert np.bincount(train.labels, minlength=2).tolist() == [4, 5]
     assert np.bincount(val.labels, minlength=2).tolist() == [1, 0]
-    assert train.notes[-1].startswith("1 of 10 images are held out")
+    assert train.notes[-1].startswith("1 of 6 images are held out")
+    lines += [f"{file} often" for file in files[:5]] * 2
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    train, val = list_images(DataConfig(root=str(tmp_path), train_split="train.txt", val_share=0.4))
+    assert len(val) == len(set(val.paths)) == 2, "validation has each image once"
+    assert np.bincount(train.labels, minlength=2).tolist() == [9, 5]
+    assert "validation has each once, though 14 lines of the list repeat an image" in train.notes[-1]
+    assert not set(train.paths) & set(val.paths)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from PIL import Image
 from sws_dist.cli import scan
 from sws_dist.config.schema import AugmentConfig, DataConfig
 from sws_dist.data import labels, manifest, sampler, sources, tar_shards
+from sws_dist.data.build import list_images
 from sws_dist.data.draws import Recipe
 from sws_dist.data.manifest import Manifest
 from sws_dist.data.pipeline import eval_loader, train_loader
+from sws_dist.data.tar_shards import SampleKeys
 from sws_dist.data.validate import BadImageError, check_image, check_image_header
 from tests.launching import REPOSITORY
 from tests.unit import bad_files, images
@@ -131,6 +134,77 @@ def test_scan_writes_a_manifest_file(root: Path) -> None:
     np.testing.assert_array_equal(listed.sizes, light.sizes[1:])
 
 
+def test_lists_are_kept_in_another_folder(root: Path, tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    listed = manifest.scan(root, "train")
+    for folder in (root / "a", root / "b"):  # two splits of one name
+        write_shards(folder, listed, "train", names=False)
+    shutil.copytree(root / "train", root / "b" / "val")
+    before = sorted(root.rglob("*"))
+    for folder in (root / "a", root / "b"):
+        run_scan("--data", folder, "--lists", lists)
+    assert sorted(root.rglob("*")) == before, "nothing is written beside the data"
+    kept = {str(file.relative_to(lists / root.relative_to("/"))) for file in lists.rglob("*") if file.is_file()}
+    endings = ("index.jsonl", "manifest.jsonl", "images.safetensors")
+    splits = [f"{folder}/train.{ending}" for folder in "ab" for ending in endings]
+    assert kept == {*splits, "b/val.manifest.jsonl", "b/val.images.safetensors"}
+    for trust in (True, False):
+        config = DataConfig(root=str(root / "b"), lists=str(lists), trust_manifest=trust)
+        assert [len(images) for images in list_images(config)] == [80, 80]
+    assert sorted(root.rglob("*")) == before
+    with pytest.raises(ValueError, match=rf"there is no .*none.*; sws scan --data {root}/b --lists {lists} writes"):
+        manifest.load_scanned(root / "b", "none", lists=lists)
+
+
+def test_a_scan_finds_out_at_once_that_its_lists_cannot_be_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "check_image", lambda *_: pytest.fail("an image was decoded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"train.manifest.jsonl: cannot be written \(Not a directory\); --lists"):
+        manifest.scan_and_decode(root, "train", 2, lists=tmp_path / "file")
+    root.chmod(0o555)
+    if os.access(root, os.W_OK):
+        pytest.skip("root may write into every folder")
+    with pytest.raises(ValueError, match=r"train.manifest.jsonl: cannot be written \(Permission denied\)"):
+        manifest.scan_and_decode(root, "train", 2)
+
+
+def test_what_could_not_be_read_is_tried_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = manifest.scan(root, "train").paths
+    (root / "some.txt").write_text("".join(f"train/{path} {path[0]}\n" for path in paths))
+    file = root / "train" / paths[3]
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()  # has a size, and cannot be read
+    assert scan.scan_split(root, "some.txt", "", 2, SampleKeys())[0] == 79
+    assert "some.txt: 79 images in 10 classes, 0 bad files, 1 that could not be read" in capsys.readouterr().out
+    (note,) = manifest.load_scanned(root, "some.txt").notes
+    assert "1 file(s) that could not be read then are left out until sws scan is run again" in note
+    file.rmdir()
+    file.write_bytes(content)
+    kept = root / "some.txt.manifest.jsonl"
+    entries = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert entries[3]["reason"] == "unreadable: Is a directory"
+    entries[3]["bytes"] = len(content)  # as if the image itself could not be read when it was scanned
+    kept.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    assert len(manifest.scan(root, "some.txt")) == 80
+
+
+@pytest.mark.parametrize("split", ["train/", "./train", "train/../train"])
+def test_a_split_finds_its_files_however_it_is_written(root: Path, split: str) -> None:
+    manifest.scan_and_decode(root, "train", 2)
+    kept = root / "train.manifest.jsonl"
+    kept.write_text(kept.read_text().replace('"height": 32', '"height": 33'))
+    for listed in (manifest.scan(root, split), manifest.scan(root / "train", ".")):
+        assert (listed.sizes[:, 0] == 33).all(), "the sizes are the kept ones"
+    assert len(manifest.load_scanned(root, split)) == len(manifest.load_scanned(root / "train", ".")) == 80
+    write_shards(root, manifest.scan(root, "train"), "shards", names=False)
+    manifest.scan(root / "shards", ".")
+    assert (root / "shards.index.jsonl").is_file()
+    assert scan.find_splits(root, [split]) == [(root, "train", "train/")]
+
+
 def test_with_a_manifest_file_no_header_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_scan("--data", root)
     monkeypatch.setattr(manifest, "check_image_header", lambda *_: pytest.fail("a header was read"))
@@ -221,12 +295,39 @@ def test_bad_images_in_shards(root: Path) -> None:
     assert all(reason in file.reason for file, reason in zip(shards.bad, reasons.values(), strict=True))
 
 
-def test_a_cut_shard_is_refused(root: Path) -> None:
+CUTS: dict[str, tuple[Callable[[bytes, int], bytes], str]] = {
+    "in an image": (lambda tar, _: tar[:5000], r"unexpected end of data"),
+    "at a header": (lambda tar, at: tar[:at], r"it breaks off at byte \d+, without the zeros that end a tar file"),
+    "in a header": (lambda tar, at: tar[: at + 100], r"it breaks off at byte \d+, without the zeros"),
+    "without its last blocks": (lambda tar, _: tar.rstrip(b"\0") + bytes(-len(tar.rstrip(b"\0")) % 512), "breaks off"),
+    "header of garbage": (lambda tar, at: tar[:at] + b"7" * 512 + tar[at + 512 :], r"damaged at byte \d+, where the"),
+    "header of zeros": (lambda tar, at: tar[:at] + bytes(512) + tar[at + 512 :], r"behind the zeros at byte \d+"),
+    "two in one file": (lambda tar, _: tar + tar, r"more files, or others' data, behind the zeros at byte \d+"),
+    "given its full length, not filled": (lambda tar, at: tar[:at] + bytes(1 << 25), "nothing but zeros from byte"),
+}
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_damaged_shard_is_refused(root: Path, kind: str) -> None:
     write_shards(root, manifest.scan(root, "train"), "shards", names=False)
     shard = root / "shards" / "shard-001.tar"
-    shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"shard-001.tar: not a whole tar file"):
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[10].offset
+    damage, message = CUTS[kind]
+    shard.write_bytes(damage(shard.read_bytes(), header))
+    with pytest.raises(ValueError, match=rf"shard-001.tar: not a whole tar file \(.*{message}"):
         manifest.scan(root, "shards")
+
+
+def test_the_end_of_a_shard_may_be_short_or_long(root: Path) -> None:
+    write_shards(root, manifest.scan(root, "train"), "shards", names=False)
+    for number, end in enumerate((512, 1024, 1 << 20)):
+        shard = root / "shards" / f"shard-{number:03d}.tar"
+        with tarfile.open(shard) as tar:
+            tar.getmembers()
+            whole = tar.offset
+        shard.write_bytes(shard.read_bytes()[:whole] + bytes(end))
+    assert len(manifest.scan(root, "shards")) == 80
 
 
 @pytest.mark.parametrize("names", [True, False])

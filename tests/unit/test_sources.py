@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -217,6 +219,20 @@ def test_incomplete_samples_are_counted(tmp_path: Path) -> None:
     assert dotted.paths == ("a.tar/1.jpg", "a.tar/4.v2.jpg")
 
 
+def test_samples_of_one_key_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for first, second in (("x/1.jpg", "x/1.jpg"), ("x/1.jpg", "./x/1.JPG")):
+        with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
+            for number, name in enumerate((first, second)):
+                add(tar, name, jpeg(number))
+                add(tar, f"x/{number}0.cls", b"0")
+        names = rf"two samples: {first} \(at byte 0\) and {second} \(at byte \d+\)"
+        with pytest.raises(ValueError, match=rf"a.tar: the key x/1 is that of {names}; one of them would be lost"):
+            find_source(tmp_path, "train")
+    write_tar(tmp_path / "train" / "a.tar", {"x/1.jpg": jpeg(), "x/1.cls": b"0", "y/1.jpg": jpeg(), "y/1.cls": b"0"})
+    assert len(find_source(tmp_path, "train")[0]) == 2, "a key includes the folder"
+
+
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     write_tar(tmp_path / "train" / "a.tar", {"./._1.jpg": b"junk", "./1.jpg": jpeg(), "./1.cls": b"0"})
     (tmp_path / "train" / "._a.tar").write_bytes(b"Mac OS X")
@@ -226,24 +242,47 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     assert not notes
 
 
-def test_links_in_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("here", ["", "./"])  # "./": as ``tar cf a.tar .`` names its members
+def test_links_in_shards(tmp_path: Path, here: str) -> None:
     (tmp_path / "train").mkdir()
     with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
-        add(tar, "x/1.jpg", jpeg(7))
-        add(tar, "x/1.cls", b"0")
+        add(tar, f"{here}x/1.jpg", jpeg(7))
+        add(tar, f"{here}x/1.cls", b"0")
         for name, kind, target in (
-            ("x/2.jpg", tarfile.LNKTYPE, "x/1.jpg"),
+            ("x/2.jpg", tarfile.LNKTYPE, f"{here}x/1.jpg"),
             ("y/3.jpg", tarfile.SYMTYPE, "../x/1.jpg"),
             ("y/4.jpg", tarfile.SYMTYPE, "../x/gone.jpg"),
         ):
-            link = tarfile.TarInfo(name)
+            link = tarfile.TarInfo(here + name)
             link.type, link.linkname = kind, target
             tar.addfile(link)
-            add(tar, name.replace("jpg", "cls"), b"1")
+            add(tar, here + name.replace("jpg", "cls"), b"1")
     source, notes = find_source(tmp_path, "train")
-    assert source.paths == ("a.tar/x/1.jpg", "a.tar/x/2.jpg", "a.tar/y/3.jpg")
+    assert source.paths == tuple(f"a.tar/{here}{name}" for name in ("x/1.jpg", "x/2.jpg", "y/3.jpg"))
     assert [source.read(i) for i in range(3)] == [jpeg(7)] * 3
     assert "1 sample(s) without an image are left out, for example y/4" in notes[0]
+
+
+OPEN_SHARDS = """
+import os, sys
+from sws_dist.data.sources import find_source
+
+source, _ = find_source(sys.argv[1], "train")
+before = len(os.listdir("/proc/self/fd"))
+for index in range(len(source)):
+    source.read(index)
+print(len(os.listdir("/proc/self/fd")) - before)
+"""
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1024, 100), (160, 80), (110, 64)])
+def test_shards_stay_open_as_far_as_the_limit_allows(tmp_path: Path, limit: int, kept: int) -> None:
+    for number in range(100):
+        write_tar(tmp_path / "train" / f"{number:03d}.tar", {"1.jpg": jpeg(), "1.cls": b"0"})
+    script = f'ulimit -n {limit} && exec "$@"'
+    command = ["sh", "-c", script, "sh", sys.executable, "-c", OPEN_SHARDS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (0, str(kept)), done.stderr
 
 
 def test_compressed_shards(tmp_path: Path) -> None:
