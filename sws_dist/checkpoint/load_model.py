@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sws_dist.checkpoint.foreign_model import describe_foreign, is_same_model
 from sws_dist.checkpoint.model_file import ModelInfo, find_model_info, load_weights_strict
 from sws_dist.checkpoint.weight_file import read_weight_file
 from sws_dist.checkpoint.weight_names import convert_weights
@@ -36,13 +37,13 @@ def load_model(
         ValueError: a file that cannot be read, a file that names no model where ``name`` is None, weights that do not
             fit, or none of a classifier.
     """
-    info = find_model_info(path)
     file = read_weight_file(path)
-    name = name or (info.name if info else file.model_name)
+    info = find_model_info(path) or describe_foreign(file, name)
+    name = name or (info.name if info else None)
     if name is None:
         raise ValueError(f"{path} does not say which model it is of; name it (--model NAME, model_name)")
     # The file's arguments are those of its own model.
-    kwargs = dict(info.kwargs) if info and (name == info.name or name.startswith("sws_")) else {}
+    kwargs = dict(info.kwargs) if info and (is_same_model(name, info.name) or name.startswith("sws_")) else {}
     if image_size is not None:
         kwargs |= image_size_arguments(name, image_size)
     known = {"num_classes": info.num_classes} if info else {}
@@ -54,6 +55,11 @@ def load_model(
         raise ValueError(
             f"{path}: has no classifier ({', '.join(classifier_layers(skeleton))}): it is a backbone, to be fine-tuned "
             "first (sws finetune)"
+        )
+    if info and info.classes and len(info.classes) != num_classes:
+        raise ValueError(
+            f"{path}: its head knows {num_classes} labels, but config.json beside it names {len(info.classes)}; is it "
+            "of another file?"
         )
     model = create_model(name, **kwargs, num_classes=num_classes)
     if info:
@@ -79,7 +85,7 @@ def load_initial_weights(
     """
     file = read_weight_file(path)
     weights = convert_weights(file, model, use_ema=use_ema)
-    info = find_model_info(path)
+    info = find_model_info(path) or describe_foreign(file, model.pretrained_cfg["architecture"])
     known = info.classes if info else []
     if set(known) == set(classes) and known != list(classes):
         log.info(f"{path}: the rows of its head are put into the order of the data's classes")
