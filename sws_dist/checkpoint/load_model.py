@@ -49,12 +49,17 @@ def load_model(
     known = {"num_classes": info.num_classes} if info else {}
     with torch.device("meta"):
         skeleton = create_model(name, **kwargs, **known)
-    weights = convert_weights(file, skeleton, use_ema=use_ema)
+    weights, dropped = convert_weights(file, skeleton, use_ema=use_ema)
     num_classes = _labels_of(skeleton, weights)
     if num_classes is None:
         raise ValueError(
             f"{path}: has no classifier ({', '.join(classifier_layers(skeleton))}): it is a backbone, to be fine-tuned "
             "first (sws finetune)"
+        )
+    if _is_behind_lost_layer(dropped):
+        raise ValueError(
+            f"{path}: its head was trained behind a layer that timm's {name} no longer has (pre_logits), so its logits "
+            "would be wrong; fine-tune it, with a new head (sws finetune), or take the weights that timm has today"
         )
     if info and info.classes and len(info.classes) != num_classes:
         raise ValueError(
@@ -84,22 +89,30 @@ def load_initial_weights(
         ValueError: a file that cannot be read, or weights that do not fit.
     """
     file = read_weight_file(path)
-    weights = convert_weights(file, model, use_ema=use_ema)
+    weights, dropped = convert_weights(file, model, use_ema=use_ema)
     info = find_model_info(path) or describe_foreign(file, model.pretrained_cfg["architecture"])
     known = info.classes if info else []
     if set(known) == set(classes) and known != list(classes):
         log.info(f"{path}: the rows of its head are put into the order of the data's classes")
         _reorder_head(model, weights, [known.index(name) for name in classes])
     labels = _labels_of(model, weights)
-    if labels != model.num_classes or (known and set(known) != set(classes)):
+    is_lost = labels is not None and _is_behind_lost_layer(dropped)
+    if labels != model.num_classes or (known and set(known) != set(classes)) or is_lost:
         found = f"knows {labels} labels" if labels else "has none"
-        if labels == model.num_classes:
+        if is_lost:
+            found = "has one that was trained behind a layer which timm's model no longer has (pre_logits)"
+        elif labels == model.num_classes:
             found += " of other names"
         log.warning(f"the head is new: {path} {found}, the data has {model.num_classes} classes")
         _keep_own_head(model, weights)
     elif not known:
         log.info(f"the head is kept: {path} knows {labels} labels, taken for the data's in their order")
     _load(model, weights, path, image_size)
+
+
+def _is_behind_lost_layer(dropped: Sequence[str]) -> bool:
+    """Return True if a file's head was trained behind the layer that old ViTs of ImageNet-21k had in front of it."""
+    return any("pre_logits" in name for name in dropped)
 
 
 def classifier_layers(model: Any) -> tuple[str, ...]:

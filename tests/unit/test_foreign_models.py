@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import torch
 from torch import nn
 
 from sws_dist.build_models import build_models
-from sws_dist.checkpoint.load_model import load_model
+from sws_dist.checkpoint.load_model import load_initial_weights, load_model
 from sws_dist.checkpoint.open_model import open_model
 from sws_dist.cli.finetune import model_settings
 from sws_dist.config.schema import DataConfig, DistillConfig, ModelConfig, RunConfig
 from sws_dist.distill.teacher import load_teacher
 from sws_dist.export.source import open_source
 from sws_dist.inference import input_config
+from sws_dist.models import create_model
 from tests.unit.test_foreign_weights import VIT, same, saved, weights_of
 
 ANIMALS = ("cat", "dog", "eel")
@@ -121,3 +124,62 @@ def test_timms_own_training_checkpoint(tmp_path: Path, caplog: pytest.LogCapture
     assert model.pretrained_cfg["mean"] == [0.5] * 3
     for key in ("model_kwargs {'act_layer'", "interpolation 'random'", "mean [0.1, 0.2]"):
         assert f"its training script's {key}" in caplog.text
+
+
+# ---- timm's own conversion -------------------------------------------------------------------------------------------
+
+
+def test_flexivit_is_resampled_as_timm_does_it(tmp_path: Path) -> None:
+    """timm binds another interpolation for it than for other ViTs."""
+    arguments = {"depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 3}
+    small = timm.create_model("flexivit_small", **arguments)
+    nn.init.normal_(small.pos_embed)
+    timm.models.save_for_hf(small, tmp_path, model_args=arguments, safe_serialization=True)
+    file = tmp_path / "model.safetensors"
+    for more in ({"img_size": 160}, {"img_size": 160, "patch_size": 20}):
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": arguments | more}))
+        overlay = {"file": str(file), "num_classes": 3}
+        expected = timm.create_model("flexivit_small", True, pretrained_cfg_overlay=overlay, **arguments, **more)
+        assert same(load_model(file, image_size=160), expected.state_dict())
+
+
+def test_an_official_crossvit_file(tmp_path: Path) -> None:
+    """timm renames it by a function inside the one that builds the model."""
+    weights = weights_of("crossvit_tiny_240")
+    official = {re.sub(r"^(pos_embed|cls_token)_", r"\1.", name): tensor for name, tensor in weights.items()}
+    assert "pos_embed.0" in official
+    assert same(load_model(saved(tmp_path / "a.pth", {"model": official}), "crossvit_tiny_240"), weights)
+
+
+def test_a_head_behind_a_layer_that_timm_drops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """timm's ViTs of ImageNet-21k once had a layer between the pooling and the head."""
+    weights = weights_of(num_classes=3)
+    file = saved(tmp_path / "a.pth", weights | {"pre_logits.fc.weight": torch.ones(2), "pre_logits.fc.bias": IMAGES})
+    with pytest.raises(ValueError, match=r"its head was trained behind a layer .* \(pre_logits\), so its logits would"):
+        load_model(file, VIT)
+    assert "timm's conversion leaves out: pre_logits.fc.weight, pre_logits.fc.bias" in caplog.text
+    model = create_model(VIT, num_classes=3)
+    own = model.head.weight.clone()
+    load_initial_weights(model, file, ANIMALS, 160)
+    assert torch.equal(model.head.weight, own)
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    assert f"the head is new: {file} has one that was trained behind a layer" in caplog.text
+
+
+def test_what_timm_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = weights_of("eva02_tiny_patch14_224", num_classes=3, depth=1, embed_dim=32, num_heads=2)
+    file = saved(tmp_path / "a.pth", weights | {"rope.freqs_cos": torch.ones(2)})
+    model = create_model("eva02_tiny_patch14_224", num_classes=3, depth=1, embed_dim=32, num_heads=2)
+    load_initial_weights(model, file, ANIMALS, 224)
+    assert same(model, weights)
+    assert "timm's conversion leaves out: rope.freqs_cos" in caplog.text
+
+
+def test_patches_of_another_size_are_refused(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 2, "depth": 1, "class_token": True, "num_classes": 3}
+    file = saved(tmp_path / "a.pth", weights_of("sws_vit", img_size=64, patch_size=16, **sizes))
+    for name, more in (("sws_vit", {}), ("vit_tiny_patch16_224", {"patch_size": 8})):
+        model = create_model(name, img_size=64, **(sizes | {"patch_size": 8} | more))
+        with pytest.raises(ValueError, match="is of a model with patches of 16x16 pixels, and this one's are 8x8"):
+            load_initial_weights(model, file, ANIMALS, 64)
