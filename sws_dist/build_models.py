@@ -311,6 +311,17 @@ def num_layers(model: nn.Module) -> int | None:
     return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
 
 
+def _find_expansion(initial_checkpoint: str | None) -> dict[str, Any] | None:
+    """Return plan and learngene of the descendant that a run starts from, however often it was fine-tuned before."""
+    info = find_model_info(initial_checkpoint) if initial_checkpoint else None
+    known = info.provenance if info else {}
+    if "plan" in known:
+        return {"plan": known["plan"], "learngene": known.get("learngene")}
+    if start := known.get("initial_learngene"):
+        return {"plan": None, "learngene": start}
+    return known.get("expansion")
+
+
 def _describe_student(
     config: RunConfig, model: nn.Module, classes: Sequence[str], provenance: dict[str, Any]
 ) -> ModelInfo:
@@ -327,6 +338,7 @@ def _describe_student(
             "teacher_logits": config.distill.logits,
             "initial_checkpoint": config.model.initial_checkpoint,
             "initial_learngene": config.model.initial_learngene,
+            "expansion": _find_expansion(config.model.initial_checkpoint),
             **provenance,
         },
     }
