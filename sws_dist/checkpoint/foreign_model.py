@@ -73,7 +73,7 @@ def timm_preprocessing(about: PretrainedCfg) -> dict[str, Any]:
 
 
 def _describe(
-    name: str, arguments: dict[str, Any], about: PretrainedCfg, said: Mapping[str, Any], classes: list[str]
+    name: str, arguments: dict[str, Any], about: PretrainedCfg, said: dict[str, Any], classes: list[str]
 ) -> ModelInfo:
     kwargs = {key: value for key, value in arguments.items() if key != "num_classes"}
     return ModelInfo(

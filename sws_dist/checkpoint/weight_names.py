@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -56,15 +57,16 @@ class _Fate(NamedTuple):
     """What timm's conversion made of a tensor of a file."""
 
     name: str
-    given: Tensor
+    shape: tuple[int, ...]
     new_name: str | None
     """None: the tensor was left out, or is a part of one with another name."""
-    result: Tensor | None
+    new_shape: tuple[int, ...]
+    """Empty where there is no new name."""
 
     @property
     def is_resampled(self) -> bool:
-        """True if the numbers are others, and not only the shape."""
-        return self.result is not None and self.result.numel() != self.given.numel()
+        """True if the tensor has other numbers than before, and not only another shape."""
+        return self.new_name is not None and math.prod(self.new_shape) != math.prod(self.shape)
 
 
 class _Place(NamedTuple):
@@ -110,8 +112,8 @@ def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True)
     _require_same_patches(file, model, fates)
     for fate in fates:
         if fate.is_resampled and fate.new_name in own:
-            log.info(f"{file.path}: {fate.name} resampled from {tuple(fate.given.shape)} to {tuple(fate.result.shape)}")
-    unused = {name for name in given | weights if name not in own and _TRAINING_ONLY.match(name)}
+            log.info(f"{file.path}: {fate.name} resampled from {fate.shape} to {fate.new_shape}")
+    unused = [name for name in given | weights if name not in own and _TRAINING_ONLY.match(name)]
     _log_left_out(file, unused)
     dropped = [fate.name for fate in fates if fate.new_name is None and fate.name not in unused]
     _log_dropped(file, dropped, merged=len(weights) > len(fates) - len(dropped))
@@ -124,7 +126,8 @@ def _follow(given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[
     fates = []
     for name, tensor in given.items():
         new_name = name if name in weights else renamed.get(tensor.data_ptr())
-        fates.append(_Fate(name, tensor, new_name, None if new_name is None else weights[new_name]))
+        new_shape = () if new_name is None else tuple(weights[new_name].shape)
+        fates.append(_Fate(name, tuple(tensor.shape), new_name, new_shape))
     return fates
 
 
@@ -136,8 +139,8 @@ def _require_same_patches(file: WeightFile, model: nn.Module, fates: Iterable[_F
     if (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "").startswith("flexivit"):
         return
     for fate in fates:
-        if fate.is_resampled and fate.result is not None and str(fate.new_name).endswith("patch_embed.proj.weight"):
-            theirs, ours = ("x".join(map(str, tensor.shape[2:])) for tensor in (fate.given, fate.result))
+        if fate.is_resampled and str(fate.new_name).endswith("patch_embed.proj.weight"):
+            theirs, ours = ("x".join(map(str, shape[2:])) for shape in (fate.shape, fate.new_shape))
             raise ValueError(
                 f"{file.path}: is of a model with patches of {theirs} pixels, and this one's are {ours}; name a model "
                 "with those patches (--model, model.name), or set patch_size in model.kwargs"
@@ -216,7 +219,7 @@ def _choose(file: WeightFile, found: Counter[_Place], use_ema: bool) -> _Place:
     return place
 
 
-def _log_left_out(file: WeightFile, names: Iterable[str]) -> None:
+def _log_left_out(file: WeightFile, names: list[str]) -> None:
     parts = Counter(name.partition(".")[0] for name in names)
     if parts:
         listed = ", ".join(f"{part} ({count} tensors)" if count > 1 else part for part, count in parts.items())
@@ -224,7 +227,7 @@ def _log_left_out(file: WeightFile, names: Iterable[str]) -> None:
 
 
 def _log_dropped(file: WeightFile, names: list[str], *, merged: bool) -> None:
-    """Log what is not among the converted weights; ``merged``: some of these are of no tensor that has another name."""
+    """Log what is not among the converted weights; ``merged``: some of it may be a part of tensors made of several."""
     if names:
         kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
         listed = ", ".join(f"{kind} ({count} tensors)" if count > 1 else kind for kind, count in kinds.items())
