@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,13 @@ def test_a_fine_tuned_descendant_keeps_its_method(run: Path, tmp_path: Path) -> 
         source = open_source(tuned)
         assert "stages 0, 0, 1, 1, then fine-tuned" in describe_origin(source)["method"]
         assert source.info.provenance["expansion"]["learngene"]["teacher"] == "teacher/model.safetensors"
+    run_from_learngene = replace(info, provenance={"initial_learngene": "/home/me/runs/aux/learngene.safetensors"})
+    save_model_file(file, run_from_learngene, weights)
+    model = ModelConfig("sws_vit", depth=4, kwargs=kwargs, initial_checkpoint=str(file))
+    again = build_models(RunConfig("unused", model, data), CLASSES, torch.device("cpu"), torch.float32, {}, 100).info
+    assert again.provenance["expansion"] == {"plan": None, "learngene": "/home/me/runs/aux/learngene.safetensors"}
+    source = open_source(save_model_file(tmp_path / "again.safetensors", again, weights))
+    assert "from a learngene (aux/learngene.safetensors), then fine-tuned" in describe_origin(source)["method"]
 
 
 def test_an_accuracy_is_claimed_only_for_the_weights_that_it_was_measured_for(run: Path, tmp_path: Path) -> None:
