@@ -99,7 +99,7 @@ def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True)
     """
     own = model.state_dict()
     given = select_weights(file, own.keys(), use_ema=use_ema)
-    if "patch_embed.0.c.weight" in given:
+    if "patch_embed.0.c.weight" in given.keys() - own.keys():  # SHViT's parts are called as official LeViT's
         given = _rename_official_levit(given)
     try:
         weights = _apply_timm_filter(model, dict(given))

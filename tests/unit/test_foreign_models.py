@@ -152,6 +152,11 @@ def test_an_official_crossvit_file(tmp_path: Path) -> None:
     assert same(load_model(saved(tmp_path / "a.pth", {"model": official}), "crossvit_tiny_240"), weights)
 
 
+def test_shvits_names_are_not_taken_for_official_levits(tmp_path: Path) -> None:
+    weights = weights_of("shvit_s1", num_classes=3)
+    assert same(load_model(saved(tmp_path / "a.pth", weights), "shvit_s1"), weights)
+
+
 def test_a_head_behind_a_layer_that_timm_drops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """timm's ViTs of ImageNet-21k once had a layer between the pooling and the head."""
     weights = weights_of(num_classes=3)
