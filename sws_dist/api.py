@@ -123,7 +123,7 @@ def expand(
 
     Returns:
         The descendant: a float32 model on the CPU that maps images [batch, 3, image_size, image_size] to logits
-        [batch, num_classes]. Its state dict fits plain timm's ViT (``sws_dist.models.vit.timm_arguments``), and
+        [batch, num_classes]. Its state dict fits plain timm's ViT (``sws_dist.models.geometry.timm_arguments``), and
         ``pretrained_cfg`` says how its images are normalised.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from timm.layers import use_reentrant_ckpt
 from torch import nn
 
+from sws_dist.checkpoint.foreign_model import describe_file
 from sws_dist.checkpoint.load_model import load_initial_weights
 from sws_dist.checkpoint.model_file import (
     ModelInfo,
@@ -221,14 +222,15 @@ def _model_arguments(config: RunConfig) -> dict[str, Any]:
     return image_size_arguments(config.model.name, config.data.image_size) | config.model.kwargs | given
 
 
-def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Sequence[str]) -> None:
+def _load_initial_checkpoint(model: Any, config: RunConfig, classes: Sequence[str]) -> None:
     """Load ``model.initial_checkpoint``, and compare the geometries, which equal shapes could hide."""
     path = config.model.initial_checkpoint
     assert path is not None
-    info = find_model_info(path)
+    is_ours = isinstance(model, SWSVisionTransformer)
+    info = find_model_info(path) if is_ours else describe_file(path, config.model.name)
     if info is not None and (note := describe_other_normalisation(path, info, config.data)) is not None:
         log.warning(note)
-    if info is not None and isinstance(model, SWSVisionTransformer):
+    if info is not None and is_ours:
         ours = geometry(model)
         differ = [
             f"{key}: {info.kwargs[key]} in the file, {ours[key]} in the config"
@@ -240,7 +242,24 @@ def _load_initial_checkpoint(model: nn.Module, config: RunConfig, classes: Seque
             differ.append(f"branch_scaling: {scaling} in the file, {ours['branch_scaling']} in the config")
         if differ:
             raise ValueError(f"model.initial_checkpoint {path} is of another model: {'; '.join(differ)}")
+    elif info is not None:
+        _warn_of_other_arguments(model, info, config)
     load_initial_weights(model, path, classes, config.data.image_size, use_ema=config.model.initial_ema)
+
+
+def _warn_of_other_arguments(model: nn.Module, info: ModelInfo, config: RunConfig) -> None:
+    """Warn of arguments of a file's timm model that this run's lacks: the shapes do not show a head count."""
+    given = _model_arguments(config)
+    others = [
+        f"{key}: {value}"
+        for key, value in info.kwargs.items()
+        if key != "img_size" and value not in (given.get(key), getattr(model, key, None))
+    ]
+    if others:
+        log.warning(
+            f"model.initial_checkpoint {config.model.initial_checkpoint}: its model was built with "
+            f"{', '.join(others)}, this run's is not (model.kwargs)"
+        )
 
 
 def count_flops(config: RunConfig, num_classes: int) -> Flops:
@@ -292,6 +311,17 @@ def num_layers(model: nn.Module) -> int | None:
     return sum(model.schedule) if isinstance(model, SWSVisionTransformer) else None
 
 
+def _find_expansion(initial_checkpoint: str | None) -> dict[str, Any] | None:
+    """Return plan and learngene of the descendant that a run starts from, however often it was fine-tuned before."""
+    info = find_model_info(initial_checkpoint) if initial_checkpoint else None
+    known = info.provenance if info else {}
+    if "plan" in known:
+        return {"plan": known["plan"], "learngene": known.get("learngene")}
+    if start := known.get("initial_learngene"):
+        return {"plan": None, "learngene": start}
+    return known.get("expansion")
+
+
 def _describe_student(
     config: RunConfig, model: nn.Module, classes: Sequence[str], provenance: dict[str, Any]
 ) -> ModelInfo:
@@ -308,6 +338,7 @@ def _describe_student(
             "teacher_logits": config.distill.logits,
             "initial_checkpoint": config.model.initial_checkpoint,
             "initial_learngene": config.model.initial_learngene,
+            "expansion": _find_expansion(config.model.initial_checkpoint),
             **provenance,
         },
     }

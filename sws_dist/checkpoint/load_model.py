@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sws_dist.checkpoint.foreign_model import describe_foreign, is_same_model
 from sws_dist.checkpoint.model_file import ModelInfo, find_model_info, load_weights_strict
 from sws_dist.checkpoint.weight_file import read_weight_file
 from sws_dist.checkpoint.weight_names import convert_weights
@@ -36,24 +37,34 @@ def load_model(
         ValueError: a file that cannot be read, a file that names no model where ``name`` is None, weights that do not
             fit, or none of a classifier.
     """
-    info = find_model_info(path)
     file = read_weight_file(path)
-    name = name or (info.name if info else file.model_name)
+    info = find_model_info(path) or describe_foreign(file, name)
+    name = name or (info.name if info else None)
     if name is None:
         raise ValueError(f"{path} does not say which model it is of; name it (--model NAME, model_name)")
     # The file's arguments are those of its own model.
-    kwargs = dict(info.kwargs) if info and (name == info.name or name.startswith("sws_")) else {}
+    kwargs = dict(info.kwargs) if info and (is_same_model(name, info.name) or name.startswith("sws_")) else {}
     if image_size is not None:
         kwargs |= image_size_arguments(name, image_size)
     known = {"num_classes": info.num_classes} if info else {}
     with torch.device("meta"):
         skeleton = create_model(name, **kwargs, **known)
-    weights = convert_weights(file, skeleton, use_ema=use_ema)
+    weights, dropped = convert_weights(file, skeleton, use_ema=use_ema)
     num_classes = _labels_of(skeleton, weights)
     if num_classes is None:
         raise ValueError(
             f"{path}: has no classifier ({', '.join(classifier_layers(skeleton))}): it is a backbone, to be fine-tuned "
             "first (sws finetune)"
+        )
+    if _is_behind_lost_layer(dropped):
+        raise ValueError(
+            f"{path}: its head was trained behind a layer that timm's {name} no longer has (pre_logits), so its logits "
+            "would be wrong; fine-tune it, with a new head (sws finetune), or take the weights that timm has today"
+        )
+    if info and info.classes and len(info.classes) != num_classes:
+        raise ValueError(
+            f"{path}: its head knows {num_classes} labels, but config.json beside it names {len(info.classes)}; is it "
+            "of another file?"
         )
     model = create_model(name, **kwargs, num_classes=num_classes)
     if info:
@@ -78,22 +89,30 @@ def load_initial_weights(
         ValueError: a file that cannot be read, or weights that do not fit.
     """
     file = read_weight_file(path)
-    weights = convert_weights(file, model, use_ema=use_ema)
-    info = find_model_info(path)
+    weights, dropped = convert_weights(file, model, use_ema=use_ema)
+    info = find_model_info(path) or describe_foreign(file, model.pretrained_cfg["architecture"])
     known = info.classes if info else []
     if set(known) == set(classes) and known != list(classes):
         log.info(f"{path}: the rows of its head are put into the order of the data's classes")
         _reorder_head(model, weights, [known.index(name) for name in classes])
     labels = _labels_of(model, weights)
-    if labels != model.num_classes or (known and set(known) != set(classes)):
+    is_lost = labels is not None and _is_behind_lost_layer(dropped)
+    if labels != model.num_classes or (known and set(known) != set(classes)) or is_lost:
         found = f"knows {labels} labels" if labels else "has none"
-        if labels == model.num_classes:
+        if is_lost:
+            found = "has one that was trained behind a layer which timm's model no longer has (pre_logits)"
+        elif labels == model.num_classes:
             found += " of other names"
         log.warning(f"the head is new: {path} {found}, the data has {model.num_classes} classes")
         _keep_own_head(model, weights)
     elif not known:
         log.info(f"the head is kept: {path} knows {labels} labels, taken for the data's in their order")
     _load(model, weights, path, image_size)
+
+
+def _is_behind_lost_layer(dropped: Sequence[str]) -> bool:
+    """Return True if a file's head was trained behind the layer that old ViTs of ImageNet-21k had in front of it."""
+    return any("pre_logits" in name for name in dropped)
 
 
 def classifier_layers(model: Any) -> tuple[str, ...]:

@@ -69,6 +69,22 @@ def read_timm_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def find_weights(path: str | Path) -> Path:
+    """Return the weight file of a finished run's folder or of a timm folder, and any other path as it is.
+
+    Raises:
+        ValueError: the run is not finished, or the folder has no such file.
+    """
+    path = Path(path)
+    if not is_timm_folder(path):
+        return find_run_weights(path) or path
+    names = ("model.safetensors", "pytorch_model.bin")  # of the Hub, in timm's order
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{path}: has a config.json, but no {' or '.join(names)}")
+    return found
+
+
 def find_run_weights(folder: str | Path, ema: bool = False) -> Path | None:
     """Return the weight file of a finished run's folder, or None if it is no run's folder.
 

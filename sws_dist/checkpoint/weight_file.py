@@ -8,16 +8,14 @@ Training scripts store their weights in many ways: bare, under ``model`` or ``st
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -42,8 +40,8 @@ class WeightFile:
     path: Path
     groups: dict[str, dict[str, Tensor]]
     """Dictionaries of tensors by their place in the file: ``""`` is the file's own, ``model``, ``ema.module``, ..."""
-    model_name: str | None
-    """The timm model that the file (or a ``config.json`` beside it) names, as timm's own training script writes it."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What a training script stored of itself: its parsed arguments, and the ``arch`` that timm's writes beside."""
 
 
 def read_weight_file(path: str | Path) -> WeightFile:
@@ -56,7 +54,7 @@ def read_weight_file(path: str | Path) -> WeightFile:
     path = Path(path)
     require_weights(path)
     if is_safetensors(path):
-        return WeightFile(path, {"": load_tensors(path)}, _model_named_beside(path))
+        return WeightFile(path, {"": load_tensors(path)})
     content = _load_pytorch(path)
     groups = dict(_tensor_groups(content))
     if not groups:
@@ -64,7 +62,7 @@ def read_weight_file(path: str | Path) -> WeightFile:
         raise ValueError(
             f"{path}: expected a dictionary of tensors, bare or under a key such as 'model'; found {found}"
         )
-    return WeightFile(path, groups, _model_named_in(content))
+    return WeightFile(path, groups, _arguments_in(content))
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -190,18 +188,10 @@ def _tensor_groups(content: Any, place: str = "") -> Iterator[tuple[str, dict[st
             yield from _tensor_groups(value, f"{place}.{key}" if place else str(key))
 
 
-def _model_named_in(content: Any) -> str | None:
-    """Return the timm model that a training script named: timm's as ``arch``, others among their arguments."""
-    arguments = content.get("args") if isinstance(content, Mapping) else None
-    names = [content.get("arch")] if isinstance(content, Mapping) else []
-    names += [getattr(arguments, "model", None), getattr(arguments, "arch", None)]
-    return next((name for name in names if isinstance(name, str) and timm.is_model(name)), None)
-
-
-def _model_named_beside(path: Path) -> str | None:
-    """Return the architecture of the ``config.json`` that timm's hub format puts beside ``model.safetensors``."""
-    try:
-        name = json.loads((path.parent / "config.json").read_text()).get("architecture")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return name if isinstance(name, str) and timm.is_model(name) else None
+def _arguments_in(content: Any) -> dict[str, Any]:
+    """Return the arguments that a training script stored beside the weights."""
+    if not isinstance(content, Mapping):
+        return {}
+    arguments = content.get("args")
+    found = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return found | ({"arch": content["arch"]} if "arch" in content else {})

@@ -1,7 +1,7 @@
 """Find a model's weights in a file that another program wrote, and give them the names that the model has.
 
     file = read_weight_file("checkpoint.pth")
-    weights = convert_weights(file, model)         # chosen, renamed, resampled; what was taken is said in the log
+    weights, dropped = convert_weights(file, model)    # chosen, renamed, resampled; the log says what was taken
 
 The model's own names decide which dictionary of the file is meant, and which prefix (``module.``, ``backbone.``,
 ``teacher.backbone.``, ...) its keys carry: the one under which most of the model's names are found. Nothing is
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
-import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from sws_dist.checkpoint.weight_file import WeightFile
@@ -38,9 +41,32 @@ _TRAINING_ONLY = re.compile(
 """Matches names of parts that only pre-training uses: MAE's decoder, DINO's and MoCo's projection heads."""
 _ENOUGH = 0.5
 """Share of a model's names that a prefix must lead to; below it, the file is of a layout that timm has to convert."""
-_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 
 log = logging.getLogger(__name__)
+
+
+class Converted(NamedTuple):
+    """The weights of a file under a model's names, and which of the file's tensors are not among them."""
+
+    weights: dict[str, Tensor]
+    dropped: list[str]
+    """Those that timm's conversion leaves out."""
+
+
+class _Fate(NamedTuple):
+    """What timm's conversion made of a tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    new_name: str | None
+    """None: the tensor was left out, or is a part of one with another name."""
+    new_shape: tuple[int, ...]
+    """Empty where there is no new name."""
+
+    @property
+    def is_resampled(self) -> bool:
+        """True if the tensor has other numbers than before, and not only another shape."""
+        return self.new_name is not None and math.prod(self.new_shape) != math.prod(self.shape)
 
 
 class _Place(NamedTuple):
@@ -57,7 +83,7 @@ class _Place(NamedTuple):
         return _AVERAGED.search(str(self)) is not None
 
 
-def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True) -> dict[str, Tensor]:
+def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True) -> Converted:
     """Choose the weights of ``file`` that ``model`` needs, under the model's names, and log what was taken.
 
     Args:
@@ -68,26 +94,57 @@ def convert_weights(file: WeightFile, model: nn.Module, *, use_ema: bool = True)
         The weights, with what timm converts converted: names of official files, position embeddings of another size.
 
     Raises:
-        ValueError: several sets of weights fit equally well, or timm cannot convert them.
+        ValueError: several sets of weights fit equally well, timm cannot convert them, or their patches are of another
+            size than the model's.
     """
-    weights = select_weights(file, model.state_dict().keys(), use_ema=use_ema)
-    if "patch_embed.0.c.weight" in weights:
-        weights = _rename_official_levit(weights)
-    before = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    own = model.state_dict()
+    given = select_weights(file, own.keys(), use_ema=use_ema)
+    if "patch_embed.0.c.weight" in given.keys() - own.keys():  # SHViT's parts are called as official LeViT's
+        given = _rename_official_levit(given)
     try:
-        weights = _apply_timm_filter(model, weights)
+        weights = _apply_timm_filter(model, dict(given))
     except Exception as error:  # each architecture's filter fails in its own way on what it does not know
         raise ValueError(
             f"{file.path}: timm cannot convert these weights for {type(model).__name__} "
             f"({error or type(error).__name__}); are they of another model, or the images too small?"
         ) from None
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, tensor in weights.items():
-        if name in own and before.get(name, own[name]) != own[name] == tuple(tensor.shape):
-            log.info(f"{file.path}: {name} resampled from {before[name]} to {own[name]}")
-    unused = [name for name in before | weights if name not in own and _TRAINING_ONLY.match(name)]
+    fates = _follow(given, weights)
+    _require_same_patches(file, model, fates)
+    for fate in fates:
+        if fate.is_resampled and fate.new_name in own:
+            log.info(f"{file.path}: {fate.name} resampled from {fate.shape} to {fate.new_shape}")
+    unused = [name for name in given | weights if name not in own and _TRAINING_ONLY.match(name)]
     _log_left_out(file, unused)
-    return {name: tensor for name, tensor in weights.items() if name not in set(unused)}
+    dropped = [fate.name for fate in fates if fate.new_name is None and fate.name not in unused]
+    _log_dropped(file, dropped, merged=len(weights) > len(fates) - len(dropped))
+    return Converted({name: tensor for name, tensor in weights.items() if name not in unused}, dropped)
+
+
+def _follow(given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[_Fate]:
+    """Find each tensor of a file after the conversion: by its name, or by its memory where it has a new name."""
+    renamed = {tensor.data_ptr(): name for name, tensor in weights.items() if name not in given}
+    fates = []
+    for name, tensor in given.items():
+        new_name = name if name in weights else renamed.get(tensor.data_ptr())
+        new_shape = () if new_name is None else tuple(weights[new_name].shape)
+        fates.append(_Fate(name, tuple(tensor.shape), new_name, new_shape))
+    return fates
+
+
+def _require_same_patches(file: WeightFile, model: nn.Module, fates: Iterable[_Fate]) -> None:
+    """Raise ``ValueError`` if timm has resampled the patches, of whose size the model was trained to make its tokens.
+
+    FlexiViT is trained with patches of many sizes.
+    """
+    if (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "").startswith("flexivit"):
+        return
+    for fate in fates:
+        if fate.is_resampled and str(fate.new_name).endswith("patch_embed.proj.weight"):
+            theirs, ours = ("x".join(map(str, shape[2:])) for shape in (fate.shape, fate.new_shape))
+            raise ValueError(
+                f"{file.path}: is of a model with patches of {theirs} pixels, and this one's are {ours}; name a model "
+                "with those patches (--model, model.name), or set patch_size in model.kwargs"
+            )
 
 
 def select_weights(file: WeightFile, names: Collection[str] = (), *, use_ema: bool = True) -> dict[str, Tensor]:
@@ -169,26 +226,42 @@ def _log_left_out(file: WeightFile, names: list[str]) -> None:
         log.info(f"{file.path}: left out, since the model has no such part: {listed}")
 
 
+def _log_dropped(file: WeightFile, names: list[str], *, merged: bool) -> None:
+    """Log what is not among the converted weights; ``merged``: some of it may be a part of tensors made of several."""
+    if names:
+        kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
+        listed = ", ".join(f"{kind} ({count} tensors)" if count > 1 else kind for kind, count in kinds.items())
+        log.info(f"{file.path}: timm's conversion {'merges or ' * merged}leaves out: {listed}")
+
+
 # ---- names of official files -----------------------------------------------------------------------------------------
 
 
 def _apply_timm_filter(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert a state dict as timm does for this architecture: renamed, resampled, without what was never a weight."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    homes = [timm.models.model_entrypoint(architecture).__module__] if timm.is_model(architecture or "") else []
-    for home in (*homes, type(model).__module__):
-        for name in _FILTERS:
-            if (filter_fn := getattr(sys.modules[home], name, None)) is not None:
-                return _call_filter(filter_fn, weights, model)
-    return weights
+    filter_fn = _timm_filter(architecture) if timm.is_model(architecture or "") else None
+    if filter_fn is None:
+        return weights
+    one_argument = len(inspect.signature(filter_fn).parameters) == 1
+    return filter_fn(weights) if one_argument else filter_fn(weights, model)
 
 
-def _call_filter(filter_fn: Any, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    parameters = inspect.signature(filter_fn).parameters
-    if len(parameters) == 1:
-        return filter_fn(weights)
-    # DeiT-III's files call the scale of a layer gamma; timm binds this argument for them.
-    return filter_fn(weights, model, **({"adapt_layer_scale": True} if "adapt_layer_scale" in parameters else {}))
+@cache
+def _timm_filter(architecture: str) -> Callable[..., dict[str, Tensor]] | None:
+    """Return the function that timm itself calls on an architecture's weights, with the arguments that it binds.
+
+    timm hands it to nothing but ``load_pretrained``, and each architecture finds its own. So a model is built, on the
+    meta device, whose ``load_pretrained`` is ours.
+    """
+    found = []
+
+    def catch(*_: Any, filter_fn: Any = None, **__: Any) -> None:
+        found.append(filter_fn)
+
+    with patch.object(timm.models._builder, "load_pretrained", catch), torch.device("meta"):
+        timm.create_model(architecture, pretrained=True)
+    return found[0] if found else None
 
 
 def _rename_official_levit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ examples:
   # a file of another program, and a folder with train/ and val/
   sws finetune --from deit_small.pth --model deit_small_patch16_224 --data /data/pets --epochs 20
 
+  # a timm model's folder, as the Hub and `sws export` have it
+  sws finetune --from exported/pets --data /data/birds
+
   # on all GPUs of this machine
   deepspeed --quiet --module sws_dist.cli.finetune --from model.safetensors --data photos
 
@@ -41,7 +44,7 @@ from sws_dist.cli.common import (
 from sws_dist.cli.scan import holds_split
 from sws_dist.config.loader import load_config, marked_keys
 from sws_dist.config.paths import escape_path
-from sws_dist.config.schema import DEFAULT_CROP_PCT, IS_PATH, DataConfig
+from sws_dist.config.schema import IS_PATH, DataConfig
 from sws_dist.distributed.launch_env import complete_environment
 from sws_dist.distributed.signals import install_handlers
 from sws_dist.errors import ConfigError
@@ -87,7 +90,11 @@ def main() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--from", dest="weights", type=Path, required=True, help="weights to start from: .safetensors or a PyTorch file"
+        "--from",
+        dest="weights",
+        type=Path,
+        required=True,
+        help="weights to start from: .safetensors, a PyTorch file, or the folder of a timm model or of a finished run",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of class folders, or of train/ and val/")
     parser.add_argument("--model", help="the timm model that the weights are of (default: what the file says)")
@@ -150,21 +157,21 @@ def as_overrides(sets: dict[str, Any]) -> list[str]:
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keys of the model, and how it wants its images."""
-    from sws_dist.checkpoint.model_file import find_model_info
-    from sws_dist.checkpoint.weight_file import read_weight_file
+    from sws_dist.checkpoint.foreign_model import describe_file, is_same_model, timm_preprocessing
+    from sws_dist.checkpoint.open_model import find_weights
+    from sws_dist.models.vit import timm_config
 
-    path = str(args.weights)
-    info = find_model_info(path)
+    path = str(find_weights(args.weights))
+    info = describe_file(path, args.model)
     is_learngene = info is not None and info.kind == "learngene"
     if args.depth is not None and not is_learngene:
         raise ValueError(f"--depth {args.depth}: only a learngene can be expanded, and {path} is none")
     if info is None:
-        name = args.model or read_weight_file(path).model_name
-        if name is None:
+        if args.model is None:
             raise ValueError(f"{path} does not say which model it is of; name it with --model")
-        sets, about = {"model.name": name}, timm_preprocessing(name)
+        sets, about = {"model.name": args.model}, timm_preprocessing(timm_config(args.model))
     else:
-        if args.model not in (None, info.name):
+        if args.model is not None and not is_same_model(args.model, info.name):
             raise ValueError(f"--model {args.model}: {path} says that it is of {info.name}")
         others = ("schedule", "branch_scaling", "img_size")  # a descendant's own: its layers do not repeat
         kwargs = {key: value for key, value in info.kwargs.items() if key not in others}
@@ -178,19 +185,10 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     sets |= {"model.initial_learngene": path} if is_learngene else {"model.initial_checkpoint": path}
     if args.no_ema:
         sets["model.initial_ema"] = False
+    if about.get("interpolation") not in (None, "bicubic", "bilinear"):  # some of timm's models draw it, or have others
+        about = about | {"interpolation": "bicubic"}
     sets |= {f"data.{key}": value for key, value in about.items()}
     return sets | ({} if args.image_size is None else {"data.image_size": args.image_size})
-
-
-def timm_preprocessing(name: str) -> dict[str, Any]:
-    """Return how a timm model wants its images, as keys of ``data``."""
-    from sws_dist.models.vit import timm_config
-
-    about = timm_config(name)
-    interpolation = about.interpolation if about.interpolation in ("bicubic", "bilinear") else "bicubic"
-    known = {"mean": list(about.mean), "std": list(about.std), "image_size": about.input_size[-1]}
-    known |= {"crop_pct": about.crop_pct or DEFAULT_CROP_PCT, "crop_mode": about.crop_mode or "center"}
-    return known | {"interpolation": interpolation}
 
 
 def split_settings(data: Path, val_share: float) -> dict[str, Any]:

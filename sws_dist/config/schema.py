@@ -344,7 +344,7 @@ class DistillConfig:
     """The teacher, and its part in the loss."""
 
     teacher: PathStr | None = None
-    """A timm model name, or a ``.safetensors`` file that this trainer wrote (it names its own model)."""
+    """A timm model name, or a ``.safetensors`` file that names its own model, as this trainer's do."""
     teacher_weights: PathStr | None = None
     """Local weights for a timm name (``.safetensors``, ``.pth``). No hub is ever asked."""
     teacher_ema: bool = True

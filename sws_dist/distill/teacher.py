@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sws_dist.checkpoint.foreign_model import describe_file, describe_timm_folder, is_same_model
 from sws_dist.checkpoint.load_model import load_model
-from sws_dist.checkpoint.model_file import read_model_info
 from sws_dist.class_names import known_names, own_names
 from sws_dist.config.schema import DataConfig, DistillConfig
 from sws_dist.data.loader import Batch
@@ -90,7 +90,8 @@ def load_teacher(config: DistillConfig, classes: Sequence[str], data: DataConfig
     num_classes, size = len(classes), data.image_size
     if is_model_file(config.teacher):
         model = load_model(config.teacher, image_size=size)
-        own = read_model_info(config.teacher).preprocessing or {"mean": data.mean, "std": data.std}
+        info = describe_file(config.teacher)
+        own = (info.preprocessing if info else {}) or {"mean": data.mean, "std": data.std}
     else:
         model = load_model(weights_file(config), config.teacher, image_size=size, use_ema=config.teacher_ema)
         own = model.pretrained_cfg
@@ -140,9 +141,13 @@ def build_teacher(config: DistillConfig, image_size: int) -> nn.Module:
     """Build the configured teacher with random weights, for images of this size."""
     assert config.teacher is not None
     if is_model_file(config.teacher):
-        info = read_model_info(config.teacher)
+        info = describe_file(config.teacher)
+        if info is None:
+            raise ValueError(f"distill.teacher {config.teacher} does not say which model it is of")
         return info.build(**image_size_arguments(info.name, image_size))
-    return create_model(config.teacher, **image_size_arguments(config.teacher, image_size))
+    about = describe_timm_folder(Path(config.teacher_weights).parent) if config.teacher_weights else None
+    kwargs = about.kwargs if about and is_same_model(about.name, config.teacher) else {}
+    return create_model(config.teacher, **(kwargs | image_size_arguments(config.teacher, image_size)))
 
 
 def weights_file(config: DistillConfig) -> Path:

@@ -148,9 +148,11 @@ def _score_int8(folder: Path, exported: Exported, data: Path, max_drop: float) -
 
 def _card(source: ExportSource, exported: Exported, license_id: str | None, data: Path | None) -> str:
     about = {which.file: which.about for which in (TIMM, *FORMATS.values())}
+    # Not where the images lie: the card may become public.
+    tested = exported.test.kind if data is None else f"{len(exported.test.images)} validation images"
     files = {"config.json": "the model's geometry, how its images are prepared, and its labels' names"}
     for file, parity in exported.parities.items():
-        files[file] = f"{about[file]}; {parity}, on {exported.test.images.shape[0]} images"
+        files[file] = f"{about[file]}; {parity}, on {tested}"
         if file == FORMATS["onnx-int8"].file and file not in exported.scores:
             files[file] += "; the accuracy lost is not measured"
     measured = {}

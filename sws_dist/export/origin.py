@@ -22,7 +22,7 @@ def describe_origin(source: ExportSource) -> dict[str, str]:
     if trained.get("teacher"):
         rows["teacher"] = trained["teacher"]
     if config:
-        rows["trained on"] = Path(str(config["data"]["root"])).name
+        rows["trained on"] = _name_data(config["data"])
     if "epochs" in trained:
         whose = ", of the auxiliary model" if "plan" in expanded else ""
         rows["training"] = f"{trained['epochs']} epochs, {trained.get('step')} steps, seed {trained.get('seed')}{whose}"
@@ -36,16 +36,31 @@ def describe_origin(source: ExportSource) -> dict[str, str]:
     return rows
 
 
+def _name_data(data: dict[str, Any]) -> str:
+    """Return the name of the data's folder; that of ``root`` may be anybody's where the split is the folder."""
+    split = Path(str(data.get("train_split", "train")))
+    return Path(str(data["root"])).name if split.stem == "train" else split.name
+
+
 def _describe_method(provenance: dict[str, Any]) -> str:
     if "plan" in provenance:
-        plan = provenance["plan"]
-        layers = "theta_A + i/L theta_B (TLEG)" if plan == "linear" else f"stages {', '.join(map(str, plan))}"
-        return f"{_PAPER}: layers expanded from a learngene, {layers}; not fine-tuned"
+        return f"{_PAPER}: {_describe_expansion(provenance)}; not fine-tuned"
     if start := provenance.get("initial_learngene"):
         return f"{_PAPER}: expanded from a learngene ({start}), then fine-tuned"
-    if start := provenance.get("initial_checkpoint"):
+    start = provenance.get("initial_checkpoint")
+    if expansion := provenance.get("expansion"):
+        return f"{_PAPER}: {_describe_expansion(expansion)}, then fine-tuned ({start})"
+    if start:
         return f"fine-tuned from {start}"
     return "trained from random weights" if "run" in provenance else "not known"
+
+
+def _describe_expansion(provenance: dict[str, Any]) -> str:
+    plan = provenance.get("plan")
+    if plan is None:  # by a training run, which its learngene's path is kept of
+        return f"layers expanded from a learngene ({provenance['learngene']})"
+    layers = "theta_A + i/L theta_B (TLEG)" if plan == "linear" else f"stages {', '.join(map(str, plan))}"
+    return f"layers expanded from a learngene, {layers}"
 
 
 def _read_run(file: Path, trained: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 
+from sws_dist.checkpoint.foreign_model import describe_file, describe_timm_folder
 from sws_dist.checkpoint.load_model import load_model, set_input_description
 from sws_dist.checkpoint.model_file import (
     ModelInfo,
@@ -16,7 +17,7 @@ from sws_dist.checkpoint.model_file import (
     find_model_info,
     load_weights_strict,
 )
-from sws_dist.checkpoint.open_model import find_run_weights, is_timm_folder, load_timm_folder, read_timm_config
+from sws_dist.checkpoint.open_model import find_run_weights, is_timm_folder, load_timm_folder
 from sws_dist.data.labels import read_classes
 from sws_dist.inference import input_config
 from sws_dist.learngene.expand import build_descendant, plan_layers
@@ -93,7 +94,7 @@ def open_source(
     elif (info := find_model_info(file)) is not None and info.kind == "learngene":
         opened = _open_learngene(file, depth, plan, image_size)
     else:
-        opened = _open_weights(file, info, model_name, image_size)
+        opened = _open_weights(file, model_name, image_size)
     if depth is not None and not opened.schedule:
         raise ValueError(f"--depth {depth}: only a learngene can be expanded, and {file} is none")
     return _as_plain_timm(opened, image_size, classes)
@@ -102,9 +103,10 @@ def open_source(
 def _open_timm_folder(folder: Path, model_name: str | None, image_size: int | None) -> _Opened:
     if model_name is not None:
         raise ValueError(f"{folder}: its config.json says which model it is; leave the name {model_name} out")
-    arguments, weights = read_timm_config(folder).get("model_args") or {}, folder / "model.safetensors"
+    model, about = load_timm_folder(folder, image_size), describe_timm_folder(folder)
+    weights = folder / "model.safetensors"
     info = find_model_info(weights) if weights.is_file() else None  # exported before
-    return _Opened(load_timm_folder(folder, image_size), folder, arguments, info.provenance if info else {})
+    return _Opened(model, folder, about.kwargs if about else {}, info.provenance if info else {})
 
 
 def _open_learngene(file: Path, depth: int | None, plan: str | Sequence[int], image_size: int | None) -> _Opened:
@@ -119,8 +121,8 @@ def _open_learngene(file: Path, depth: int | None, plan: str | Sequence[int], im
     return _Opened(model, file, provenance=info.provenance, schedule=learngene.schedule)
 
 
-def _open_weights(file: Path, info: ModelInfo | None, model_name: str | None, image_size: int | None) -> _Opened:
-    model = load_model(file, model_name, image_size=image_size)
+def _open_weights(file: Path, model_name: str | None, image_size: int | None) -> _Opened:
+    model, info = load_model(file, model_name, image_size=image_size), describe_file(file, model_name)
     return _Opened(model, file, info.kwargs if info else {}, info.provenance if info else {})
 
 

@@ -58,14 +58,20 @@ class WeightMapping:
         """Return the learngene's tensor ``name`` as the descendant has it; a position embedding may be resampled."""
         if name != "pos_embed" or self.grid is None:
             return tensor
-        return resample_abs_pos_embed(tensor, new_size=list(self.grid), num_prefix_tokens=self.prefix_tokens)
+        return resample_abs_pos_embed(
+            _at_least_fp32(tensor), new_size=list(self.grid), num_prefix_tokens=self.prefix_tokens
+        )
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the tensors that those of ``copies[name]`` are made of: ``name`` and, with TLEG, its slope."""
         return (name, self.slopes[name]) if name in self.slopes else (name,)
 
     def compute(self, target: str, base: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Return the descendant's tensor ``target``, or a slice of it, from the same of its ``sources``."""
+        """Return the descendant's tensor ``target``, or a slice of it, from the same of its ``sources``.
+
+        It is computed and returned in fp32 where the learngene is in half precision.
+        """
+        base, slope = _at_least_fp32(base), None if slope is None else _at_least_fp32(slope)
         match = BLOCK.match(target)
         if match is None:
             return base
@@ -78,6 +84,10 @@ class WeightMapping:
         """Stages of the learngene that no layer is copied from."""
         stages = {int(match[1]) for name in self.copies if (match := BLOCK.match(name))}
         return sorted(stages - set(self.layers))
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def plan_layers(info: ModelInfo, depth: int, kind: str | Sequence[int] = "even") -> tuple[int, ...]:
@@ -264,7 +274,8 @@ def expand_learngene(
         ValueError: an argument out of its range, or what ``map_weights`` refuses.
 
     Returns:
-        Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT.
+        Metadata for ``save_model_file``, and a state dict that fits plain timm's ViT, in fp32 for a learngene in half
+        precision too.
     """
     smallest, largest = IMAGE_SIZES
     if num_classes is not None and not (is_whole(num_classes) and num_classes >= 1):

@@ -179,13 +179,14 @@ def _broadcast(writer: ShardWriter, expansion: Expansion, device: torch.device) 
     """Let rank 0 read the file and broadcast each tensor once. Returns the bytes broadcast. A collective.
 
     Buckets are no larger than the largest tensor (with TLEG, and its slope). The wire carries the model's dtype, or
-    fp32 where there are fp32 masters of a low-precision model to be filled; never more than the file holds.
+    fp32 where there are fp32 masters of a low-precision model to be filled; never more than the file holds, unless a
+    position embedding is resampled, which rank 0 does in fp32.
     """
     mapping, num_bytes = expansion.mapping, 0
     sizes = {name: writer.numel(targets[0]) for name, targets in mapping.copies.items() if targets}
     totals = {name: size * len(mapping.sources(name)) for name, size in sizes.items()}
     needed = torch.float32 if writer.has_masters else writer.dtype
-    wire = min(expansion.header.dtype, needed, key=lambda dtype: dtype.itemsize)
+    wire = needed if mapping.grid else min(expansion.header.dtype, needed, key=lambda dtype: dtype.itemsize)
     for names in _buckets(totals):
         bucket = torch.empty(sum(totals[name] for name in names), dtype=wire, device=device)
         sources = {source: sizes[name] for name in names for source in mapping.sources(name)}

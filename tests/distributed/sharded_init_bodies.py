@@ -46,8 +46,10 @@ def run(
     optimizer: str = "adamw",
     zero: dict[str, Any] | None = None,
     spoil: bool = False,
+    learngene: str = "learngene",
 ) -> dict[str, Any]:
     """Initialise one descendant of 12 layers; return what is wrong with it on any rank, and what moved."""
+    path = path.with_name(f"{learngene}.safetensors")
     dtype, layers = DTYPES[precision], expansion_plan(SCHEDULE, 12)
     ds = {
         "train_batch_size": world.size,

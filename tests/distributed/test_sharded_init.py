@@ -39,6 +39,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         **BOTH_WAYS,
         **{f"zero{stage}-bf16": {"stage": stage, "precision": "bf16", "mode": "read"} for stage in (0, 1, 2)},
         "zero1-fp32-broadcast": {"stage": 1, "precision": "fp32", "mode": "broadcast", **NEW_HEAD},
+        **{f"half-{mode}": zero3("fp32", mode, learngene="half", **NEW_HEAD) for mode in ("read", "broadcast")},
+        "half-bf16-broadcast": zero3("bf16", "broadcast", learngene="half", **NEW_HEAD),
         "offloaded": zero3("bf16", "broadcast", OFFLOAD, optimizer="cpu_adam"),
     },
     3: {
@@ -59,7 +61,9 @@ SPOILT = zero3("fp32", "read", spoil=True)
 everywhere = pytest.mark.parametrize("found", CASES, indirect=True)
 
 
-def save_learngene(path: Path, seed: int = 0, classes: int = 7, size: int = 32) -> Path:
+def save_learngene(
+    path: Path, seed: int = 0, classes: int = 7, size: int = 32, dtype: torch.dtype = torch.float32
+) -> Path:
     """Every tensor random, biases and norms too; of 12 layers some are scaled."""
     torch.manual_seed(seed)
     geometry = GEOMETRY | {"img_size": size, "num_classes": classes, "branch_scaling": 1.0}
@@ -67,7 +71,7 @@ def save_learngene(path: Path, seed: int = 0, classes: int = 7, size: int = 32) 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     info = describe_model(model, "learngene", preprocessing={"image_size": size})
-    return save_model_file(path, info, model.state_dict())
+    return save_model_file(path, info, model.to(dtype).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def run_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[
         if shutil.which("c++") is None:  # CPUAdam is compiled at first use
             cases.pop("offloaded", None)
         save_learngene(folder / "other.safetensors", seed=1)
+        save_learngene(folder / "half.safetensors", dtype=torch.float16)
         file = save_learngene(folder / "learngene.safetensors")
         results, hidden = ranks.run(sharded_init_bodies.run_all, file, list(cases.values()), world=size)[0]
         numbers = sum(t.numel() for t in load_file(file).values())

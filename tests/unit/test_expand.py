@@ -117,6 +117,20 @@ def test_each_layer_is_a_copy_of_its_stage_and_its_own(learngene: Learngene, dep
     assert described.classes == info.classes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_learngene_is_expanded_in_fp32(learngene: Learngene, dtype: torch.dtype) -> None:
+    info, weights, _ = learngene
+    half = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    options: dict[str, Any] = {"num_classes": 7, "image_size": 48, "branch_scaling": 1.0}
+    found, expected = (
+        expand_learngene(info, each, expansion_plan((2, 1, 3), 9), **options)[1]
+        for each in (half, {name: tensor.float() for name, tensor in half.items()})
+    )
+    for name, tensor in expected.items():
+        assert found[name].dtype is torch.float32
+        assert torch.equal(found[name], tensor), name
+
+
 def test_a_depth_below_the_stages_warns(learngene: Learngene, caplog: pytest.LogCaptureFixture) -> None:
     info, weights, _ = learngene
     expand_learngene(info, weights, expansion_plan((2, 1, 3), 2))

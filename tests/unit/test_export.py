@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 import yaml
 
 import sws_dist
+from sws_dist.build_models import build_models
 from sws_dist.checkpoint.model_file import save_model_file
 from sws_dist.checkpoint.onnx_file import OnnxClassifier
 from sws_dist.checkpoint.open_model import open_model
 from sws_dist.cli import classify as classify_command
+from sws_dist.config.schema import DataConfig, ModelConfig, RunConfig
 from sws_dist.errors import RunError, require_packages
 from sws_dist.export import exporter
 from sws_dist.export.exporter import Exported, export
@@ -170,8 +173,43 @@ def test_the_card_says_where_the_model_is_from(exported: Exported, run: Path) ->
         assert fact in card, fact
     assert "top-1 60.00 %, top-5 85.00 % of 33 images, in the training run" in card
     assert "| trained on | digits |" in card
+    assert ", on 32 validation images" in card
     assert "/home/me" not in card + str(open_source(run, depth=4).info)
     assert "/data" not in card
+
+
+def test_the_data_is_not_named_by_the_folder_above_it(run: Path, tmp_path: Path) -> None:
+    """``sws finetune --data photos`` takes the folder of class folders itself for the split."""
+    shutil.copytree(run, tmp_path / "aux")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for root, split, name in (("/home/alice", "photos", "photos"), ("/home/alice/pets", "train", "pets")):
+        config["data"] |= {"root": root, "train_split": split}
+        (tmp_path / "aux" / "config.yaml").write_text(yaml.safe_dump(config))
+        assert describe_origin(open_source(tmp_path / "aux", depth=3))["trained on"] == name
+
+
+def test_a_fine_tuned_descendant_keeps_its_method(run: Path, tmp_path: Path) -> None:
+    info, weights = expand_learngene(*load_learngene(run / "learngene.safetensors"), (0, 0, 1, 1))
+    file = save_model_file(tmp_path / "des4.safetensors", info, weights)
+    data = DataConfig("unused", image_size=32, mean=(0.4,) * 3, std=(0.2,) * 3)
+    kwargs = {key: info.kwargs[key] for key in ("patch_size", "embed_dim", "num_heads")}
+    for start in (file, tmp_path / "tuned0.safetensors", tmp_path / "tuned1.safetensors"):  # tuned again and again
+        config = RunConfig(
+            "unused", ModelConfig("sws_vit", depth=4, kwargs=kwargs, initial_checkpoint=str(start)), data
+        )
+        parts = build_models(config, CLASSES, torch.device("cpu"), torch.float32, {}, 100)
+        tuned = tmp_path / f"tuned{len(list(tmp_path.glob('tuned*')))}.safetensors"
+        save_model_file(tuned, parts.info, parts.student.state_dict())
+        source = open_source(tuned)
+        assert "stages 0, 0, 1, 1, then fine-tuned" in describe_origin(source)["method"]
+        assert source.info.provenance["expansion"]["learngene"]["teacher"] == "teacher/model.safetensors"
+    run_from_learngene = replace(info, provenance={"initial_learngene": "/home/me/runs/aux/learngene.safetensors"})
+    save_model_file(file, run_from_learngene, weights)
+    model = ModelConfig("sws_vit", depth=4, kwargs=kwargs, initial_checkpoint=str(file))
+    again = build_models(RunConfig("unused", model, data), CLASSES, torch.device("cpu"), torch.float32, {}, 100).info
+    assert again.provenance["expansion"] == {"plan": None, "learngene": "/home/me/runs/aux/learngene.safetensors"}
+    source = open_source(save_model_file(tmp_path / "again.safetensors", again, weights))
+    assert "from a learngene (aux/learngene.safetensors), then fine-tuned" in describe_origin(source)["method"]
 
 
 def test_an_accuracy_is_claimed_only_for_the_weights_that_it_was_measured_for(run: Path, tmp_path: Path) -> None:
@@ -201,6 +239,7 @@ def test_an_accuracy_is_claimed_only_for_the_weights_that_it_was_measured_for(ru
 def test_the_released_codes_norms_are_exported(tmp_path: Path) -> None:
     file = write_learngene(tmp_path, norm_eps=1e-5)
     out = export(open_source(file, depth=3), tmp_path / "out").folder
+    assert "on 8 images of noise" in (out / "README.md").read_text()
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert model.blocks[0].norm1.eps == 1e-5
     torch.testing.assert_close(model(IMAGES), sws_dist.expand(file, 3).eval()(IMAGES), rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sws_dist.checkpoint.model_file import save_model_file
-from sws_dist.cli.finetune import as_overrides, choose_settings, split_settings
+from sws_dist.cli.finetune import as_overrides, choose_settings, model_settings, split_settings
 from sws_dist.config.loader import load_config
 from sws_dist.learngene.file import describe_model
 from sws_dist.models import SWSVisionTransformer
@@ -47,6 +47,17 @@ def test_paths_reach_the_config_as_they_are(tmp_path: Path, weights: Path) -> No
     assert config.output == "runs/finetune/~pets"
     assert config.train.global_batch == 4  # of 60 training images, eight steps an epoch
     assert config.train.epochs == 66
+
+
+def test_the_folder_of_a_finished_run_is_its_weights(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name, content in (("config.yaml", b""), ("learngene.safetensors", weights.read_bytes())):
+        (tmp_path / "run" / name).write_bytes(content)
+    args = argparse.Namespace(weights=tmp_path / "run", **OPTIONS)
+    with pytest.raises(ValueError, match="this run is not finished"):
+        model_settings(args)
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    assert model_settings(args)["model.initial_learngene"] == str(tmp_path / "run" / "learngene.safetensors")
 
 
 def test_images_in_shards_are_counted_by_the_keys_that_are_set(tmp_path: Path, weights: Path) -> None:

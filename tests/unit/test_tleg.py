@@ -145,6 +145,12 @@ def test_a_file_rebuilds_the_auxiliary_model(file: Path) -> None:
     assert torch.equal(model(IMAGES.float()), tleg().float()(IMAGES.float()))
 
 
+def test_a_learngene_is_opened_at_another_image_size(file: Path) -> None:
+    own = load_model(file).pos_embed
+    larger = load_model(file, image_size=48)
+    assert torch.equal(larger.pos_embed, timm.layers.resample_abs_pos_embed(own, [6, 6], num_prefix_tokens=0))
+
+
 @pytest.mark.parametrize(("depth", "branch_scaling"), [(1, 0), (2, 0), (DEPTH, 0), (9, 0), (9, 1)])
 def test_a_descendant_is_the_auxiliary_model_of_its_depth(depth: int, branch_scaling: float) -> None:
     model = tleg(branch_scaling=branch_scaling)
