@@ -89,7 +89,7 @@ def _matrix_pieces(engine: ZeroEngine, matrices: Mapping[str, int]) -> dict[Tens
     shapes, masters = whole_shapes(engine), master_keys(engine)
     fragments = [fragment for fragment in fragments_and_gaps(engine) if fragment.name in matrices]
     is_whole = [fragment.numel == math.prod(shapes[fragment.name]) for fragment in fragments]
-    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=masters[0].device)).bool().any(0)
+    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=engine.device)).bool().any(0)
     pieces: dict[Tensor, list[MatrixPiece]] = {}
     for fragment, split in zip(fragments, is_split.tolist(), strict=True):
         rows, columns = shapes[fragment.name]
@@ -202,4 +202,5 @@ def all_weights_finite(engine: ZeroEngine) -> bool:
     """Return True if every rank's masters are free of infinities and NaN. A collective."""
     own = master_weights(engine)
     finite = torch.stack([torch.isfinite(piece.of(own)).all() for piece in fragments(engine)]).all()
-    return bool(gather_scalars(finite.to(torch.uint8)).all())
+    # With offload the masters lie in host memory, which NCCL does not take.
+    return bool(gather_scalars(finite.to(engine.device, torch.uint8)).all())
