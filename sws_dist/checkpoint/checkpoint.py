@@ -28,7 +28,8 @@ from sws_dist.distributed.init import World
 from sws_dist.errors import RunError
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import load_loss_scaler_state, sync_model_from_masters
+from sws_dist.zero.engine import sync_model_from_masters
+from sws_dist.zero.loss_scale import load_loss_scaler_state
 from sws_dist.zero.partition import whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 

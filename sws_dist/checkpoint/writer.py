@@ -34,7 +34,7 @@ from sws_dist.distributed.init import World
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.errors import RunError
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import loss_scaler_state
+from sws_dist.zero.loss_scale import loss_scaler_state
 from sws_dist.zero.partition import optimizer_steps, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
