@@ -39,7 +39,7 @@ def allow_fp16() -> None:
 
 
 def fp16_engine(stage: int, **fp16: Any) -> ZeroEngine:
-    ds = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+    ds: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
     ds |= {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True} | fp16}
     torch.manual_seed(0)
     model = create_model("sws_vit", schedule=[2, 1], img_size=32, patch_size=16, embed_dim=32, num_heads=2)

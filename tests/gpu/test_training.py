@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from sws_dist.checkpoint.checkpoint import list_checkpoints, read_state
+from sws_dist.checkpoint.checkpoint import read_state
+from sws_dist.checkpoint.folders import list_checkpoints
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
