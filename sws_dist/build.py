@@ -110,9 +110,7 @@ def build_run(
         ema=ema,
         resumed=resumed,
         recorder=build_recorder(output, resumed, world, monitors),
-        nonfinite=NonFiniteGuard(
-            config.train.skip_nonfinite, dtype == torch.float16, output, lambda index: str(paths[index])
-        ),
+        nonfinite=NonFiniteGuard(config.train.skip_nonfinite, output, lambda index: str(paths[index])),
     )
 
 

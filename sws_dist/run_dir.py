@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sws_dist.atomic import atomic_write_text
-from sws_dist.checkpoint.checkpoint import list_checkpoints
+from sws_dist.checkpoint.folders import list_checkpoints
 from sws_dist.config.loader import config_to_yaml
 from sws_dist.config.schema import RunConfig
 from sws_dist.distributed.collectives import broadcast_from_rank0, raise_on_all_ranks

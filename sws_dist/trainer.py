@@ -42,7 +42,7 @@ from sws_dist.results import collect_results, log_summary
 from sws_dist.run_dir import CHECKPOINTS, write_configs
 from sws_dist.validation import OWN, score_run
 from sws_dist.watch import StepWatch
-from sws_dist.zero.engine import StepResult, all_weights_finite, take_step
+from sws_dist.zero.engine import StepResult, all_weights_finite, backward, take_step
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Trainer:
             seen.append(batch.indices)
             losses.append(self._compute_losses(batch, timer, is_first=self.step == 0 and not losses))
             timer.begin(phase_timer.BACKWARD)
-            engine.backward(losses[-1].total)
+            backward(engine, losses[-1].total)
             timer.begin(phase_timer.OPTIMIZER)
             result = take_step(engine)
             if result is not None:  # the last micro-batch of the step
@@ -158,7 +158,8 @@ class Trainer:
         if parts.ema is not None and self._result.applied:
             parts.ema.update(self.step)
         timer.begin(phase_timer.OTHER)
-        parts.nonfinite.after_step(self.step + 1, seen, self._result.applied)
+        applied, overflowed = self._result.applied, self._result.overflowed
+        parts.nonfinite.after_step(self.step + 1, seen, applied=applied, overflowed=overflowed)
         columns = zip(*losses, strict=True)  # totals, labels' terms, teacher's terms
         return LossParts(*(torch.stack([loss.detach().float() for loss in column]).mean() for column in columns))
 

@@ -39,7 +39,7 @@ class StepWatch:
         self._parts, self._last_step = parts, taken.stop - 1
         time_reduction(parts.engine, self.timer)
         self._norms = NormMeter(parts.engine)
-        self._window = LogWindow(parts.config.train.global_batch, parts.world.size, self.timer)
+        self._window = LogWindow(parts.config.train.global_batch, self.timer)
         steps = parts.config.train.profile if parts.world.is_rank_zero else None
         self._profiler = StepProfiler(steps, taken, parts.output / "profile", parts.world.device)
         self._bar = ProgressBar("training", parts.total_steps, "steps", done=taken.start - 1, in_log=False)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sws_dist.checkpoint.folders import FolderKind, delete_checkpoint, delete_leftovers, kind_of, list_checkpoints
 from sws_dist.checkpoint.model_file import ModelInfo, write_model_file
 from sws_dist.checkpoint.safetensors_stream import FileDigest, digest
 from sws_dist.checkpoint.shards import AVERAGE, WEIGHT, ShardReader, read_shards
@@ -28,16 +27,14 @@ from sws_dist.distributed.init import World
 from sws_dist.errors import RunError
 from sws_dist.zero.config import precision_of
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import load_loss_scaler_state, sync_model_from_masters
+from sws_dist.zero.engine import sync_model_from_masters
+from sws_dist.zero.loss_scale import load_loss_scaler_state
 from sws_dist.zero.partition import whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
 log = logging.getLogger(__name__)
 
 VERSION = 2
-_GLOB = "step-" + 8 * "[0-9]"
-_SHARD = re.compile(r"shard-\d+-of-\d+\.safetensors")
-_OURS = re.compile(rf"{_SHARD.pattern}|state\.json|\.state\.json\.\d+\.tmp")
 _HOW_TO_RESTART = (
     "To begin anew from its weights, write them with sws convert, set model.initial_checkpoint to that file, "
     "and another output"
@@ -88,29 +85,6 @@ def describe_layout(engine: ZeroEngine, world: World) -> dict[str, Any]:
     }
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints under ``folder``, oldest first; whatever else is there is not ours."""
-    return sorted(filter(is_checkpoint, folder.glob(_GLOB)))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Return True for a checkpoint that this trainer wrote under this name, damaged or not.
-
-    A copy under another step's number, and a folder of the user's own that is named like ours, are not.
-    """
-    if (
-        not folder.is_dir()
-        or not (folder / "state.json").is_file()
-        or not any(_SHARD.fullmatch(file.name) for file in folder.iterdir())
-    ):
-        return False
-    try:
-        step = json.loads((folder / "state.json").read_bytes()).get("step")
-    except (OSError, ValueError, AttributeError):
-        return True  # damaged
-    return not isinstance(step, int) or folder.name == f"step-{step:08d}"
-
-
 def read_state(checkpoint: Path) -> CheckpointState:
     """Read what a checkpoint says of its run.
 
@@ -126,8 +100,10 @@ def read_state(checkpoint: Path) -> CheckpointState:
         fields.setdefault("rank_seconds", fields["seconds"] * fields["world_size"])  # it is not in earlier ones
         fields["files"] = {name: FileDigest(**file) for name, file in fields["files"].items()}
         return CheckpointState(**fields)
-    except OSError:
-        raise ValueError(f"{checkpoint}: not a checkpoint of this trainer (it has no readable state.json)") from None
+    except OSError as error:
+        raise ValueError(
+            f"{checkpoint}: not a checkpoint of this trainer, or a damaged one (state.json: {error.strerror})"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
 
@@ -143,14 +119,22 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
     except ValueError as error:
         return str(error)
     for name, written in sorted(state.files.items())[rank::world_size]:
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != written.bytes:
-            what = "is missing" if found is None else f"has {found} bytes"
-            return f"{checkpoint}: damaged: {name} {what}, {written.bytes} were written"
-        if digest(file) != written:
-            return f"{checkpoint}: damaged: {name} is not what was written (its checksum differs)"
+        try:
+            problem = _compare(checkpoint / name, written)
+        except OSError as error:  # a bad block, or a network that is away: another checkpoint may be readable
+            problem = f"cannot be read ({error.strerror})"
+        if problem is not None:
+            return f"{checkpoint}: damaged: {name} {problem}"
     return None
+
+
+def _compare(file: Path, written: FileDigest) -> str | None:
+    """Return how a file differs from what was written, or None."""
+    found = file.stat().st_size if file.is_file() else None
+    if found != written.bytes:
+        what = "is missing" if found is None else f"has {found} bytes"
+        return f"{what}, {written.bytes} were written"
+    return None if digest(file) == written else "is not what was written (its checksum differs)"
 
 
 def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
@@ -160,8 +144,12 @@ def latest_valid(folder: Path, world: World) -> tuple[Path | None, list[str]]:
         RunError: there are checkpoints, and all are damaged.
     """
     problems: list[str] = []
-    # Rank 0 alone looks: another node's file system may remember that a folder was not there (NFS).
-    for checkpoint in broadcast_from_rank0(list_checkpoints(folder)[::-1] if world.is_rank_zero else []):
+    listed: list[Path] = []
+    with raise_on_all_ranks("list the checkpoints"):
+        # Rank 0 alone looks: another node's file system may remember that a folder was not there (NFS).
+        if world.is_rank_zero:
+            listed = list_checkpoints(folder)[::-1]
+    for checkpoint in broadcast_from_rank0(listed):
         found = broadcast_from_rank0(gather_on_rank0(verify(checkpoint, world.rank, world.size)))
         problem = next((each for each in found if each is not None), None)
         if problem is None:
@@ -242,9 +230,7 @@ def set_aside_newer(folder: Path, step: int, world: World) -> list[str]:
     renamed = []
     with raise_on_all_ranks("set later checkpoints aside"):
         if world.is_rank_zero:
-            for hidden in folder.glob(f".{_GLOB}"):
-                if is_unfinished(hidden):  # a kill in the middle of saving leaves one
-                    delete_checkpoint(hidden)
+            delete_leftovers(folder)
             for later in list_checkpoints(folder):
                 if _step(later) > step:
                     aside = later.with_name(f"abandoned-{later.name}")
@@ -257,9 +243,10 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool, before_deca
     """Delete all checkpoints but those to keep, and what kills have left behind. For rank 0.
 
     The newest ``keep_last`` are kept, the best if ``keep_best``, and the newest whose step is ``before_decay`` at most:
-    the run may go on from there to another length.
+    the run may go on from there to another length. Damaged ones stay, and do not count.
     """
-    checkpoints = list_checkpoints(folder)
+    delete_leftovers(folder)
+    checkpoints = [found for found in list_checkpoints(folder) if kind_of(found) is FolderKind.CHECKPOINT]
     keep = set(checkpoints[-keep_last:])
     if before_decay is not None:
         keep.update([c for c in checkpoints if _step(c) <= before_decay][-1:])
@@ -270,31 +257,6 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool, before_deca
     for checkpoint in checkpoints:
         if checkpoint not in keep and not checkpoint.is_symlink():
             delete_checkpoint(checkpoint)
-    for leftover in (*folder.glob(_GLOB), *folder.glob(f".{_GLOB}")):
-        if is_unfinished(leftover):
-            log.info("%s: deleted; a kill had left it unfinished", leftover)
-            delete_checkpoint(leftover)
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Return True for a checkpoint that is not yet whole, or not any more, and for nothing else."""
-    if not folder.is_dir() or (not folder.name.startswith(".") and (folder / "state.json").exists()):
-        return False
-    return all(_OURS.fullmatch(file.name) for file in folder.iterdir())
-
-
-def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint, whole or not, and nothing else that a user may have put into its folder.
-
-    Its description goes first: what a kill leaves then is no damaged checkpoint, but none.
-    """
-    if not checkpoint.is_dir() or checkpoint.is_symlink():
-        return
-    ours = [file for file in checkpoint.iterdir() if _OURS.fullmatch(file.name)]
-    for file in sorted(ours, key=lambda file: file.name != "state.json"):
-        file.unlink()
-    with suppress(OSError):  # something of the user's is in it
-        checkpoint.rmdir()
 
 
 def _step(checkpoint: Path) -> int:

@@ -18,13 +18,11 @@ from sws_dist.atomic import atomic_write_json, fsync_path
 from sws_dist.checkpoint.checkpoint import (
     VERSION,
     CheckpointState,
-    delete_checkpoint,
     describe_layout,
-    is_checkpoint,
-    is_unfinished,
     prune_checkpoints,
     read_state,
 )
+from sws_dist.checkpoint.folders import FolderKind, delete_checkpoint, kind_of
 from sws_dist.checkpoint.model_file import ModelInfo
 from sws_dist.checkpoint.safetensors_stream import FileDigest
 from sws_dist.checkpoint.shards import HostCopy, Shard, collect_shard, shard_name
@@ -34,7 +32,7 @@ from sws_dist.distributed.init import World
 from sws_dist.distributed.step_sync import StepStatus
 from sws_dist.errors import RunError
 from sws_dist.zero.ema import ShardedEMA
-from sws_dist.zero.engine import loss_scaler_state
+from sws_dist.zero.loss_scale import loss_scaler_state
 from sws_dist.zero.partition import optimizer_steps, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
 
@@ -187,7 +185,9 @@ class CheckpointWriter:
         Another one under this name is of another run, and in the way. Only rank 0 may look: a name that is not there
         yet would be remembered as absent by the file system of another node (NFS).
         """
-        return self.newest is not None and is_checkpoint(final) and final.resolve() == self.newest.resolve()
+        if self.newest is None or kind_of(final) is not FolderKind.CHECKPOINT:
+            return False
+        return final.resolve() == self.newest.resolve()
 
     def _add_scores(self, checkpoint: Path, info: ModelInfo, state: dict[str, Any]) -> None:
         """Add an evaluation's scores to a checkpoint that was saved without."""
@@ -209,7 +209,7 @@ class CheckpointWriter:
         if final.exists():
             raise ValueError(f"{final}: in the way of a checkpoint, and not one of this run; move it elsewhere")
         self._folder.mkdir(parents=True, exist_ok=True)
-        if is_unfinished(partial):
+        if kind_of(partial) is FolderKind.LEFTOVER:
             delete_checkpoint(partial)
         partial.mkdir(exist_ok=True)
         # Stage 0 keeps one copy of the optimizer's state; the sharded stages keep one shard a rank.

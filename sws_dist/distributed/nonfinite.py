@@ -30,16 +30,15 @@ class NonFiniteGuard:
 
     Args:
         limit: how many steps in a row may be skipped (``train.skip_nonfinite``).
-        overflow_expected: True in fp16, whose loss scale is found by gradients that overflow.
         folder: where a file with the images of each non-finite step is written.
         image_path: maps an image's place in the manifest to its path.
     """
 
-    def __init__(self, limit: int, overflow_expected: bool, folder: Path, image_path: Callable[[int], str]) -> None:
-        self._limit, self._overflow_expected = limit, overflow_expected
-        self._folder, self._image_path = folder, image_path
+    def __init__(self, limit: int, folder: Path, image_path: Callable[[int], str]) -> None:
+        self._limit, self._folder, self._image_path = limit, folder, image_path
         self._skipped_in_a_row = 0
-        self._batches: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # a step is checked while the next one runs
+        # Step, images, overflowed; a step is checked while the next one runs.
+        self._latest: deque[tuple[int, np.ndarray, bool]] = deque(maxlen=2)
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def before_step(self, model: nn.Module) -> None:
@@ -47,13 +46,14 @@ class NonFiniteGuard:
         if self._limit:
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def after_step(self, step: int, indices: Sequence[np.ndarray], applied: bool) -> None:
+    def after_step(self, step: int, indices: Sequence[np.ndarray], *, applied: bool, overflowed: bool) -> None:
         """Remember which images of this rank step number ``step`` saw; put the statistics back if it was skipped.
 
         Args:
             indices: places in the manifest, one array for each micro-batch.
+            applied, overflowed: see ``zero.engine.StepResult``; they are the same on all ranks.
         """
-        self._batches.append((step, np.concatenate(indices)))
+        self._latest.append((step, np.concatenate(indices), overflowed))
         if not applied:
             with torch.no_grad():
                 for buffer, before in self._buffers:
@@ -66,12 +66,14 @@ class NonFiniteGuard:
             RunError: one step too many was not finite.
         """
         bad = [(rank, loss) for rank, loss in enumerate(status.losses) if not math.isfinite(loss)]
-        if not bad and (status.applied or self._overflow_expected):
+        indices, overflowed = next((seen, over) for step, seen, over in self._latest if step == status.step)
+        if not bad and status.applied:
             self._skipped_in_a_row = 0
+        if not bad and (status.applied or overflowed):
             return
         self._skipped_in_a_row += 1
         file = self._folder / f"nonfinite-step-{status.step:08d}.json"
-        self._write(file, status)
+        self._write(file, status, indices)
         what = f"the loss is {bad[0][1]}" if bad else "the gradient is not finite"
         where = f" on rank {bad[0][0]}" if bad else ""
         found = f"{what} at step {status.step}{where} (its images: {file})"
@@ -80,9 +82,8 @@ class NonFiniteGuard:
             raise RunError(f"{found}{skipped}; the last checkpoint is untouched. {ADVICE}")
         log.warning("%s: skipped, %d in a row of at most %d", found, self._skipped_in_a_row, self._limit)
 
-    def _write(self, file: Path, status: StepStatus) -> None:
+    def _write(self, file: Path, status: StepStatus, indices: np.ndarray) -> None:
         """Write which images each rank's step saw. A collective."""
-        indices = next(indices for step, indices in self._batches if step == status.step)
         paths = gather_on_rank0([self._image_path(int(index)) for index in indices])
         with raise_on_all_ranks("write which images a step had"):
             if paths is not None:

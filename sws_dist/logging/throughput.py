@@ -54,7 +54,10 @@ class SlowStepDetector:
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """Means over the steps since the last line of the log: losses over all ranks, times of this rank."""
+    """Means over the steps since the last line of the log: losses over all ranks, times of this rank.
+
+    Losses that are not finite are left out; where there are no others, the mean is NaN.
+    """
 
     loss: float
     loss_labels: float
@@ -75,12 +78,11 @@ class LogWindow:
 
     Args:
         global_batch: images of one step, over all ranks.
-        world_size: number of ranks.
         timer: splits the time of the steps.
     """
 
-    def __init__(self, global_batch: int, world_size: int, timer: PhaseTimer) -> None:
-        self._global_batch, self._world_size, self._timer = global_batch, world_size, timer
+    def __init__(self, global_batch: int, timer: PhaseTimer) -> None:
+        self._global_batch, self._timer = global_batch, timer
         self.reset()
 
     def reset(self) -> None:
@@ -108,10 +110,12 @@ class LogWindow:
         """
         self._timer.finish_step()
         self._last = time.perf_counter()
-        values = torch.stack(losses)
+        values = torch.stack([*losses, torch.ones_like(losses.total)])
+        # A step with a loss that is not finite has been skipped, or ends the run.
+        values = torch.where(values.isfinite().all(), values, 0)
         self._sums = values if self._sums is None else self._sums + values
         if depth is not None:
-            found = torch.stack([losses.total, torch.ones_like(losses.total)])
+            found = values[[0, -1]]
             self._by_depth[depth] = self._by_depth[depth] + found if depth in self._by_depth else found
         self._num_steps += 1
         self._waited_s += waited_s
@@ -122,19 +126,24 @@ class LogWindow:
         assert self._sums is not None
         depths = sorted(self._by_depth)
         sums = torch.cat([self._sums, *(self._by_depth[depth] for depth in depths)])
-        loss, labels, distill, *by_depth = sum_over_ranks(sums).tolist()
+        loss, labels, distill, count, *by_depth = sum_over_ranks(sums).tolist()  # each a rank's mean over its images
         took_s = time.perf_counter() - self._start
-        count = self._num_steps * self._world_size  # each is a rank's mean over its images of a step
         return WindowMeans(
-            loss=loss / count,
-            loss_labels=labels / count,
-            loss_distill=distill / count,
-            loss_by_depth={d: total / n for d, total, n in zip(depths, by_depth[::2], by_depth[1::2], strict=True)},
+            loss=_mean(loss, count),
+            loss_labels=_mean(labels, count),
+            loss_distill=_mean(distill, count),
+            loss_by_depth={
+                depth: _mean(total, n) for depth, total, n in zip(depths, by_depth[::2], by_depth[1::2], strict=True)
+            },
             images_per_s=self._num_steps * self._global_batch / took_s,
             data_wait_share=self._waited_s / took_s,
             flops_per_s=None if self._flops is None else self._flops / took_s,
             phases_ms=self._timer.mean_ms(),
         )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 @dataclass(frozen=True)

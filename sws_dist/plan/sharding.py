@@ -13,7 +13,7 @@ BUCKET = 500_000_000
 """DeepSpeed's own ``reduce_bucket_size``, in elements."""
 REUSE = 1_000_000_000
 """DeepSpeed's own ``max_reuse_distance``: a weight stays if it is used again within this number of elements."""
-UNMODELLED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "mics_shard_size")
+UNMODELLED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,10 @@ def resolve_deepspeed_config(
             "finds by their address; use stage 0, 1 or 2, or leave it off"
         )
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if offload and zero["stage"] == 0:
+        raise ConfigError(
+            f"{path}: offload_optimizer does nothing at stage 0; it needs zero_optimization.stage 1, 2 or 3"
+        )
     if offload and config.optim.name != "cpu_adam":
         raise ConfigError(
             f"{path}: offload_optimizer needs optim.name: cpu_adam, not {config.optim.name} "
@@ -208,11 +212,11 @@ def set_zero3_memory_defaults(zero: dict[str, Any], stage_numel: int) -> None:
 def _check_zero3_only(zero: dict[str, Any], path: str | Path, world_size: int) -> None:
     """Refuse keys that DeepSpeed ignores below stage 3, and a partition that does not divide the world."""
     group = zero.get("zero_hpz_partition_size", 1)
-    quantised = any(zero.get(key) for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"))
+    quantised = any(zero.get(f"zero_quantized_{what}") for what in ("weights", "nontrainable_weights", "gradients"))
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
     if zero["stage"] < 3 and (quantised or offloaded or group != 1):
         raise ConfigError(
-            f"{path}: offload_param, zero_hpz_partition_size and zero_quantized_*weights do nothing at stage "
+            f"{path}: offload_param, zero_hpz_partition_size and zero_quantized_* do nothing at stage "
             f"{zero['stage']}; they need zero_optimization.stage 3"
         )
     if type(group) is int and (group < 1 or world_size % group):

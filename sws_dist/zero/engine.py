@@ -26,6 +26,7 @@ from sws_dist.distributed.phase_timer import REDUCE, PhaseTimer
 from sws_dist.models import LinearStage, Stage
 from sws_dist.optim import hidden_matrices, parameter_groups
 from sws_dist.zero.config import MONITORS, precision_of
+from sws_dist.zero.loss_scale import current_scale, may_overflow, scale_loss, stay_at_minimum, unscale_norm
 from sws_dist.zero.muon import MatrixPiece, Muon
 from sws_dist.zero.partition import fragments, fragments_and_gaps, master_keys, master_weights, whole_shapes
 from sws_dist.zero.protocol import ZeroEngine
@@ -58,6 +59,7 @@ def build_engine(model: nn.Module, ds: dict[str, Any], optim: OptimConfig) -> Ze
     if ds["zero_optimization"]["stage"] == 0 and precision_of(ds) == "fp32":
         # DeepSpeed's own clipping fails where a skipped step has left no gradient.
         engine.clip_fp32_gradients = lambda: nn.utils.clip_grad_norm_(model.parameters(), engine.gradient_clipping())
+    stay_at_minimum(engine)
     if isinstance(optimizer, Muon):
         optimizer.place_matrices(_matrix_pieces(engine, hidden_matrices(model)))
     return engine
@@ -89,7 +91,7 @@ def _matrix_pieces(engine: ZeroEngine, matrices: Mapping[str, int]) -> dict[Tens
     shapes, masters = whole_shapes(engine), master_keys(engine)
     fragments = [fragment for fragment in fragments_and_gaps(engine) if fragment.name in matrices]
     is_whole = [fragment.numel == math.prod(shapes[fragment.name]) for fragment in fragments]
-    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=masters[0].device)).bool().any(0)
+    is_split = ~gather_rows(torch.tensor(is_whole, dtype=torch.uint8, device=engine.device)).bool().any(0)
     pieces: dict[Tensor, list[MatrixPiece]] = {}
     for fragment, split in zip(fragments, is_split.tolist(), strict=True):
         rows, columns = shapes[fragment.name]
@@ -97,27 +99,6 @@ def _matrix_pieces(engine: ZeroEngine, matrices: Mapping[str, int]) -> dict[Tens
         piece = MatrixPiece(rows, columns, matrices[fragment.name], *place, is_split=split)
         pieces.setdefault(masters[fragment.flat], []).append(piece)
     return pieces
-
-
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def loss_scaler_state(engine: ZeroEngine) -> dict[str, float]:
-    """Return what fp16's loss scaling remembers; empty in bf16 and fp32."""
-    if precision_of(engine.config) != "fp16":
-        return {}
-    scaler = _scaler(engine)
-    return {name: float(getattr(scaler, name)) for name in SCALER if hasattr(scaler, name)}
-
-
-def load_loss_scaler_state(engine: ZeroEngine, state: dict[str, float]) -> None:
-    """Restore what ``loss_scaler_state`` returned."""
-    for name, value in state.items():
-        setattr(_scaler(engine), name, value if name == "cur_scale" else int(value))
-
-
-def _scaler(engine: ZeroEngine) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
 
 
 @torch.no_grad()
@@ -172,10 +153,19 @@ def _count_as_reduction(owner: Any, name: str, timer: PhaseTimer) -> None:
 
 
 class StepResult(NamedTuple):
-    """The outcome of a step: True if the weights were updated, and the gradient's norm before clipping."""
+    """The outcome of a step."""
 
     applied: bool
+    """True if the weights were updated."""
     grad_norm: Tensor | float | None
+    """The gradient's norm before clipping."""
+    overflowed: bool = False
+    """True if they were not, since fp16's loss scale was too large, which has fallen: nothing is wrong."""
+
+
+def backward(engine: ZeroEngine, loss: Tensor) -> None:
+    """Add the gradient of a micro-batch. A collective from stage 2 on, and with a step's last micro-batch."""
+    engine.backward(scale_loss(engine, loss))
 
 
 def take_step(engine: ZeroEngine) -> StepResult | None:
@@ -188,8 +178,10 @@ def take_step(engine: ZeroEngine) -> StepResult | None:
         engine.step()
         return None
     if engine.zero_optimization_stage() or precision_of(engine.config) != "fp32":
+        scale, overflow_expected = current_scale(engine), may_overflow(engine)  # the step may change both
         engine.step()
-        return StepResult(engine.was_step_applied(), engine.get_global_grad_norm())
+        applied, norm = engine.was_step_applied(), unscale_norm(engine, engine.get_global_grad_norm(), scale)
+        return StepResult(applied, norm, overflowed=overflow_expected and not applied)
     norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
     applied = math.isfinite(norm)
     if not applied:
@@ -202,4 +194,5 @@ def all_weights_finite(engine: ZeroEngine) -> bool:
     """Return True if every rank's masters are free of infinities and NaN. A collective."""
     own = master_weights(engine)
     finite = torch.stack([torch.isfinite(piece.of(own)).all() for piece in fragments(engine)]).all()
-    return bool(gather_scalars(finite.to(torch.uint8)).all())
+    # With offload the masters lie in host memory, which NCCL does not take.
+    return bool(gather_scalars(finite.to(engine.device, torch.uint8)).all())

@@ -41,7 +41,7 @@ class NormMeter:
         self._clipping = float(engine.config.get("gradient_clipping", 0.0))
         self._parts = sorted({part_of(name) for name, _ in engine.module.named_parameters()}, key=_natural)
         self._masters, self._fragments = list(master_keys(engine)), fragments(engine)
-        self._device = next(engine.module.parameters()).device
+        self._device = engine.device
         self._is_armed = False
         self._squares: Tensor | None = None
         self._counted: set[int] = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -98,17 +99,14 @@ def _whole_parameters(engine: ZeroEngine) -> Iterator[Fragment]:
     names = {id(p): name for name, p in engine.module.named_parameters()}
     # In fp16 and bf16 the groups of the model's own parameters; in fp32 there are no others.
     groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
-    is_flat = hasattr(optimizer, "fp16_groups_flat")  # a fused optimizer: one master for each group
-    flat = 0
-    for group in groups:
-        offset = 0
-        for p in group:
-            yield Fragment(names[id(p)], 0, p.numel(), flat, offset)
-            if is_flat:
-                offset += p.numel()
-            else:
-                flat += 1
-        flat += is_flat
+    if hasattr(optimizer, "fp16_groups_flat"):  # a fused optimizer
+        for flat, group in enumerate(groups):
+            ends = accumulate(p.numel() for p in group)
+            for p, end in zip(group, ends, strict=True):
+                yield Fragment(names[id(p)], 0, p.numel(), flat, end - p.numel())
+    else:
+        for flat, p in enumerate(chain.from_iterable(groups)):
+            yield Fragment(names[id(p)], 0, p.numel(), flat, 0)
 
 
 def optimizer_moments(engine: ZeroEngine) -> dict[str, dict[int, Tensor]]:

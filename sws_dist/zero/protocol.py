@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
 class ZeroEngine(Protocol):
     """A ``deepspeed.DeepSpeedEngine``, as far as this trainer uses it.
 
-    ``module`` is the model, ``config`` the resolved DeepSpeed config, ``global_rank`` this process's rank.
+    ``module`` is the model, ``config`` the resolved DeepSpeed config, ``global_rank`` this process's rank,
+    ``device`` what it computes on, which is also where collectives take tensors (masters may lie elsewhere: offload).
     ``optimizer`` stays untyped: DeepSpeed has a class of its own for each ZeRO stage and precision.
     """
 
@@ -18,6 +20,7 @@ class ZeroEngine(Protocol):
     optimizer: Any
     config: dict[str, Any]
     global_rank: int
+    device: torch.device
 
     def __call__(self, images: Tensor) -> Tensor: ...
     def train(self) -> Any: ...

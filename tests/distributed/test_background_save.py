@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sws_dist.checkpoint.checkpoint import list_checkpoints, verify
+from sws_dist.checkpoint.checkpoint import verify
+from sws_dist.checkpoint.folders import list_checkpoints
 from sws_dist.checkpoint.shards import Shard
 from sws_dist.errors import RunError
 from sws_dist.trainer import Trainer

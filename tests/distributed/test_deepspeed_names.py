@@ -28,7 +28,7 @@ IMPORTED = {
 }
 # ZeRO stage, precision -> path from the engine (or from a parameter, or zero.Init) -> attributes.
 ENGINE = (
-    "module optimizer config global_rank zero_optimization_stage gradient_accumulation_steps "
+    "module optimizer config global_rank device zero_optimization_stage gradient_accumulation_steps "
     "is_gradient_accumulation_boundary was_step_applied get_global_grad_norm allreduce_gradients gradient_clipping "
     "clip_fp32_gradients"
 )

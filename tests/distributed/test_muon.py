@@ -23,7 +23,7 @@ from sws_dist.distributed.init import init_distributed
 from sws_dist.models import create_model
 from sws_dist.optim import hidden_matrices
 from sws_dist.zero import muon
-from sws_dist.zero.engine import build_engine, connect_deepspeed, take_step
+from sws_dist.zero.engine import backward, build_engine, connect_deepspeed, take_step
 from sws_dist.zero.norms import NormMeter
 from sws_dist.zero.partition import fragments, master_weights
 from tests import ranks, runs
@@ -108,7 +108,7 @@ def _train(stage: int, precision: str) -> dict[str, Any]:
             group["lr"] = LR
         for micro in range(accumulation):
             own = micro * world + torch.distributed.get_rank()
-            engine.backward(nn.functional.cross_entropy(engine(images[own].to(_dtype(engine))).float(), labels[own]))
+            backward(engine, nn.functional.cross_entropy(engine(images[own].to(_dtype(engine))).float(), labels[own]))
             meter.arm()
             result = take_step(engine)
         assert result is not None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests import runs
+from sws_dist.distributed.collectives import gather_scalars
+from sws_dist.zero.engine import all_weights_finite
+from tests import ranks, runs
 from tests.launching import Job, losses
 
 RUN = """
@@ -58,3 +63,30 @@ def test_it_resumes(trained: Path) -> None:
     whole, parts = (load_file(trained / run / "learngene.safetensors") for run in ("zero3", "parts"))
     for key in whole:
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6)
+
+
+def collect_on_a_gpu() -> list[str]:
+    """Gather a flag from the CPU, and then what masters on the CPU say, in a group for GPUs alone, as NCCL's is.
+
+    No GPU is needed: the device ``meta`` stands for one. What is gathered there has no value, which is said at the end.
+    """
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port()), RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("cuda:gloo")
+    model = torch.nn.Linear(2, 2)
+    engine: Any = SimpleNamespace(
+        device=torch.device("meta"),
+        module=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        zero_optimization_stage=lambda: 0,
+    )
+    said = []
+    for collective in (lambda: gather_scalars(torch.ones(())), lambda: all_weights_finite(engine)):
+        with pytest.raises(RuntimeError) as caught:
+            collective()
+        said.append(str(caught.value))
+    return said
+
+
+def test_the_state_of_masters_on_the_cpu_is_gathered_on_the_gpu() -> None:
+    (said,) = ranks.run(collect_on_a_gpu, world=1)
+    assert said == ["No backend type associated with device type cpu", "Tensor.item() cannot be called on meta tensors"]

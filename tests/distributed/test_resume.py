@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from sws_dist.checkpoint.checkpoint import prune_checkpoints, verify
+from sws_dist.checkpoint.folders import delete_checkpoint, list_checkpoints
 from sws_dist.data import manifest, sampler
-from tests import runs
+from tests import ranks, runs
 from tests.launching import Job, losses
 
 STAGES = (0, 1, 2, 3)
@@ -123,13 +125,83 @@ def test_a_description_that_is_none(damaged: Path, content: str) -> None:
 
 
 def test_what_a_kill_amid_pruning_leaves_is_pruned_later(damaged: Path) -> None:
-    """Pruning deletes a checkpoint file by file; a kill may leave a folder without its description."""
+    """Pruning hides a checkpoint, and deletes it file by file; a folder of the user's that is hidden too stays."""
     checkpoints = damaged / "checkpoints"
-    half_deleted = shutil.copytree(checkpoints / "step-00000007", checkpoints / "step-00000003")
-    (half_deleted / "state.json").unlink()
+    for number, file in (("3", "state.json"), ("4", "shard-00000-of-00002.safetensors")):
+        half_deleted = shutil.copytree(checkpoints / "step-00000007", checkpoints / f".step-0000000{number}")
+        (half_deleted / file).unlink()
+    shutil.copytree(half_deleted, checkpoints / ".step-00000005")
+    (checkpoints / ".step-00000005" / "notes.txt").touch()
+    shutil.copytree(half_deleted, checkpoints / ".abandoned-step-00000006")
     prune_checkpoints(checkpoints, keep_last=2, keep_best=False)
     kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
-    assert kept == ["step-00000007", "step-00000010"]
+    assert kept == [".step-00000005", "step-00000007", "step-00000010"]
+
+
+def kill_amid_deleting(checkpoint: Path) -> None:
+    """Delete a checkpoint, and die when the first of its files is gone."""
+    unlink = Path.unlink
+
+    def unlink_and_die(path: Path) -> None:
+        unlink(path)
+        os._exit(9)
+
+    Path.unlink = unlink_and_die  # type: ignore[assignment, method-assign]
+    delete_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("with_notes", [False, True])
+def test_a_deletion_that_a_kill_cut_short_is_ended_later(damaged: Path, with_notes: bool) -> None:
+    """Only a folder with files of the user's is there as long as it is damaged."""
+    checkpoints = damaged / "checkpoints"
+    if with_notes:
+        (checkpoints / "step-00000007" / "notes.txt").touch()
+    (ended,), _ = ranks.outcomes(kill_amid_deleting, checkpoints / "step-00000007", world=1)
+    assert ended.exitcode == 9
+    assert [verify(found) is None for found in list_checkpoints(checkpoints)] == [False, True][not with_notes :]
+    prune_checkpoints(checkpoints, keep_last=1, keep_best=False)
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-00000010"]
+    left = ["step-00000007/notes.txt"] if with_notes else []
+    assert [str(file.relative_to(checkpoints)) for file in checkpoints.glob("*7/*")] == left
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_weights_without_a_description_are_damaged_and_never_deleted(
+    folder: Path, damaged: Path, content: str | None
+) -> None:
+    checkpoints = damaged / "checkpoints"
+    before = sorted(checkpoints.rglob("shard-*"))
+    for state in checkpoints.glob("step-*/state.json"):
+        if content is None:
+            state.unlink()
+        else:
+            state.write_text(content)
+    prune_checkpoints(checkpoints, keep_last=1, keep_best=True)
+    assert sorted(checkpoints.rglob("shard-*")) == before
+    message = refused(Job(folder / "run.yaml", damaged, ds(2), resume="auto"), ranks=2)
+    assert "every checkpoint is damaged" in message
+    assert sorted(checkpoints.rglob("shard-*")) == before
+
+
+def test_auto_skips_a_checkpoint_without_a_description(folder: Path, damaged: Path) -> None:
+    (damaged / "checkpoints" / "step-00000010" / "state.json").unlink()
+    done = runs.train(Job(folder / "run.yaml", damaged, ds(2), resume="auto"), ranks=2)
+    assert done.returncode == 0, done.stdout
+    assert "(state.json: No such file or directory); going on from step-00000007" in done.stdout
+    assert "set aside as abandoned-step-00000010" in done.stdout
+
+
+def test_auto_skips_a_checkpoint_that_one_rank_cannot_read(folder: Path, damaged: Path) -> None:
+    """Its shard fails with EIO, as a bad block does: /proc/self/mem is a file of 0 bytes that cannot be read."""
+    newest, shard = damaged / "checkpoints" / "step-00000010", "shard-00001-of-00002.safetensors"
+    (newest / shard).unlink()
+    (newest / shard).symlink_to("/proc/self/mem")
+    state = json.loads((newest / "state.json").read_text())
+    state["files"][shard]["bytes"] = 0
+    (newest / "state.json").write_text(json.dumps(state))
+    done = runs.train(Job(folder / "run.yaml", damaged, ds(2), resume="auto"), ranks=2)
+    assert done.returncode == 0, done.stdout
+    assert f"{shard} cannot be read (Input/output error); going on from step-00000007" in done.stdout
 
 
 def test_pruning_passes_over_damaged_descriptions_and_leaves_other_folders_alone(damaged: Path) -> None:
@@ -140,7 +212,7 @@ def test_pruning_passes_over_damaged_descriptions_and_leaves_other_folders_alone
         (checkpoints / own / "weights.pt").touch()
     prune_checkpoints(checkpoints, keep_last=1, keep_best=True)
     kept = sorted(path.name for path in checkpoints.iterdir() if path.is_dir())
-    assert kept == ["notes", "step-00000010", "step-00001000", "step-of-mine"]
+    assert kept == ["notes", "step-00000007", "step-00000010", "step-00001000", "step-of-mine"]
 
 
 def test_auto_skips_a_damaged_checkpoint(folder: Path, damaged: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sws_dist.atomic import atomic_write_json
-from sws_dist.checkpoint.checkpoint import list_checkpoints
+from sws_dist.checkpoint.folders import list_checkpoints
 from tests import runs
 from tests.launching import Job, losses
 from tests.launching import log as read_log

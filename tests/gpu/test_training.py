@@ -6,6 +6,7 @@ Only here do runs use fp16 and DeepSpeed's FusedAdam; bf16 and fp32 runs are tho
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from sws_dist.checkpoint.checkpoint import list_checkpoints, read_state
+from sws_dist.checkpoint.checkpoint import read_state
+from sws_dist.checkpoint.folders import list_checkpoints
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
@@ -53,6 +55,20 @@ def test_it_trains_and_saves(tmp_path: Path, digits_root: Path, stage: int, prec
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["precision"] == precision
     assert metrics["top1"] > 0.15  # ten classes: chance is 0.10
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_trains_and_saves_with_masters_on_the_cpu(tmp_path: Path, digits_root: Path, stage: int) -> None:
+    if CUDA_HOME is None or shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its CPUAdam, and there is no nvcc or no C++ compiler")
+    (tmp_path / "run.yaml").write_text(RUN.replace("ROOT", str(digits_root)))
+    cpu = {"device": "cpu", "pin_memory": True}
+    zero = {"stage": stage, "offload_optimizer": cpu} | ({"offload_param": cpu} if stage == 3 else {})
+    ds = {"zero_optimization": zero, "bf16": {"enabled": True}}
+    job = Job(tmp_path / "run.yaml", tmp_path / "run", ds, {"optim.name": "cpu_adam", "train.epochs": 1})
+    done = train(job, ranks=1)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (0, 3)])

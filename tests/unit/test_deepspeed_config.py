@@ -85,6 +85,8 @@ def test_defaults_that_deepspeed_hides_are_set(tmp_path: Path, run: RunConfig) -
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme is not supported"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "do nothing at stage 2"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "do nothing at stage 2"),
+        ({"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}}, "do nothing at stage 2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer does nothing at stage 0"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, "4 does not divide the 2 ranks"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "expected a JSON object, found 'cpu'"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "keeps fp32 masters"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -47,7 +48,7 @@ def test_the_report_says_where_the_time_went(caplog: pytest.LogCaptureFixture) -
 
 
 def test_an_evaluation_between_two_lines_takes_no_step_and_no_time_from_the_means() -> None:
-    window = LogWindow(16, 1, PhaseTimer(torch.device("cpu")))
+    window = LogWindow(16, PhaseTimer(torch.device("cpu")))
     window.leave_out()
     for loss, depth in ((1.0, 5), (3.0, 10)):
         time.sleep(0.01)
@@ -59,3 +60,16 @@ def test_an_evaluation_between_two_lines_takes_no_step_and_no_time_from_the_mean
     assert means.loss_by_depth == {5: 1.0, 10: 3.0}
     assert means.images_per_s > 32 / 2
     assert sum(means.phases_ms.values()) < 1000
+
+
+def test_a_loss_that_is_not_finite_is_left_out_of_the_means() -> None:
+    window = LogWindow(16, PhaseTimer(torch.device("cpu")))
+    for total, depth in ((1.0, 5), (math.nan, 5), (3.0, 10), (math.inf, 15)):
+        window.add(LossParts(torch.tensor(total), torch.tensor(2.0), torch.tensor(0.0)), 0.001, 10, depth)
+    means = window.means()
+    assert (means.loss, means.loss_labels) == (2.0, 2.0)
+    assert (means.loss_by_depth[5], means.loss_by_depth[10]) == (1.0, 3.0)
+    assert math.isnan(means.loss_by_depth[15])
+    window.reset()
+    window.add(LossParts(*torch.full((3,), math.nan)), 0.001, 10, None)
+    assert math.isnan(window.means().loss)
