@@ -78,7 +78,7 @@ class ElasticConfig:
     """The largest depth."""
     start_epoch: float = Field(default=0.0, ge=0)
     """Epochs at the start that are trained at the model's own depth alone; may be a fraction. Where training is short
-    for its task, they make all depths better."""
+    for its task, most depths gain."""
     rule: Literal["uniform", "sandwich"] = "uniform"
     """Draw every depth equally often (``uniform``), or take the smallest, the largest and a random one in turn
     (``sandwich``)."""
