@@ -98,7 +98,7 @@ class Hosts:
     def crash(self, name: str) -> None:
         """The host is gone at once, with all its processes; its kernel closes their connections."""
         os.kill(self.pid(name), signal.SIGKILL)
-        self._inits.pop(name).wait(timeout=30)
+        self._inits.pop(name).wait(timeout=300)
 
     def unplug(self, name: str) -> None:
         """No packet from or to the host arrives any more; its processes go on."""
@@ -111,8 +111,8 @@ class Hosts:
         """End all of them; AssertionError if anything of theirs is left on the machine."""
         for init in (*self._inits.values(), self._switch):
             os.kill(_child(init), signal.SIGKILL)
-            init.wait(timeout=30)
-        wait_until(lambda: not self._left(), 20, lambda: f"left behind: {self._left()}")
+            init.wait(timeout=300)
+        wait_until(lambda: not self._left(), 300, lambda: f"left behind: {self._left()}")
 
     def _left(self) -> list[str]:
         """Processes and mounts that name this group's folder."""
@@ -138,7 +138,7 @@ class Hosts:
         full = [*inside, f"--wd={REPOSITORY}", "--", *map(str, command)]
         return subprocess.Popen(full, env=self.environment, text=True, **options)  # type: ignore[call-overload]
 
-    def run(self, name: str, *command: str | Path, timeout_s: float = 60, check: bool = True) -> str:
+    def run(self, name: str, *command: str | Path, timeout_s: float = 300, check: bool = True) -> str:
         """Run a command on a host and return what it printed."""
         process = self.start(name, *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
@@ -182,7 +182,7 @@ class Hosts:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(ready.exists, 30, lambda: f"namespaces did not come up: {tail(said)}")
+        wait_until(ready.exists, 300, lambda: f"namespaces did not come up: {tail(said)}")
         ready.unlink()
         return process
 

@@ -63,7 +63,7 @@ class Slurm:
         try:
             for name in self.hosts.names:
                 self.start_daemons(name)
-            wait_until(self.is_up, 60, lambda: self.run("sinfo") + tail(folder / "slurmctld.log"))
+            wait_until(self.is_up, 300, lambda: self.run("sinfo") + tail(folder / "slurmctld.log"))
         except BaseException:
             self.hosts.close()
             raise
@@ -82,7 +82,7 @@ class Slurm:
     def close(self) -> None:
         self.hosts.close()
 
-    def run(self, *command: str | Path, timeout_s: float = 60, check: bool = True) -> str:
+    def run(self, *command: str | Path, timeout_s: float = 300, check: bool = True) -> str:
         """On the host where jobs are submitted."""
         return self.hosts.run("h1", *command, timeout_s=timeout_s, check=check)
 
@@ -96,7 +96,7 @@ class Slurm:
     def cancel_all(self) -> None:
         """Between tests: no job, and both nodes free."""
         self.run("scancel", "--user=root", check=False)
-        wait_until(self.is_up, 60, lambda: self.run("squeue") + self.run("sinfo"))
+        wait_until(self.is_up, 300, lambda: self.run("squeue") + self.run("sinfo"))
 
     def start(self, *command: str | Path) -> subprocess.Popen[str]:
         return self.hosts.start("h1", *command)

@@ -80,7 +80,7 @@ def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Pat
     slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", f"--output={urgent}", "--wrap=srun hostname")
     wait_for(job, "goes back into the queue")
     report("preempted: saved, and back in the queue", time.monotonic() - begun)
-    wait_until(lambda: urgent.is_file() and len(urgent.read_text().split()) == 2, 60, lambda: slurm.run("squeue"))
+    wait_until(lambda: urgent.is_file() and len(urgent.read_text().split()) == 2, 300, lambda: slurm.run("squeue"))
     stopped = taken(job)[-1]
     wait_for_step(job, stopped + 1)
     report("preempted: training again", time.monotonic() - begun)
@@ -152,7 +152,7 @@ def test_a_node_is_killed(slurm: Slurm, job: Job, report: Report) -> None:
     wait_for_step(job, 30)
     begun = time.monotonic()
     slurm.hosts.crash("h3")
-    wait_until(lambda: slurm.state(number) == "PENDING", 90, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
+    wait_until(lambda: slurm.state(number) == "PENDING", 300, lambda: f"{slurm.show(number)}\n{printed(job)[-4000:]}")
     report("a node killed: job back in the queue", time.monotonic() - begun)
     lost = taken(job)[-1]
     slurm.hosts.boot("h3")
@@ -280,7 +280,7 @@ def test_strange_paths_survive(slurm: Slurm, tmp_path: Path) -> None:
         *options,
     ]
     number = slurm.run(*command).strip()
-    wait_until(lambda: slurm.state(number) == "COMPLETED", 60, lambda: str(slurm.show(number)))
+    wait_until(lambda: slurm.state(number) == "COMPLETED", 300, lambda: str(slurm.show(number)))
     (kept,) = folder.glob("jobs/*-evaluate")
     words = (kept / f"{number}.out").read_text().splitlines()
     assert words[:2] == ["[-u]", f"[{kept}/code/launcher/evaluate.py]"]

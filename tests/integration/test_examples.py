@@ -34,6 +34,6 @@ def test_examples(tmp_path: Path, digits_root: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,7 +37,7 @@ class Installed:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         folders = [str(path)] * (path is not None) + [str(self.venv / "bin"), environment["PATH"]]
         environment |= {"PATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -37,7 +37,7 @@ def test_a_tiny_study(tmp_path: Path, few_digits: Path) -> None:
 
     other = [sys.executable, "launcher/study.py", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
     (tmp_path / "data" / "fashion-mnist-6000" / "train").mkdir(parents=True)
-    refused = subprocess.run(other, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(other, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert "seed0/teacher/metrics.json exists: this run is done" in refused.stderr
     assert "train.epochs 12 (it was 3)" in refused.stderr
 

@@ -196,7 +196,7 @@ def resident_programs(row: Row) -> int:
 
 def _cuobjdump(*arguments: str) -> str:
     return subprocess.run(
-        [TOOLS / "cuobjdump", *arguments], check=True, capture_output=True, text=True, timeout=60
+        [TOOLS / "cuobjdump", *arguments], check=True, capture_output=True, text=True, timeout=600
     ).stdout
 
 
@@ -227,7 +227,7 @@ def _accesses(cubin: str, threads: int) -> Row:
     done = subprocess.run(
         [sys.executable, "-m", "cuxray", "report", *options, cubin],
         env=os.environ | {"CUXRAY_NO_FETCH": "1", "CUXRAY_TOOLCHAIN": str(TOOLS)},
-        check=True, capture_output=True, text=True, timeout=120,
+        check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     (unit,) = json.loads(done.stdout)["units"]
     access = unit["kernels"][0]["access"]

@@ -23,7 +23,7 @@ def test_a_pipe_is_written_into_and_stays(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(pipe.read_text)
         atomic_write_text(pipe, "scores")
-        assert text.result(timeout=30) == "scores"
+        assert text.result(timeout=600) == "scores"
     assert pipe.is_fifo()
 
 

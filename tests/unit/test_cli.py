@@ -32,7 +32,7 @@ def sws(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> subprocess.Co
     program = "import sys; sys.modules['torch'] = None; from sws_dist.cli.main import main; main()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -194,7 +194,7 @@ def test_a_stray_rank_does_not_silence_a_command_of_one_process(
         monkeypatch.setenv(name, value)
     found = tmp_path / "found.json"
     scan = [sys.executable, "launcher/scan.py", "--data", str(digits_root / "val"), "--json", str(found)]
-    done = subprocess.run(scan, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(scan, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert "355" in done.stdout
     said = sws("submit", "auxiliary", "--config=auxiliary_small", "--deepspeed_config=zero2", "--time=1", "--dry-run")
     assert said.stdout.startswith("#!/bin/bash\n")
@@ -204,7 +204,7 @@ def test_a_stray_rank_does_not_silence_a_command_of_one_process(
 def test_the_current_folder_may_be_scanned(digits_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = [sys.executable, str(REPOSITORY / "launcher" / "scan.py"), "--data", ".", "--json", str(tmp_path / "f.json")]
     for folder, prefix in ((digits_root, 1797), (digits_root / "val", 355)):
-        done = subprocess.run(scan, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(scan, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert f'"images": {prefix}' in (tmp_path / "f.json").read_text()
     assert (digits_root / "val.manifest.jsonl").is_file()
@@ -213,7 +213,7 @@ def test_the_current_folder_may_be_scanned(digits_root: Path, tmp_path: Path, mo
 def test_a_name_that_the_locale_cannot_write_is_shown_escaped(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     program = "from sws_dist.cli.common import *; setup_console(); log.info('Bär'); print_result('\\u56fe')"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout == "B\\xe4r\n\\u56fe\n", done.stderr
 
 

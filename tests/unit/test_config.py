@@ -309,7 +309,7 @@ def test_a_path_that_is_not_unicode_is_refused(file: Path) -> None:
 def test_shipped_configs_are_read_in_any_locale() -> None:
     program = "from sws_dist import load_config; print(load_config('auxiliary_small').model.name)"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout == "sws_aux_small_patch16_224\n", done.stderr
 
 

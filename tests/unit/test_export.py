@@ -91,7 +91,7 @@ def test_plain_timm_opens_the_folder_and_gives_the_logits(exported: Exported, de
         torch.save(logits, "logits.pt")
         print(json.dumps(about))
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), descendant(IMAGES), rtol=0, atol=1e-5)
     assert json.loads(done.stdout) == {

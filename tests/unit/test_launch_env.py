@@ -114,7 +114,7 @@ def below(command: list[str], folder: Path) -> str:
     code = f"import os, {module} as m; m.complete_environment(os.environ); print(*m.expected_worlds())"
     full = [sys.executable, str(script), *command[1:], "--", sys.executable, "-c", code]
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    done = subprocess.run(full, capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(full, capture_output=True, text=True, timeout=600, env=env)
     return done.stdout + done.stderr
 
 

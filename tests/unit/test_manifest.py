@@ -82,7 +82,7 @@ def test_every_kind_of_bad_file_has_its_reason(tmp_path: Path, kind: str, source
 
 def run_scan(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launcher/scan.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

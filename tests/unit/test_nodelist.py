@@ -76,7 +76,7 @@ def test_any_list_is_read_as_slurm_reads_it(tmp_path_factory: pytest.TempPathFac
         env=os.environ | {"SLURM_CONF": str(config)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.stderr == ""
     assert [first_host(nodelist) for nodelist in some] == done.stdout.splitlines()

@@ -76,7 +76,7 @@ def push(folder: Path, repo: str = "me/pets", *options: str, **environment: str)
     command = [sys.executable, "launcher/push.py", str(folder), "--repo", repo, *options]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     found = clean | {"HF_HOME": str(folder.with_name("hf")), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
-    return subprocess.run(command, cwd=REPOSITORY, env=found, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, env=found, capture_output=True, text=True, timeout=600)
 
 
 def test_the_folder_is_one_commit(hub: str, folder: Path) -> None:

@@ -51,7 +51,7 @@ def family(folder: Path, seed: int, tuned: float, *, others: bool = False) -> Pa
 
 def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launcher/report.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_numbers_of_two_seeds(tmp_path: Path) -> None:

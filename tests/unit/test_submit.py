@@ -18,7 +18,7 @@ def submit(*arguments: str, code: int = 0) -> str:
     gpus = [] if "--gpus-per-node" in arguments else ["--gpus-per-node", "8"]
     command = [sys.executable, "launcher/submit.py", *arguments, *gpus, "--time", "60"]
     env = os.environ | {"PATH": "/nowhere"}  # no SLURM here
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
