@@ -17,6 +17,7 @@ export PYTHONPATH=$CODE${PYTHONPATH:+:$PYTHONPATH}
 # SLURM sends USR1 to this shell before the time limit (--signal) and, where it is set up so, before a preemption; the
 # shell hands it to srun, and srun to every rank.
 step='' told='' woken='' losses=.lost-ranks-$SLURM_JOB_ID
+export SWS_FAILED=$PWD/.failed-$SLURM_JOB_ID # a rank that ends with an error makes this file
 trap 'told=yes woken=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1
 trap 'woken=yes' TERM # srun and the ranks get their own; wait for what they do about it
 
@@ -30,6 +31,9 @@ on_every_rank() {
         wait "$step" || code=$?
         [ -n "$woken" ] || break
     done
+    # A rank that fails before the others have begun has srun tell them to stop, and theirs is the higher code.
+    [ -n "$told" ] || [ "$code" != $AGAIN ] || [ ! -e "$SWS_FAILED" ] || code=1
+    rm -f "$SWS_FAILED"
     # The first rank that leaves may have srun kill one that is about to, whose code is then the higher one.
     if [ "$code" = $AGAIN ] || { [ -n "$told" ] && [ "$code" -gt 128 ]; }; then
         start_again "told to stop (exit code $code)"

@@ -13,8 +13,9 @@ import re
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sws_dist.config.paths import expand_path
 from sws_dist.config.schema import (
@@ -226,7 +227,7 @@ def run_command(main: Callable[[], None]) -> None:
             log.error("%s", error, extra=ANY_RANK, exc_info=log.isEnabledFor(logging.DEBUG))
         elif isinstance(error, (ConfigError, RunError)):
             time.sleep(_HEAD_START_S)  # launchers end all ranks when one leaves: let the one that reports be the first
-        exit_now(1)
+        _exit_failed()
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("nvidia"):
             log.error(
@@ -234,7 +235,15 @@ def run_command(main: Callable[[], None]) -> None:
             )
         else:  # a bug
             traceback.print_exc()
-        exit_now(1)
+        _exit_failed()
+
+
+def _exit_failed() -> NoReturn:
+    """Exit with code 1. A SLURM job finds out by a file: srun ends the other ranks, and passes on the highest code."""
+    if file := os.environ.get("SWS_FAILED"):
+        with suppress(OSError):
+            Path(file).touch()
+    exit_now(1)
 
 
 def _reports(error: Exception) -> bool:

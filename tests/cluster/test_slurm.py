@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sws_dist.config.paths import escape_path, expand_path
 from tests.cluster.hosts import require, tail, wait_until
@@ -73,7 +74,8 @@ def wait_for_state(slurm: Slurm, number: str, state: str, job: Job, timeout_s: f
 
 def test_preempted_by_a_higher_partition(slurm: Slurm, job: Job, few_digits: Path, report: Report) -> None:
     """It saves, makes room, comes back, and has taken every step once."""
-    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--gpus-per-node", "1", "--partition", "low")
+    options = ["--gpus-per-node", "1", "--sbatch=--export=ALL,DS_ACCELERATOR=cpu"]  # the GPUs are SLURM's alone
+    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--partition", "low", *options)
     wait_for_step(job, 30)
     urgent = job.output.parent / "urgent.out"
     begun = time.monotonic()
@@ -201,6 +203,15 @@ def check_resumed(job: Job, lost: int) -> None:
     assert 0 <= lost - saved < 15
     assert taken(job)[-1] == 160
     assert (job.output / "metrics.json").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the job would find this machine's GPUs")
+def test_an_error_of_one_rank_ends_the_job(slurm: Slurm, job: Job) -> None:
+    """It has srun stop the other rank, whose exit code asks for another start, and is the higher one."""
+    number = submit(slurm, "auxiliary", job, "--nodes", "2", "--gpus-per-node", "1")
+    wait_for_state(slurm, number, "FAILED", job)
+    assert slurm.show(number)["Restarts"] == "0"
+    assert "has 1 NVIDIA GPU(s), but PyTorch" in printed(job)
 
 
 def test_three_descendants_wait_for_their_auxiliary(slurm: Slurm, job: Job, report: Report) -> None:

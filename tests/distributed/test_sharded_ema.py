@@ -120,7 +120,8 @@ def test_it_is_the_average_of_the_whole_weights(stage: int, precision: str) -> N
         assert torch.equal(main["average after"][name], main["average"][name])
     assert any(not torch.equal(main["average"][name], main["steps"][-1][name]) for name in expected)
     # Close, not equal: a CPU's bf16 products may depend on where in memory the weights lie.
-    torch.testing.assert_close(main["applied"], plain_logits(main["average"], precision))
+    tolerance = {"rtol": 0.016, "atol": 1e-3} if precision == "bf16" else {}
+    torch.testing.assert_close(main["applied"], plain_logits(main["average"], precision), **tolerance)
     for each in found:
         torch.testing.assert_close(each["applied"], main["applied"])
         with pytest.raises(AssertionError, match="not close"):  # or the lines above would show nothing

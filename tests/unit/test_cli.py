@@ -196,7 +196,8 @@ def test_a_stray_rank_does_not_silence_a_command_of_one_process(
     scan = [sys.executable, "launcher/scan.py", "--data", str(digits_root / "val"), "--json", str(found)]
     done = subprocess.run(scan, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert "355" in done.stdout
-    said = sws("submit", "auxiliary", "--config=auxiliary_small", "--deepspeed_config=zero2", "--time=1", "--dry-run")
+    resources = ("--gpus-per-node=8", "--time=1")
+    said = sws("submit", "auxiliary", "--config=auxiliary_small", "--deepspeed_config=zero2", *resources, "--dry-run")
     assert said.stdout.startswith("#!/bin/bash\n")
     assert "error: " in sws("report", "--runs", str(tmp_path), code=1).stderr
 
