@@ -156,7 +156,7 @@ PROVIDERS: dict[str, Callable[[Path, int, int, torch.device], Batches]] = {
 
 
 def providers_of(args: argparse.Namespace) -> dict[str, Callable[[Path, int, int, torch.device], Batches]]:
-    """What is compared: the first is what the others are compared with."""
+    """Return what is compared; all others are compared with the first."""
     if args.crops is None:
         return PROVIDERS
     augment = RECIPES[args.recipe]

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def scale_loss(engine: ZeroEngine, loss: Tensor) -> Tensor:
     """Return the loss that ``engine.backward`` is to be given.
 
-    At stages 1 to 3 DeepSpeed 0.19 multiplies it by fp16's scale itself. At stage 0 it only divides the gradient by it.
+    At stages 1 to 3 DeepSpeed 0.19.8 multiplies it by fp16's scale itself. At stage 0 it only divides the gradient.
     """
     return loss.float() * current_scale(engine) if _is_left_out(engine) else loss
 
